@@ -1,0 +1,59 @@
+# A machine needs Python (3.11 or newer), pip and make: each target sets up the rest in $(VENV).
+#   make train EPOCHS=40 SEED=1
+#   make test ARGS="-k norm -x"
+#   make test PYTHON=python3.13 VENV=.venv-3.13      (another interpreter: another VENV)
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint format docs clean
+.DELETE_ON_ERROR:
+
+help: ## show these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+train: $(VENV)/.stamp-examples ## read handwritten digits; pictures in out/ (EPOCHS=, SEED=)
+	@$(BIN)/python -m examples.digits $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))
+
+test: $(VENV)/.stamp-test ## the tests, without those marked slow (ARGS= for pytest)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.stamp-test ## all tests (ARGS= for pytest)
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.stamp-lint ## ruff's rules and format, types with basedpyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.stamp-lint ## let ruff format the code and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.stamp-docs ## the documentation, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
+clean: ## remove everything that was built or downloaded here
+	rm -rf .venv .venv-* site out dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp marks an extra of pyproject.toml as installed; it appears after the install has succeeded.
+$(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-venv
+	@rm -f $@
+	@echo "Installing refax[$*] into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# Ctrl-C is held back for the seconds that this takes: half a venv would be of no use. Where Python
+# came without the `ensurepip` that puts pip into a venv (Debian), the machine's own pip does it.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "refax needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=...")'
+	@trap '' INT; $(PYTHON) -m venv $(VENV) || { \
+	  $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python install -qq pip; }
+	@touch $@

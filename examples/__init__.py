@@ -1,0 +1,1 @@
+"""Programs that show Refax at work: `python -m examples.<name>`, from the repository's root."""

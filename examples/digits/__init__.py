@@ -1,0 +1,1 @@
+"""Read handwritten digits with a small convolutional network: `python -m examples.digits`."""

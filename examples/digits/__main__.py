@@ -1,0 +1,96 @@
+"""Train a small convolutional network to read handwritten digits, and draw how well it does."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+GOAL = 0.98  # the test accuracy below which a run counts as failed
+INTERRUPTED = 130  # the exit status that a shell gives to a program ended by Ctrl-C
+
+
+def main(argv: list[str] | None = None) -> int:
+  options = parse_options(argv)
+  history = []
+
+  def leave(*_) -> None:
+    reached = f", at a test accuracy of {history[-1].accuracy:.1%}" if history else ""
+    print(f"\nInterrupted after {len(history)} of {options.epochs} epochs{reached}.")
+    print("No pictures: they are drawn at the end.", flush=True)
+    os._exit(INTERRUPTED)
+
+  # Not `except KeyboardInterrupt`: raised while JAX's extension modules load, it crashes them.
+  signal.signal(signal.SIGINT, leave)
+  return run(options, history)
+
+
+def run(options: argparse.Namespace, history: list) -> int:
+  """Train, draw and print; `history` grows by one entry with each epoch."""
+  # Importing JAX takes seconds: here, `--help` is there at once and Ctrl-C is heeded.
+  from examples.digits import data, plot, train
+  from examples.digits.model import CNN
+  from refax import nnx
+
+  options.out.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
+  digits = data.load_digits()
+  print(
+    f"Training on {len(digits.train_labels)} digits, testing on {len(digits.test_labels)}.",
+    flush=True,
+  )
+
+  model = CNN(rngs=nnx.Rngs(options.seed))
+  epochs = train.fit(
+    model,
+    digits,
+    epochs=options.epochs,
+    batch_size=options.batch_size,
+    lr=options.lr,
+    seed=options.seed,
+  )
+  for epoch in epochs:
+    history.append(epoch)
+
+  learning_curve, misread = options.out / "learning_curve.png", options.out / "misread.png"
+  plot.learning_curve(history, GOAL, learning_curve)
+  plot.misread(digits, train.predict(model, digits.test_images), misread)
+  print(f"Pictures: {learning_curve}, {misread}")
+
+  accuracy = history[-1].accuracy
+  print(f"Test accuracy: {accuracy:.1%}", flush=True)
+  if accuracy < GOAL:
+    print(f"That is below the goal of {GOAL:.0%}: train longer, see --help.", file=sys.stderr)
+    return 1
+  return 0
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m examples.digits",
+    description=__doc__,
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  parser.add_argument(
+    "--epochs", type=at_least(1), default=25, help="passes over the training digits"
+  )
+  parser.add_argument("--batch-size", type=at_least(1), default=64, help="digits in one step")
+  parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+  parser.add_argument(
+    "--seed", type=at_least(0), default=0, help="of the weights, the dropout and the shuffling"
+  )
+  parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
+  return parser.parse_args(argv)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+  def integer(text: str) -> int:  # argparse names it in its error: "invalid integer value"
+    if (number := int(text)) < minimum:
+      raise argparse.ArgumentTypeError(f"{number} is less than {minimum}")
+    return number
+
+  return integer
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,76 @@
+"""The training loop: one step is a plain `jax.jit` that updates model and optimizer in place."""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from examples.digits.data import Digits, batches
+from examples.digits.model import CNN
+from refax import nnx
+
+
+class Epoch(NamedTuple):
+  """One pass over the training digits."""
+
+  loss: float  # mean over the steps
+  accuracy: float  # on the test digits, at the end
+
+
+@jax.jit
+def train_step(model, optimizer, images, labels):
+  """Weights, BatchNorm's statistics, Dropout's keys and the optimizer's moments change in place."""
+
+  def loss_fn(model):
+    logits = model(images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  loss, grads = nnx.value_and_grad(loss_fn)(model)
+  optimizer.update(model, grads)
+  return loss
+
+
+@jax.jit
+def predict(model, images):
+  """The probability of each of the ten digits: `[batch, 10]`."""
+  return jax.nn.softmax(model(images))
+
+
+def fit(
+  model: CNN, digits: Digits, *, epochs: int, batch_size: int, lr: float, seed: int
+) -> Iterator[Epoch]:
+  """Train `model`, and say after each epoch how it went. The model is left in `eval` mode."""
+  steps = len(digits.train_labels) // batch_size
+  if not steps:
+    raise SystemExit(
+      f"--batch-size {batch_size} is more than the {len(digits.train_labels)} training digits"
+    )
+  schedule = optax.cosine_decay_schedule(lr, epochs * steps)
+  optimizer = nnx.Optimizer(model, optax.adamw(schedule), wrt=nnx.Param)
+  rng = np.random.default_rng(seed)
+
+  # Where it cannot redraw itself, in a log file, the bar prints a line every few seconds.
+  refresh = 0.1 if sys.stderr.isatty() else 5
+  with tqdm(total=epochs * steps, unit="step", mininterval=refresh) as bar:
+    reading = "?"
+    for _ in range(epochs):
+      losses = []
+      model.train()
+      for images, labels in batches(digits.train_images, digits.train_labels, batch_size, rng):
+        losses.append(float(train_step(model, optimizer, images, labels)))
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, test accuracy {reading}", refresh=False)
+        bar.update()
+
+      model.eval()
+      accuracy = accuracy_of(model, digits)
+      reading = f"{accuracy:.1%}"
+      yield Epoch(float(np.mean(losses)), accuracy)
+
+
+def accuracy_of(model: CNN, digits: Digits) -> float:
+  """The share of the test digits that the model reads right."""
+  return float(np.mean(predict(model, digits.test_images).argmax(-1) == digits.test_labels))

@@ -1,0 +1,137 @@
+"""Every use of private JAX API, each with why it is needed and what replaces it when it is gone.
+
+Three things of JAX are not public: the buffer behind a `jax.Ref` (an eager read or write through
+JAX's own primitives costs 65-290 us, a copy costs 15), whether any trace is active, and which of
+a jaxpr's inputs are written. A probe decides once, at first use, whether the private path works
+on the installed JAX; the public path is always complete. `REFAX_PUBLIC_JAX=1` forces it, and the
+tests run both.
+"""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
+
+CELL_KIND = "no_grad_no_remat"
+"""The one kind of Ref that a Variable uses: written once under `jax.checkpoint`, and without
+tangents under `jax.grad`. Equality of ref types ignores the kind, so two kinds in one place
+would reuse a wrong trace; there is one, for ever."""
+
+
+def is_ref(x: Any) -> bool:
+  """Whether `x` is a `jax.Ref`, or a tracer that stands for one."""
+  return isinstance(x, jax.Ref)
+
+
+def is_tracer(x: Any) -> bool:
+  """Whether `x` is a tracer: its value is not known now."""
+  return isinstance(x, jax.core.Tracer)
+
+
+def trace_state() -> Any:
+  """A token that is equal for two moments inside the same trace, and only then."""
+  return get_opaque_trace_state()
+
+
+@functools.cache
+def _private() -> Any:
+  """`jax._src.core` when buffers of Refs behave as this file expects, else None.
+
+  The expectation: `Ref(AbstractRef(type, kind), ArrayRefImpl(aval, buffer))` is a Ref that a
+  jitted function writes by replacing `ref._refs._buf`. JAX's own `_ref_impl` builds it so.
+  """
+  if os.environ.get("REFAX_PUBLIC_JAX") == "1":
+    return None
+  try:
+    from jax._src import core
+    from jax._src.state.types import AbstractRef
+
+    with jax.ensure_compile_time_eval():
+      value = _committed(jnp.arange(2))
+      aval = AbstractRef(jax.typeof(value), kind=CELL_KIND)
+      ref = core.Ref(aval, core.ArrayRefImpl(aval, value))
+      works = ref._refs._buf is value and core.trace_state_clean() in (True, False)
+    return (core, AbstractRef) if works else None
+  except Exception:
+    return None
+
+
+def _committed(x: jax.Array) -> jax.Array:
+  """JAX >= 0.12 replaces a Ref's buffer only by one that is committed like it."""
+  return x if getattr(x, "committed", True) else jax.device_put(x, x.sharding)
+
+
+def no_trace_active() -> bool:
+  """Whether code runs eagerly, outside every transform.
+
+  Private: `jax._src.core.trace_state_clean`, which `jax.jit` itself asks. Without it, the answer
+  is no: reads and writes then go through JAX's own operations, which are right everywhere.
+  """
+  private = _private()
+  return private is not None and private[0].trace_state_clean()
+
+
+def new_cell(value: jax.Array) -> jax.Ref:
+  """A Ref that owns the buffer of `value`: the caller hands over a copy of its own.
+
+  Private when eager: builds the Ref as `jax.new_ref` does, without dispatching an operation.
+  """
+  if is_tracer(value) or not no_trace_active():
+    return jax.new_ref(value, kind=CELL_KIND)
+  core, AbstractRef = _private()
+  value = _committed(value)
+  aval = AbstractRef(jax.typeof(value), kind=CELL_KIND)
+  return core.Ref(aval, core.ArrayRefImpl(aval, value))
+
+
+def read_cell(ref: jax.Ref) -> jax.Array:
+  """The value of `ref`, as an array that no later step can donate.
+
+  Private when eager: copies the buffer `ref._refs._buf` instead of dispatching `ref[...]`.
+  """
+  if is_tracer(ref) or not no_trace_active():
+    return ref[...]
+  return ref._refs._buf.copy()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def write_cell(ref: jax.Ref, value: jax.Array) -> None:
+  """Store `value`, of the cell's shape and dtype; the caller hands over a copy of its own.
+
+  Private when eager: installs the buffer without dispatching `ref[...] = value`.
+  """
+  if is_tracer(ref) or is_tracer(value) or not no_trace_active():
+    ref[...] = value
+    return
+  impl: Any = ref._refs  # pyright: ignore[reportAttributeAccessIssue]
+  old = impl._buf
+  impl._buf = _committed(
+    value if value.sharding == old.sharding else jax.device_put(value, old.sharding)
+  )
+
+
+def peek_cell(ref: jax.Ref) -> jax.Array | None:
+  """The buffer of a concrete `ref`, for looking at its sharding and printing, or None."""
+  if is_tracer(ref) or _private() is None:
+    return None
+  return ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_batched_write_refusal(error: Exception) -> bool:
+  """Whether JAX refused a write under `jax.vmap` to a Ref that it does not map.
+
+  JAX raises a bare `Exception` for it; its text is the only thing to know it by.
+  """
+  return "vmapped value on an unbatched array reference" in str(error)
+
+
+def written_inputs(jaxpr: Any) -> set[int]:
+  """The positions of the inputs of a (closed) jaxpr that it writes.
+
+  Private: the effect classes; they are known here by name. An effect of an unknown sort counts
+  as a write to its input, which costs a copy and is never wrong.
+  """
+  effects = (e for e in jaxpr.effects if hasattr(e, "input_index"))
+  return {e.input_index for e in effects if type(e).__name__ != "ReadEffect"}

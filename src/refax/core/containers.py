@@ -1,0 +1,208 @@
+"""List and Dict: built-in containers that JAX passes through and that know when they change.
+
+A list or dict assigned to an attribute of a Pytree becomes one of these; a tuple too, if it holds
+data. Elements are data or static, as attributes are.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from typing import Any, Generic, TypeVar, overload
+
+from refax.core import text
+from refax.core.flatten import adopt, flatten
+from refax.core.module import Module
+from refax.core.pytree import classify, converters, summary
+from refax.typing import path_str
+
+A = TypeVar("A")
+
+
+class _Static:
+  """A static element; everything else in a container is data."""
+
+  __slots__ = ("value",)
+
+  def __init__(self, value: Any):
+    self.value = value
+
+
+def _kept(item: Any) -> Any:
+  return item.value if isinstance(item, _Static) else item
+
+
+class _Container(Module):
+  """What List and Dict share: elements in `_items`, kept as data or `_Static`."""
+
+  __slots__ = ("_items",)
+  _items: Any
+
+  def _keep(self, key: Any, value: Any) -> Any:
+    """The element as it is kept; raises StaticAttributeError if it can be neither."""
+    value, dynamic = classify(value, lambda: type(self).__name__ + path_str((key,)))
+    if dynamic:
+      adopt(self, key, value)
+    return value if dynamic else _Static(value)
+
+  def _set_items(self, items: Any) -> None:
+    self._check_trace("...")
+    object.__setattr__(self, "_items", items)
+    self._structure_changed()
+
+  def __getstate__(self) -> Any:
+    return super().__getstate__(), self._items
+
+  def __setstate__(self, state: Any) -> None:
+    super().__setstate__(state[0])
+    object.__setattr__(self, "_items", state[1])
+
+  def __len__(self) -> int:
+    return len(self._items)
+
+  def __eq__(self, other) -> bool:
+    if isinstance(other, type(self)):
+      other = other._plain()
+    return self._plain() == other
+
+  __hash__ = None  # pyright: ignore[reportAssignmentType]  # as the built-in ones
+
+  def _plain(self) -> Any:
+    raise NotImplementedError
+
+
+class List(_Container, MutableSequence, Generic[A]):
+  """A list whose elements are data (Modules, Variables, arrays) or static.
+
+  Args:
+    items: the elements.
+
+  >>> from refax import nnx
+  >>> layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu])
+  >>> layers.append(nnx.relu); len(layers)
+  3
+  """
+
+  __slots__ = ()
+
+  def __init__(self, items: Iterable[A] = ()):
+    object.__setattr__(self, "_items", [])
+    object.__setattr__(self, "_items", [self._keep(i, x) for i, x in enumerate(items)])
+
+  def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
+    attributes = list(super()._entries())
+    return [(i, _kept(x), not isinstance(x, _Static)) for i, x in enumerate(self._items)] + attributes
+
+  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
+    entries = list(entries)
+    items = [x if dynamic else _Static(x) for key, x, dynamic in entries if isinstance(key, int)]
+    object.__setattr__(self, "_items", items)
+    super()._fill(e for e in entries if not isinstance(e[0], int))
+
+  @overload
+  def __getitem__(self, index: int) -> A: ...
+  @overload
+  def __getitem__(self, index: slice) -> "List[A]": ...
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return List(map(_kept, self._items[index]))
+    return _kept(self._items[index])
+
+  def __setitem__(self, index, value) -> None:
+    items = list(self._items)
+    if isinstance(index, slice):
+      items[index] = [self._keep(index, x) for x in value]
+    else:
+      if _kept(items[index]) is value:
+        return
+      items[index] = self._keep(index, value)
+    self._set_items(items)
+
+  def __delitem__(self, index) -> None:
+    items = list(self._items)
+    del items[index]
+    self._set_items(items)
+
+  def insert(self, index: int, value: A) -> None:
+    """Insert before `index`."""
+    items = list(self._items)
+    items.insert(index, self._keep(index, value))
+    self._set_items(items)
+
+  def __iter__(self) -> Iterator[A]:
+    return map(_kept, iter(self._items))
+
+  def __add__(self, other: Iterable[Any]) -> "List":
+    return List([*self, *other])
+
+  def __radd__(self, other: Iterable[Any]) -> "List":
+    return List([*other, *self])
+
+  def _plain(self) -> list:
+    return list(self)
+
+  def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
+    items = (("", x) for x in self)
+    comment = summary(flatten(self))
+    return text.Parts("List([", comment, items, "])"), style._replace(shapes=True)
+
+
+class Dict(_Container, MutableMapping, Generic[A]):
+  """A dict whose values are data (Modules, Variables, arrays) or static.
+
+  Args:
+    items: a mapping, or pairs.
+    **kwargs: more items.
+
+  >>> from refax import nnx
+  >>> heads = nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+  >>> sorted(heads), heads["a"] is heads.a
+  (['a'], True)
+  """
+
+  __slots__ = ()
+
+  def __init__(self, items: Mapping[Any, A] | Iterable[tuple[Any, A]] = (), /, **kwargs: A):
+    object.__setattr__(self, "_items", {})
+    kept = {key: self._keep(key, value) for key, value in dict(items, **kwargs).items()}
+    object.__setattr__(self, "_items", kept)
+
+  def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
+    order = sorted(self._items, key=lambda key: (type(key).__name__, key))
+    return [(key, _kept(self._items[key]), not isinstance(self._items[key], _Static)) for key in order]
+
+  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
+    items = {key: value if dynamic else _Static(value) for key, value, dynamic in entries}
+    object.__setattr__(self, "_items", items)
+
+  def __getitem__(self, key) -> A:
+    return _kept(self._items[key])
+
+  def __setitem__(self, key, value: A) -> None:
+    if key in self._items and _kept(self._items[key]) is value:
+      return
+    self._set_items(self._items | {key: self._keep(key, value)})
+
+  def __delitem__(self, key) -> None:
+    items = dict(self._items)
+    del items[key]
+    self._set_items(items)
+
+  def __iter__(self) -> Iterator[Any]:
+    return iter(self._items)
+
+  def __getattr__(self, name: str) -> A:
+    if name.startswith("_") or name not in self._items:
+      raise AttributeError(f"Dict has no item {name!r}; it has {sorted(map(str, self._items))}")
+    return self[name]
+
+  def __setattr__(self, name: str, value: A) -> None:
+    self[name] = value
+
+  def _plain(self) -> dict:
+    return dict(self)
+
+  def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
+    items = ((f"{key!r}: ", value) for key, value, _ in self._entries())
+    comment = summary(flatten(self))
+    return text.Parts("Dict({", comment, items, "})"), style._replace(shapes=True)
+
+
+converters.update({list: List, tuple: List, dict: Dict})

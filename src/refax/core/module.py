@@ -1,0 +1,172 @@
+"""Module: a Pytree that computes something, with what all layers share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refax.core.filters import Filter, to_predicates
+from refax.core.flatten import walk_nodes
+from refax.core.pytree import Pytree
+from refax.core.variable import Perturbation, Variable
+from refax.errors import FilterError, TreeMismatchError
+
+
+def _append(old: tuple, new: Any) -> tuple:
+  return (*old, new)
+
+
+class Module(Pytree):
+  """The base of layers and models.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> class MLP(nnx.Module):
+  ...   def __init__(self, size, *, rngs):
+  ...     self.hidden = nnx.Linear(size, 32, rngs=rngs)
+  ...     self.out = nnx.Linear(32, 1, rngs=rngs)
+  ...   def __call__(self, x):
+  ...     return self.out(nnx.relu(self.hidden(x)))
+  >>> MLP(4, rngs=nnx.Rngs(0))(jnp.ones((2, 4))).shape
+  (2, 1)
+  """
+
+  __slots__ = ()
+
+  def set_attributes(
+    self, *filters: Filter, raise_if_not_found: bool = True, **attributes: Any
+  ) -> None:
+    """Set attributes of this Module and all Modules below that have them.
+
+    Args:
+      *filters: only of the Modules that match one of these.
+      raise_if_not_found: whether it is an error when no Module has one of the attributes.
+      **attributes: the attributes and their new values.
+
+    Raises:
+      FilterError: no Module has one of the attributes; nothing has been set.
+
+    >>> from refax import nnx
+    >>> model = nnx.Sequential(nnx.Dropout(0.5), nnx.Dropout(0.5))
+    >>> model.set_attributes(nnx.Dropout, deterministic=True)
+    >>> model.layers[1].deterministic
+    True
+    """
+    predicates = to_predicates(filters or (...,))
+    modules = [(p, m) for p, m in walk_nodes(self) if isinstance(m, Module)]
+    found = [
+      (module, name)
+      for path, module in modules
+      if any(p(path, module) for p in predicates)
+      for name in attributes
+      if hasattr(module, name)
+    ]
+    missing = attributes.keys() - {name for _, name in found}
+    if missing and raise_if_not_found:
+      raise FilterError.attributes(sorted(missing), type(self).__name__)
+    for module, name in found:
+      setattr(module, name, attributes[name])
+
+  def train(self, **attributes: Any) -> None:
+    """Training mode: `deterministic=False` and `use_running_average=False` in all Modules below.
+
+    Args:
+      **attributes: more attributes to set.
+
+    >>> from refax import nnx
+    >>> dropout = nnx.Dropout(0.5); dropout.eval(); dropout.train()
+    >>> dropout.deterministic
+    False
+    """
+    self._set_mode(False, attributes)
+
+  def eval(self, **attributes: Any) -> None:
+    """Evaluation mode: `deterministic=True` and `use_running_average=True` in all Modules below.
+
+    Args:
+      **attributes: more attributes to set.
+
+    >>> from refax import nnx
+    >>> dropout = nnx.Dropout(0.5); dropout.eval()
+    >>> dropout.deterministic
+    True
+    """
+    self._set_mode(True, attributes)
+
+  def _set_mode(self, value: bool, attributes: dict[str, Any]) -> None:
+    mode = {"deterministic": value, "use_running_average": value}
+    self.set_attributes(**mode | attributes, raise_if_not_found=False)
+
+  def sow(
+    self,
+    variable_type: type[Variable],
+    name: str,
+    value: Any,
+    reduce_fn: Callable[[Any, Any], Any] = _append,
+    init_fn: Callable[[], Any] = tuple,
+  ) -> bool:
+    """Keep a value from inside a model in the attribute `name`; read it with `nnx.pop`.
+
+    The Variable is lojax, so gradients flow through what is kept. It is an attribute like any
+    other: inside a plain `jax.jit` it is local to the call, `nnx.jit` and `nnx.grad` hand it out.
+
+    Args:
+      variable_type: the type of the Variable, mostly `nnx.Intermediate`.
+      name: the attribute.
+      value: an array or a pytree of arrays.
+      reduce_fn: `(kept, value) -> kept`; by default a tuple of all values is kept.
+      init_fn: what is kept before the first value.
+
+    Returns:
+      True.
+
+    Raises:
+      TreeMismatchError: the attribute exists and is not such a Variable.
+
+    >>> from refax import nnx
+    >>> class Net(nnx.Module):
+    ...   def __call__(self, x):
+    ...     self.sow(nnx.Intermediate, "squares", x * x)
+    ...     return x
+    >>> net = Net(); _ = net(3.0)
+    >>> float(nnx.pop(net, nnx.Intermediate)["squares"][0])
+    9.0
+    """
+    old = getattr(self, name, None)
+    if old is not None and not isinstance(old, variable_type):
+      raise TreeMismatchError.sow(type(self).__name__, name, variable_type, old)
+    kept = init_fn() if old is None else old.get_value()
+    setattr(self, name, variable_type(reduce_fn(kept, value), is_hijax=False))
+    return True
+
+  def perturb(
+    self, name: str, value: Any, variable_type: type[Variable] = Perturbation
+  ) -> Any:
+    """Add a Variable of zeros to a value: its gradient is that of the value.
+
+    Args:
+      name: the attribute that holds the Variable; it is made at the first call.
+      value: an array or a pytree of arrays.
+      variable_type: the type of the Variable.
+
+    Returns:
+      `value` plus the Variable.
+
+    Raises:
+      TreeMismatchError: the attribute exists and is not such a Variable.
+
+    >>> from refax import nnx; import jax.numpy as jnp
+    >>> class Net(nnx.Module):
+    ...   def __call__(self, x):
+    ...     return 3 * self.perturb("dx", x)
+    >>> net = Net(); _ = net(jnp.array(2.0))
+    >>> float(nnx.grad(lambda net: net(jnp.array(2.0)), wrt=nnx.Perturbation)(net).dx)
+    3.0
+    """
+    old = getattr(self, name, None)
+    if old is None:
+      setattr(self, name, variable_type(jax.tree.map(jnp.zeros_like, value)))
+      old = getattr(self, name)
+    elif not isinstance(old, variable_type):
+      raise TreeMismatchError.sow(type(self).__name__, name, variable_type, old)
+    return jax.tree.map(jnp.add, old.get_value(), value)

@@ -1,0 +1,206 @@
+"""Pytree: a mutable Python object that is a JAX pytree at the same time.
+
+An attribute is data (Variables, arrays, other Pytrees, containers of these) or static (all the
+rest: numbers, strings, functions), which is part of the structure that JAX compiles for.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+
+from refax import _jax
+from refax.core import storage, text
+from refax.core.flatten import Flat, Node, Tracked, adopt, flatten, register
+from refax.core.variable import Variable
+from refax.errors import StaticAttributeError, TraceContextError
+from refax.typing import path_str
+
+T = TypeVar("T")
+
+converters: dict[type, Callable[[Any], Any]] = {}
+"""What a built-in container becomes when it is assigned to an attribute; filled by `containers`."""
+
+
+class Explicit(Generic[T]):
+  """A value that the user has marked as data or static; unwrapped by the assignment."""
+
+  __slots__ = ("dynamic", "value")
+
+  def __init__(self, value: T, dynamic: bool):
+    self.value = value
+    self.dynamic = dynamic
+
+
+def data(value: T) -> T:
+  """Mark an attribute's value as data: a pytree whose leaves are arrays. It stays as it is.
+
+  >>> from refax import nnx; import jax
+  >>> class M(nnx.Module):
+  ...   def __init__(self):
+  ...     self.table = nnx.data({"a": 1.0})     # a plain dict, its numbers are leaves
+  >>> jax.tree.leaves(M())
+  [1.0]
+  """
+  return Explicit(value, True)  # pyright: ignore[reportReturnType]
+
+
+def static(value: T) -> T:
+  """Mark an attribute's value as static: hashable, part of what JAX compiles for.
+
+  >>> from refax import nnx; import jax
+  >>> class M(nnx.Module):
+  ...   def __init__(self):
+  ...     self.sizes = nnx.static((1, 2))
+  >>> jax.tree.leaves(M())
+  []
+  """
+  return Explicit(value, False)  # pyright: ignore[reportReturnType]
+
+
+def is_data(value: Any) -> bool:
+  """Whether a value, assigned to an attribute, is data.
+
+  >>> from refax import nnx
+  >>> nnx.is_data(nnx.Param(1.0)), nnx.is_data("relu")
+  (True, False)
+  """
+  if isinstance(value, Explicit):
+    return value.dynamic
+  if isinstance(value, Variable | Node | Tracked | np.ndarray | jax.ShapeDtypeStruct):
+    return True
+  if isinstance(value, jax.Array) or _jax.is_ref(value):
+    return True
+  if isinstance(value, list | tuple | dict):
+    return any(map(is_data, value.values() if isinstance(value, dict) else value))
+  if value is None or jax.tree_util.all_leaves([value]):
+    return False
+  return any(map(is_data, jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Node | Variable))))
+
+
+def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
+  """The value as it is kept in an attribute, and whether it is data.
+
+  Raises:
+    StaticAttributeError: it is not data and not hashable.
+  """
+  if isinstance(value, Variable | Node):
+    return value, True
+  if isinstance(value, Explicit):
+    value, dynamic = value.value, value.dynamic
+  else:
+    dynamic = is_data(value)
+    convert = converters.get(type(value))
+    if convert is not None and (dynamic or type(value) is not tuple):
+      return convert(value), True
+  if not dynamic:
+    try:
+      hash(value)
+    except TypeError:
+      raise StaticAttributeError.unhashable(at(), value) from None
+  return value, dynamic
+
+
+class Pytree(Node):
+  """A mutable object that passes through JAX transforms.
+
+  Subclass it as any Python class. Assign Variables, arrays, other Pytrees and lists or dicts of
+  them as attributes; everything else must be hashable and is static.
+
+  >>> from refax import nnx; import jax
+  >>> class Counter(nnx.Pytree):
+  ...   def __init__(self):
+  ...     self.count = nnx.Variable(0)
+  >>> counter = Counter()
+  >>> @jax.jit
+  ... def increment(counter):
+  ...   counter.count[...] += 1
+  >>> increment(counter)
+  >>> int(counter.count)
+  1
+  """
+
+  __slots__ = ()
+
+  def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    register(cls)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    if isinstance(getattr(type(self), name, None), property):
+      object.__setattr__(self, name, value)
+      return
+    old = self.__dict__.get(name)
+    if isinstance(old, Variable) and storage.is_array_like(value):
+      old.set_value(value)  # `self.count = self.count + 1` writes the Variable
+      return
+    value, dynamic = classify(value, lambda: type(self).__name__ + path_str((name,)))
+    self._check_trace(name)
+    state = self._pytree
+    was_dynamic = name in state.dynamic
+    if name in self.__dict__ and dynamic == was_dynamic and _same(old, value):
+      return
+    self.__dict__[name] = value
+    (state.dynamic.add if dynamic else state.dynamic.discard)(name)
+    if dynamic:
+      adopt(self, name, value)
+    self._structure_changed()
+
+  def __delattr__(self, name: str) -> None:
+    self._check_trace(name)
+    object.__delattr__(self, name)
+    self._pytree.dynamic.discard(name)
+    self._structure_changed()
+
+  def _check_trace(self, key: Any) -> None:
+    if self._pytree.trace != _jax.trace_state():
+      raise TraceContextError.attribute(type(self).__name__ + path_str((key,)))
+
+  def __getstate__(self) -> Any:
+    return dict(self.__dict__), set(self._pytree.dynamic)
+
+  def __setstate__(self, state: Any) -> None:
+    attributes, dynamic = state
+    self._fill((key, value, key in dynamic) for key, value in attributes.items())
+    for key in dynamic:
+      adopt(self, key, attributes[key])
+
+  def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
+    items = ((f"{key}=", value) for key, value, _ in self._entries())
+    comment = summary(flatten(self))
+    return text.Parts(f"{type(self).__name__}(", comment, items, ")"), style._replace(shapes=True)
+
+  def __repr__(self) -> str:
+    return text.render(self)
+
+
+register(Pytree)
+
+
+def _same(old: Any, new: Any) -> bool:
+  """Whether an assignment changes nothing: the same object, or an equal static value."""
+  if old is new:
+    return True
+  if type(old) is not type(new) or storage.is_array(old):
+    return False
+  try:
+    return bool(old == new) and jax.tree_util.all_leaves([old])
+  except Exception:
+    return False
+
+
+def summary(flat: Flat) -> str:
+  """`Param: 6 (24 B), BatchStat: 2 (8 B), Total: 8 (32 B)`: what an object holds, by type."""
+  totals: dict[str, list[int]] = {}
+  for leaf in flat.leaves:
+    name = type(leaf).__name__ if isinstance(leaf, Variable) else "Array"
+    n, nbytes = text.size(leaf.get_raw_value() if isinstance(leaf, Variable) else leaf)
+    if n:
+      entry = totals.setdefault(name, [0, 0])
+      entry[0] += n
+      entry[1] += nbytes
+  parts = [f"{name}: {text.count(*sizes)}" for name, sizes in totals.items()]
+  if len(parts) > 1:
+    parts.append(f"Total: {text.count(*map(sum, zip(*totals.values(), strict=True)))}")
+  return ", ".join(parts)

@@ -1,0 +1,131 @@
+"""What a Variable stores, and the rules of writing to it.
+
+A cell is a `jax.Ref` (hijax), an array (lojax), or a pytree of either. A write keeps the cell's
+shape and dtype; a value whose gradient would be lost by storing it is refused.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from refax import _jax
+from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
+
+NUMBERS = (bool, int, float, complex, np.generic)
+
+
+def is_array(x: Any) -> bool:
+  """Whether `x` is an array, JAX's or NumPy's, or a tracer of one."""
+  return isinstance(x, jax.Array | np.ndarray) and not _jax.is_ref(x)
+
+
+def is_array_like(x: Any) -> bool:
+  """Whether `x` is an array or a number."""
+  return is_array(x) or isinstance(x, NUMBERS)
+
+
+def as_array(x: Any, *, copy: bool = True) -> jax.Array:
+  """`x` as a JAX array with a dtype of its own.
+
+  Weak types are dropped: JAX >= 0.11 drops them from Refs, and a state that is weak before the
+  first step and strong after it compiles twice.
+  """
+  x = jnp.array(x, copy=copy) if not isinstance(x, jax.Array) or copy else x
+  return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+
+
+def needs_guard(x: Any) -> bool:
+  """Whether a tangent may hide in `x`: a tracer of a floating-point or complex array."""
+  return _jax.is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _guard(x, origin):
+  """The identity, for values without a tangent; a Ref would drop the tangent in silence."""
+  return x
+
+
+def _guard_jvp(origin, primals, tangents):
+  if not isinstance(tangents[0], SymbolicZero):
+    raise DifferentiatedWriteError.tangent(str(origin))
+  return primals[0], tangents[0]
+
+
+_guard.defjvp(_guard_jvp, symbolic_zeros=True)
+
+
+def stored(x: jax.Array, origin: Any, *, detached: bool, hijax: bool) -> jax.Array:
+  """`x` as it may be stored: detached types store no tangent, Refs refuse one, arrays keep it."""
+  if not needs_guard(x):
+    return x
+  if detached:
+    return jax.lax.stop_gradient(x)
+  return _guard(x, origin) if hijax else x
+
+
+def fit(value: Any, want: Any, origin: Any) -> jax.Array:
+  """`value` with the shape and dtype of the cell `want`.
+
+  Numbers and weakly typed arrays take the cell's dtype where that loses no kind (an int for a
+  float cell, not a float for an int cell); shapes broadcast as in NumPy's `a[...] = x`.
+
+  Raises:
+    ShapeMismatchError: it does not fit.
+  """
+  x = fit_dtype(value, want, origin)
+  if x.shape == want.shape:
+    return x
+  given, lead = x, x.ndim - len(want.shape)
+  if lead > 0 and x.shape[:lead] == (1,) * lead:
+    x = x.reshape(x.shape[lead:])
+  try:
+    return jnp.broadcast_to(x, want.shape)
+  except ValueError:
+    raise ShapeMismatchError.write(origin, want, given) from None
+
+
+def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array:
+  """`value` as an array of the cell's dtype; raises ShapeMismatchError if that loses a kind."""
+  if not is_array_like(value):
+    raise ShapeMismatchError.not_an_array(origin, want, value)
+  weak = isinstance(value, bool | int | float | complex) or getattr(value, "weak_type", False)
+  x = value if isinstance(value, jax.Array) else jnp.array(value)
+  if x.dtype != want.dtype:
+    if not weak or not _widens(x, want.dtype):
+      raise ShapeMismatchError.dtype(origin, want, x)
+    return x.astype(want.dtype)
+  return jax.lax.convert_element_type(x, x.dtype) if weak else x
+
+
+def _widens(x: jax.Array, dtype: Any) -> bool:
+  """Whether a number like `x` becomes a `dtype` without losing its kind (bool < int < float)."""
+  kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+  rank = lambda d: next((i for i, kind in enumerate(kinds) if jnp.issubdtype(d, kind)), -1)  # noqa: E731
+  return 0 <= rank(x.dtype) <= rank(dtype)
+
+
+def fit_index(old: jax.Array, index: Any, value: Any, origin: Any) -> jax.Array:
+  """`old` with `value` at `index`, as `a[index] = value` of NumPy."""
+  x = fit_dtype(value, old, origin)
+  try:
+    return old.at[index].set(x)
+  except ValueError as error:
+    if "broadcast" not in str(error):
+      raise
+    raise ShapeMismatchError.index(origin, old, index, x) from error
+
+
+def write_ref(ref: jax.Ref, value: jax.Array, given: Any, origin: Any) -> None:
+  """Store `value` in `ref`. What the user gave is copied: a later step donates the buffer."""
+  if value is given and not _jax.is_tracer(value):
+    value = value.copy()
+  try:
+    _jax.write_cell(ref, value)
+  except Exception as error:
+    if _jax.is_batched_write_refusal(error):
+      raise SharedWriteError.vmap(origin) from error
+    raise

@@ -1,0 +1,531 @@
+"""Variable: a typed, named handle to one storage cell, and the types of Variables.
+
+A Variable is a pytree node of its own: its one child is the cell, its metadata is static. Several
+handles may share a cell (after `split`, inside a transform); what one writes, all see.
+"""
+
+import copy as copylib
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+
+from refax import _jax, config
+from refax.core import storage, text
+from refax.core.array_protocol import ArrayProtocol, unwrap
+from refax.core.epoch import epoch
+from refax.errors import (
+  DifferentiatedWriteError,
+  StaticAttributeError,
+  TraceContextError,
+  TreeMismatchError,
+)
+from refax.typing import path_str
+
+A = TypeVar("A")
+_SLOTS = frozenset(("_cell", "_def", "_trace"))
+_PACKAGE = __file__.rsplit("/core/", 1)[0]
+
+
+class Origin:
+  """Where a Variable was created and where it lives in its model, for messages."""
+
+  __slots__ = ("code", "kind", "line", "name", "owner")
+
+  def __init__(self, kind: str):
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+      frame = frame.f_back
+    self.kind = kind
+    self.code = frame.f_code
+    self.line = frame.f_lineno
+    self.owner: weakref.ref | None = None
+    self.name: Any = None
+
+  def moved(self) -> "Origin":
+    """The same place of creation, for a Variable that will live in another object."""
+    new = object.__new__(Origin)
+    new.kind, new.code, new.line, new.owner, new.name = self.kind, self.code, self.line, None, None
+    return new
+
+  def path(self) -> str:
+    """The path from the root of the model, `Block.linear.kernel`, as far as it is known."""
+    parts, owner, name = [], self.owner, self.name
+    while owner is not None and (node := owner()) is not None and len(parts) < 32:
+      parts.append(name)
+      owner, name, root = *node._pytree.home, type(node).__name__
+      if owner is None or owner() is None:
+        return root + path_str(tuple(reversed(parts)))
+    return path_str(tuple(reversed(parts))) or "(a Variable outside any Module)"
+
+  def __str__(self) -> str:
+    file = self.code.co_filename.rsplit("/", 1)[-1]
+    return f"{self.path()}  ({self.kind}, created at {file}:{self.line})"
+
+
+class VariableDef:
+  """The static half of a Variable: its metadata. Equality ignores what is only for messages.
+
+  `selected` marks a Variable that is being differentiated, so that a write to it is an error even
+  in a nested transform. It takes no part in equality either: inside a loss, the parameters must
+  still `jax.tree.map` together with those of another model.
+  """
+
+  __slots__ = ("items", "metadata", "origin", "selected", "_hash")
+
+  def __init__(self, metadata: dict[str, Any], origin: Origin, selected: bool = False):
+    for name, value in metadata.items():
+      try:
+        hash(value)
+      except TypeError:
+        raise StaticAttributeError.metadata(name, value) from None
+    self.metadata = metadata
+    self.items = tuple((k, type(v), v) for k, v in sorted(metadata.items()))
+    self._hash = hash(self.items)
+    self.origin = origin
+    self.selected = selected
+
+  def as_selected(self) -> "VariableDef":
+    """The same, for a Variable that is being differentiated."""
+    return VariableDef(self.metadata, self.origin, selected=True)
+
+  def elsewhere(self) -> "VariableDef":
+    """The same, for a Variable with a cell of its own in another object."""
+    return VariableDef(self.metadata, self.origin.moved())
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other) -> bool:
+    return self is other or (isinstance(other, VariableDef) and self.items == other.items)
+
+  def __repr__(self) -> str:
+    return f"VariableDef({self.metadata})"
+
+
+class Writes(NamedTuple):
+  """A checked write: (Ref, new value, what the user gave), and the cell afterwards."""
+
+  refs: list[tuple[Any, jax.Array, Any]]
+  cell: Any
+
+
+class Variable(ArrayProtocol, Generic[A]):
+  """A typed handle to one storage cell that is read and written like an array.
+
+  Args:
+    value: a number, a NumPy or JAX array, or a pytree of these; copied into the cell.
+    is_hijax: True for a `jax.Ref` cell that JAX transforms update in place, False for a plain
+      array; by default what `nnx.use_hijax` says.
+    **metadata: hashable facts about the Variable (a `tag`, a sharding); read as attributes.
+
+  Raises:
+    StaticAttributeError: a value in the metadata is not hashable, or `value` is a `jax.Ref`.
+
+  >>> from refax import nnx; import jax
+  >>> count = nnx.Variable(0)
+  >>> @jax.jit
+  ... def increment(count):
+  ...   count[...] += 1
+  >>> increment(count); increment(count)
+  >>> int(count)
+  2
+  """
+
+  __slots__ = ("_cell", "_def", "_trace", "__weakref__")
+  _cell: Any
+  _def: VariableDef
+  _trace: Any
+
+  detached: ClassVar[bool] = False
+  """Whether what is stored carries no gradient, by definition of the type."""
+
+  def __init__(self, value: A, *, is_hijax: bool | None = None, **metadata: Any):
+    value = cast(A, unwrap(value))
+    if any(_jax.is_ref(leaf) for leaf in jax.tree.leaves(value)):
+      raise StaticAttributeError.ref()
+    self._def = VariableDef(metadata, Origin(type(self).__name__))
+    self._trace = _jax.trace_state()
+    self._cell = self._new_cell(value, config.using_hijax() if is_hijax is None else is_hijax)
+
+  def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    _register(cls)
+
+  def _new_cell(self, value: Any, hijax: bool) -> Any:
+    leaves, treedef = jax.tree.flatten(value)
+    hijax = hijax and all(map(storage.is_array_like, leaves))
+
+    def new(leaf):
+      if not storage.is_array_like(leaf):
+        return leaf
+      leaf = storage.as_array(leaf)
+      leaf = storage.stored(leaf, self._def.origin, detached=self.detached, hijax=hijax)
+      return _jax.new_cell(leaf) if hijax else leaf
+
+    return treedef.unflatten(map(new, leaves))
+
+  @classmethod
+  def _handle(cls, cell: Any, definition: VariableDef) -> "Variable":
+    """A Variable on an existing cell; validates nothing."""
+    self = object.__new__(cls)
+    self._cell = cell
+    self._def = definition
+    self._trace = _jax.trace_state()
+    return self
+
+  # storage
+  @property
+  def is_hijax(self) -> bool:
+    """Whether the cell is a `jax.Ref`, updated in place by JAX transforms."""
+    cell = self._cell
+    return _jax.is_ref(cell) or (
+      not isinstance(cell, jax.Array) and any(map(_jax.is_ref, jax.tree.leaves(cell)))
+    )
+
+  def get_raw_value(self) -> Any:
+    """The cell itself: a `jax.Ref` (hijax), an array (lojax), or a pytree of them."""
+    return self._cell
+
+  def set_raw_value(self, cell: Any) -> None:
+    """Replace the cell, without a check of shape or dtype."""
+    if _jax.is_ref(cell) or self.is_hijax:
+      epoch.bump()  # sharing is seen by the identity of Refs
+    self._cell = cell
+
+  def get_value(self, *, index: Any = ...) -> Any:
+    """The value, or its part at `index`, as arrays that no later step changes or donates."""
+    cell = self._cell
+    if _jax.is_ref(cell):
+      value = _jax.read_cell(cell)
+    elif isinstance(cell, jax.Array):
+      value = cell
+    else:
+      value = jax.tree.map(lambda c: _jax.read_cell(c) if _jax.is_ref(c) else c, cell)
+    return value if index is ... else value[unwrap(index)]
+
+  def set_value(self, value: A | Any, *, index: Any = ...) -> None:
+    """Write the value, or its part at `index`; the shape and dtype stay those of the cell.
+
+    Raises:
+      ShapeMismatchError: the value does not broadcast to the cell or has another dtype.
+      TreeMismatchError: a hijax Variable that holds a pytree got another structure.
+      TraceContextError: a lojax Variable is written inside a transform that it came to by closure.
+      DifferentiatedWriteError: the Variable, or the value, is being differentiated.
+    """
+    self.commit(self.prepare(value, index=index))
+
+  def prepare(self, value: Any, *, index: Any = ...) -> "Writes":
+    """Check a write and convert its value; `commit` then cannot fail half-way."""
+    value = jax.tree.map(unwrap, value, is_leaf=is_variable)
+    self._check_writable()
+    if index is not ...:
+      value = self._indexed(unwrap(index), value)
+    cells, treedef = jax.tree.flatten(self._cell)
+    values, got = jax.tree.flatten(value)
+    if treedef != got:
+      if self.is_hijax:
+        raise TreeMismatchError.value(self._def.origin, treedef, got)
+      return Writes([], self._new_cell(value, hijax=False))
+    new = list(map(self._fit, cells, values))
+    if cells and _jax.is_ref(cells[0]):
+      return Writes(list(zip(cells, new, values, strict=True)), self._cell)
+    return Writes([], treedef.unflatten(new))
+
+  def commit(self, writes: "Writes") -> None:
+    """Store what `prepare` has checked."""
+    for ref, new, given in writes.refs:
+      storage.write_ref(ref, new, given, self._def.origin)
+    if writes.cell is not self._cell:
+      self._cell = writes.cell
+
+  def _fit(self, cell: Any, value: Any) -> Any:
+    """`value` as it will be stored in `cell`; nothing is written yet."""
+    hijax = _jax.is_ref(cell)
+    if not hijax and not (storage.is_array(cell) and storage.is_array_like(value)):
+      return value
+    new = storage.fit(value, cell, self._def.origin)
+    return storage.stored(new, self._def.origin, detached=self.detached, hijax=hijax)
+
+  def _indexed(self, index: Any, value: Any) -> Any:
+    old = self.get_value()
+    if isinstance(old, jax.Array):
+      return storage.fit_index(old, index, value, self._def.origin)
+    new = copylib.copy(old)
+    new[index] = value
+    return new
+
+  def _check_writable(self) -> None:
+    if self._def.selected:
+      raise DifferentiatedWriteError.selected(self._def.origin)
+    if not self.is_hijax and self._trace != _jax.trace_state():
+      raise TraceContextError.variable(self._def.origin)
+
+  def __delitem__(self, index) -> None:
+    value = copylib.copy(self.get_value())
+    del value[index]
+    self.set_value(value)
+
+  # facts that need no read
+  def _aval(self) -> Any:
+    cell = self._cell
+    return cell if _jax.is_ref(cell) or isinstance(cell, jax.Array) else self.get_value()
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the array."""
+    return self._aval().shape
+
+  @property
+  def dtype(self) -> Any:
+    """The dtype of the array."""
+    return self._aval().dtype
+
+  @property
+  def ndim(self) -> int:
+    """The number of axes."""
+    return len(self._aval().shape)
+
+  @property
+  def size(self) -> int:
+    """The number of elements."""
+    return self._aval().size
+
+  @property
+  def nbytes(self) -> int:
+    """The number of bytes of all elements."""
+    return self.size * self.dtype.itemsize
+
+  @property
+  def sharding(self) -> Any:
+    """How the array is laid out over devices."""
+    return self._aval().sharding
+
+  # metadata
+  def get_metadata(self, name: str | None = None, default: Any = None) -> Any:
+    """The metadata as a dict, or one entry of it."""
+    metadata = self._def.metadata
+    return dict(metadata) if name is None else metadata.get(name, default)
+
+  def set_metadata(self, **metadata: Any) -> None:
+    """Add to the metadata, or change it."""
+    self._check_writable()
+    self._def = VariableDef(
+      self._def.metadata | metadata, self._def.origin, selected=self._def.selected
+    )
+
+  def has_metadata(self, name: str) -> bool:
+    """Whether the metadata has an entry `name`."""
+    return name in self._def.metadata
+
+  def __getattr__(self, name: str) -> Any:
+    if name.startswith("_"):
+      raise AttributeError(name)
+    metadata = self._def.metadata
+    if name in metadata:
+      return metadata[name]
+    if name == "value":
+      raise AttributeError("Variables have no `.value`: read with v[...], write with v[...] = x")
+    if not hasattr(jax.Array, name) and isinstance(self._cell, jax.Array | jax.Ref):
+      raise AttributeError(f"{type(self).__name__} has no attribute or metadata {name!r}")
+    return getattr(self.get_value(), name)
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    if name in _SLOTS or isinstance(getattr(type(self), name, None), property):
+      object.__setattr__(self, name, value)
+      return
+    fix = f"for metadata: v.set_metadata({name}=...)" if name != "value" else "write v[...] = x"
+    raise AttributeError(f"cannot set {name!r} of a {type(self).__name__}; {fix}")
+
+  # copies
+  def with_storage(self, hijax: bool) -> "Variable":
+    """A copy with a cell of its own of this kind; metadata and origin are kept."""
+    new = self._handle(None, self._def.elsewhere())
+    new._cell = new._new_cell(self.get_value(), hijax)
+    return new
+
+  def copy(self, value: Any = ..., **metadata: Any) -> "Variable":
+    """A Variable with a cell of its own, with this value or another, and this metadata.
+
+    >>> from refax import nnx
+    >>> a = nnx.Param(1.0); b = a.copy(); b[...] = 2.0
+    >>> float(a), float(b)
+    (1.0, 2.0)
+    """
+    metadata = self._def.metadata | metadata
+    new = self._handle(None, VariableDef(metadata, self._def.origin.moved()))
+    value = self.get_value() if value is ... else value
+    new._cell = new._new_cell(unwrap(value), self.is_hijax)
+    return new
+
+  replace = copy
+
+  def __copy__(self) -> "Variable":
+    return self._handle(self._cell, self._def)
+
+  def __deepcopy__(self, memo) -> "Variable":
+    memo[id(self)] = new = self.copy()
+    return new
+
+  def __getstate__(self) -> dict[str, Any]:
+    is_key = jax.dtypes.prng_key
+    value = jax.tree.map(
+      lambda x: _PickledKey(x) if jnp.issubdtype(getattr(x, "dtype", None), is_key) else x,
+      self.get_value(),
+    )
+    return {"value": value, "is_hijax": self.is_hijax, "metadata": self._def.metadata}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    is_key = lambda x: isinstance(x, _PickledKey)  # noqa: E731
+    value = jax.tree.map(lambda x: x.key() if is_key(x) else x, state["value"], is_leaf=is_key)
+    self._def = VariableDef(state["metadata"], Origin(type(self).__name__))
+    self._trace = _jax.trace_state()
+    self._cell = self._new_cell(value, state["is_hijax"])
+
+  def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
+    value = jax.tree.map(_shown, self._cell)
+    items = [("value=", value)]
+    items += [(f"{name}=", v) for name, v in self._def.metadata.items()]
+    if self.is_hijax:
+      items.append(("is_hijax=", True))
+    n, nbytes = text.size(self._cell)
+    comment = text.count(n, nbytes) if n and not style.shapes else ""
+    return text.Parts(f"{type(self).__name__}(", comment, items, ")"), style
+
+  def __repr__(self) -> str:
+    return text.render(self)
+
+  __str__ = __repr__
+
+
+def _shown(cell: Any) -> Any:
+  """What is printed for a cell: its value, or its type where a read would be traced."""
+  if not _jax.is_ref(cell):
+    return cell
+  return _jax.peek_cell(cell) if not _jax.is_tracer(cell) else text.Tracer(cell)
+
+
+class _PickledKey:
+  """A typed PRNG key as its bits and the name of its implementation; JAX cannot pickle keys."""
+
+  def __init__(self, key: jax.Array):
+    self.data = jax.random.key_data(key)
+    self.impl = str(jax.random.key_impl(key))
+
+  def key(self) -> jax.Array:
+    return jax.random.wrap_key_data(self.data, impl=self.impl)
+
+
+class CellKey:
+  """The step of a key path from a Variable to its cell: nothing to show."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    return ""
+
+  def __hash__(self) -> int:
+    return hash(CellKey)
+
+  def __eq__(self, other) -> bool:
+    return isinstance(other, CellKey)
+
+  __repr__ = __str__
+
+
+_CELL_KEY = CellKey()
+
+
+def _register(cls: type[Variable]) -> None:
+  def flatten(v: Variable):
+    return (v._cell,), v._def
+
+  def flatten_with_keys(v: Variable):
+    return ((_CELL_KEY, v._cell),), v._def
+
+  def unflatten(definition: VariableDef, children) -> Variable:
+    return cls._handle(children[0], definition)
+
+  jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+_register(Variable)
+
+
+class Param(Variable[A]):
+  """A trainable parameter: what `nnx.grad` differentiates by default.
+
+  >>> from refax import nnx
+  >>> nnx.Param([1.0, 2.0]).shape
+  (2,)
+  """
+
+
+class BatchStat(Variable[A]):
+  """A running statistic. Detached: what is written to it carries no gradient.
+
+  >>> from refax import nnx
+  >>> nnx.BatchStat(0.0).detached
+  True
+  """
+
+  detached = True
+
+
+class Cache(Variable[A]):
+  """Memory between calls, as of an autoregressive decoder.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> cache = nnx.Cache(jnp.zeros(3)); cache[1] = 5.0
+  >>> cache[...].tolist()
+  [0.0, 5.0, 0.0]
+  """
+
+
+class Intermediate(Variable[A]):
+  """A value from inside a model, kept by `Module.sow`.
+
+  >>> from refax import nnx
+  >>> nnx.Intermediate((1.0, 2.0))[1]
+  Array(2., dtype=float32)
+  """
+
+
+class Perturbation(Intermediate[A]):
+  """A zero added to an intermediate value, whose gradient is that of the value.
+
+  >>> from refax import nnx
+  >>> issubclass(nnx.Perturbation, nnx.Intermediate)
+  True
+  """
+
+
+def is_variable(x: Any) -> bool:
+  """Whether `x` is a Variable; for `is_leaf=`."""
+  return isinstance(x, Variable)
+
+
+def identity(v: Variable) -> int:
+  """What two Variables have in common exactly when they share a cell."""
+  cell = v._cell
+  if not _jax.is_ref(cell) and not isinstance(cell, jax.Array):
+    cell = next((leaf for leaf in jax.tree.leaves(cell) if _jax.is_ref(leaf)), None)
+  return id(cell) if _jax.is_ref(cell) else id(v)
+
+
+def map_variables(fn: Callable[[Variable], Any], tree: Any) -> Any:
+  """`tree` with every Variable replaced by `fn(variable)`, once for each cell."""
+  done: dict[int, tuple[Variable, Any]] = {}
+
+  def once(x):
+    if not isinstance(x, Variable):
+      return x
+    key = identity(x)
+    if key not in done:
+      done[key] = (x, fn(x))
+    return done[key][1]
+
+  return jax.tree.map(once, tree, is_leaf=is_variable)

@@ -1,0 +1,337 @@
+"""What Refax raises. Every error says what is wrong, where, what came, and what to do.
+
+    RefaxError
+    ├── ShapeMismatchError        (ValueError)   an array of another shape or dtype than expected
+    ├── TreeMismatchError         (ValueError)   two structures that should be alike are not
+    ├── FilterError               (ValueError)   filters that do not cover, or do not make sense
+    ├── StaticAttributeError      (TypeError)    an attribute that can be neither data nor static
+    ├── TraceContextError         (RuntimeError) a write from inside a transform that would leak
+    ├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
+    ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
+    ├── AliasError                (ValueError)   one cell in two places that must be apart
+    ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
+    ├── RngKeyError               (ValueError)   neither a seed nor a PRNG key
+    └── MissingArgumentError      (TypeError)    a layer that was not told what it needs
+"""
+
+from typing import Any
+
+from refax.typing import describe
+
+
+class RefaxError(Exception):
+  """The base of all errors that Refax raises itself.
+
+  Args:
+    what: one line, what is wrong.
+    at: where, as a path in the model.
+    got: what came.
+    fix: what to write instead.
+  """
+
+  def __init__(self, what: str, *, at: Any = "", got: str = "", fix: str = ""):
+    lines = [what]
+    lines += [f"  {k} {v}" for k, v in (("at: ", at), ("got:", got), ("fix:", fix)) if v]
+    super().__init__("\n".join(lines))
+
+  def __str__(self) -> str:
+    return self.args[0]
+
+
+class ShapeMismatchError(RefaxError, ValueError):
+  """An array has another shape or dtype than what it is written to, or was built for."""
+
+  @classmethod
+  def write(cls, origin: Any, want: Any, x: Any):
+    return cls(
+      "a Variable keeps its shape and dtype",
+      at=origin,
+      got=f"{describe(x)}, the Variable holds {describe(want)}",
+      fix=f"write an array of shape {want.shape}, or assign a new nnx.{origin.kind}",
+    )
+
+  @classmethod
+  def dtype(cls, origin: Any, want: Any, x: Any):
+    return cls(
+      "a Variable keeps its shape and dtype",
+      at=origin,
+      got=f"{describe(x)}, the Variable holds {describe(want)}",
+      fix=f"write x.astype('{want.dtype}'), or assign a new nnx.{origin.kind}",
+    )
+
+  @classmethod
+  def not_an_array(cls, origin: Any, want: Any, got: Any):
+    return cls(
+      "a Variable that holds an array can hold nothing else",
+      at=origin,
+      got=f"{type(got).__name__} ({_short(got)}), the Variable holds {describe(want)}",
+      fix="write an array or a number; keep other objects in an attribute",
+    )
+
+  @classmethod
+  def index(cls, origin: Any, want: Any, index: Any, x: Any):
+    return cls(
+      "the value does not fit the indexed part of the Variable",
+      at=origin,
+      got=f"{describe(x)} for [{_short(index)}] of {describe(want)}",
+      fix="write an array that broadcasts to the shape of the indexed part",
+    )
+
+  @classmethod
+  def last_axis(cls, layer: str, want: int, x: Any):
+    return cls(
+      f"{layer} maps vectors of size {want}",
+      got=f"an input of shape {x.shape}",
+      fix=f"make the last axis {want}, or build {layer} with the input's size",
+    )
+
+
+class TreeMismatchError(RefaxError, ValueError):
+  """Two structures that should be alike are not."""
+
+  @classmethod
+  def value(cls, at: Any, want: Any, got: Any):
+    return cls(
+      "a hijax Variable keeps the structure of its value",
+      at=at,
+      got=f"{got}, the Variable holds {want}",
+      fix="write a value of the same structure, or assign a new Variable",
+    )
+
+  @classmethod
+  def merge(cls, missing: list[str], unexpected: list[str]):
+    parts = []
+    if missing:
+      parts.append(f"no value for {', '.join(missing)}")
+    if unexpected:
+      parts.append(f"no place for {', '.join(unexpected)}")
+    return cls(
+      "the states do not fit the GraphDef",
+      got="; ".join(parts),
+      fix="pass all the states that nnx.split returned, in any order",
+    )
+
+  @classmethod
+  def no_place(cls, path: str, node: str):
+    return cls(
+      f"the state has a value for which {node} has no place",
+      at=path,
+      got="a path whose parent is not a Module, List or Dict",
+      fix="update with a state of the same structure, or build the part first",
+    )
+
+  @classmethod
+  def sow(cls, module: str, name: str, kind: type, old: Any):
+    return cls(
+      f"the attribute is not a {kind.__name__} that could take the value",
+      at=f"{module}.{name}",
+      got=f"{type(old).__name__}",
+      fix="sow under another name, or remove the attribute (nnx.pop)",
+    )
+
+  @classmethod
+  def gradients(cls, path: str, got: str):
+    return cls(
+      "the gradients do not have the structure of the parameters",
+      at=path,
+      got=got,
+      fix="compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with",
+    )
+
+
+class FilterError(RefaxError, ValueError):
+  """Filters that do not cover what they split, or that make no sense."""
+
+  @classmethod
+  def remainder(cls, paths: list[str]):
+    shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return cls(
+      "the filters do not cover everything",
+      got=f"nothing matches {shown}",
+      fix="add a filter, or `...` as the last one for all the rest",
+    )
+
+  @classmethod
+  def not_last(cls, index: int, count: int):
+    return cls(
+      "`...` matches all that is left, so it comes last",
+      got=f"`...` as filter {index} of {count}",
+      fix="move it to the end",
+    )
+
+  @classmethod
+  def none(cls, function: str):
+    return cls(
+      f"{function} takes at least one filter",
+      got="no filter",
+      fix=f"say what is meant: {function}(model, nnx.Intermediate), or `...` for everything",
+    )
+
+  @classmethod
+  def unknown(cls, filter: Any):
+    return cls(
+      "this is not a filter",
+      got=f"{type(filter).__name__} ({_short(filter)})",
+      fix="use a Variable type, a tag as a string, `...`, a predicate(path, value), "
+      "a tuple of filters, or nnx.OfType/PathContains/PathIn/WithTag/Any/All/Not",
+    )
+
+  @classmethod
+  def attributes(cls, names: list[str], module: str):
+    return cls(
+      f"no Module in {module} has these attributes",
+      got=", ".join(names),
+      fix="check the names, or pass raise_if_not_found=False",
+    )
+
+
+class StaticAttributeError(RefaxError, TypeError):
+  """A value that can be neither data nor part of the static structure."""
+
+  @classmethod
+  def unhashable(cls, at: str, value: Any):
+    return cls(
+      "a static attribute must be hashable, for it is part of what jax.jit compiles for",
+      at=at,
+      got=f"{type(value).__name__} ({_short(value)})",
+      fix="wrap it: nnx.data(value) if it holds arrays, else make it hashable (a tuple, a str)",
+    )
+
+  @classmethod
+  def metadata(cls, name: str, value: Any):
+    return cls(
+      "metadata of a Variable must be hashable, for it is part of what jax.jit compiles for",
+      at=name,
+      got=f"{type(value).__name__} ({_short(value)})",
+      fix="make it hashable: a tuple instead of a list, a str instead of an object",
+    )
+
+  @classmethod
+  def ref(cls):
+    return cls(
+      "a Variable makes its own Ref",
+      got="a jax.Ref as the value",
+      fix="pass the array: nnx.Variable(ref[...])",
+    )
+
+
+class TraceContextError(RefaxError, RuntimeError):
+  """A write from inside a transform to an object from outside it: a tracer would leak."""
+
+  @classmethod
+  def variable(cls, at: Any):
+    return cls(
+      "a lojax Variable from outside a transform cannot be written inside it",
+      at=at,
+      got="a write from another trace than the one where the Variable was made",
+      fix="pass it as an argument and return it, or use a hijax Variable (nnx.to_hijax)",
+    )
+
+  @classmethod
+  def attribute(cls, at: Any):
+    return cls(
+      "an object from outside a transform cannot change its structure inside it",
+      at=at,
+      got="an attribute set from another trace than the one where the object was made",
+      fix="keep what changes in a Variable and write that (self.count[...] = x), "
+      "or pass the object through nnx.jit",
+    )
+
+
+class SharedWriteError(RefaxError, RuntimeError):
+  """A write under `jax.vmap` to a Variable that is shared by all that is mapped."""
+
+  @classmethod
+  def vmap(cls, at: Any):
+    return cls(
+      "jax.vmap cannot write one Variable for all elements of the batch",
+      at=at,
+      got="a write to a Variable that came by closure or with in_axes=None",
+      fix="pass the model as a mapped argument, with an axis on this Variable "
+      "(for Rngs: rngs.split(n))",
+    )
+
+
+class DifferentiatedWriteError(RefaxError, TypeError):
+  """A write through which a gradient would flow, and be lost."""
+
+  @classmethod
+  def tangent(cls, at: Any):
+    return cls(
+      "a value that is being differentiated was written to a Variable, its gradient would be lost",
+      at=at,
+      got="a value that depends on what jax.grad differentiates",
+      fix="write jax.lax.stop_gradient(x), or use a type without gradients (nnx.BatchStat)",
+    )
+
+  @classmethod
+  def selected(cls, at: Any):
+    return cls(
+      "a Variable cannot be written while it is differentiated",
+      at=at,
+      got="a write inside a function whose gradient is taken with respect to it",
+      fix="write it after the gradient, or leave it out with wrt=",
+    )
+
+
+class AliasError(RefaxError, ValueError):
+  """One cell in two places that must be apart."""
+
+  @classmethod
+  def gradient(cls, at: str, first: int, second: int):
+    return cls(
+      "one Variable is in two differentiated arguments",
+      at=at,
+      got=f"the same Variable in argument {first} and in argument {second}",
+      fix="differentiate one argument that holds both",
+    )
+
+
+class MissingRngError(RefaxError, AttributeError, KeyError):
+  """A random stream that was not given."""
+
+  @classmethod
+  def stream(cls, name: str, known: list[str]):
+    return cls(
+      f"no random stream {name!r}",
+      got=f"Rngs with the streams {', '.join(known) or '(none)'}",
+      fix=f"nnx.Rngs(0) for a default stream, or nnx.Rngs({name}=0)",
+    )
+
+  @classmethod
+  def layer(cls, layer: str, name: str):
+    return cls(
+      f"{layer} needs random numbers",
+      got="no rngs, neither when it was built nor when it was called",
+      fix=f"build it with rngs=nnx.Rngs({name}=0), call it with rngs=, or model.eval()",
+    )
+
+
+class RngKeyError(RefaxError, ValueError):
+  """Something that is no seed and no PRNG key."""
+
+  @classmethod
+  def value(cls, tag: str, key: Any):
+    return cls(
+      "a random stream starts from a seed or a PRNG key",
+      at=tag,
+      got=f"{describe(key)} ({_short(key)})",
+      fix="pass an int, or jax.random.key(seed)",
+    )
+
+
+class MissingArgumentError(RefaxError, TypeError):
+  """A layer that was not told what it needs."""
+
+  @classmethod
+  def flag(cls, layer: str, name: str):
+    return cls(
+      f"{layer} was not told {name}",
+      got="None, both when it was built and when it was called",
+      fix=f"pass {name}=True or False, or call model.train() / model.eval()",
+    )
+
+
+def _short(x: Any) -> str:
+  text = " ".join(repr(x).split())
+  return text if len(text) <= 60 else text[:57] + "..."

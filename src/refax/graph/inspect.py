@@ -1,0 +1,84 @@
+"""Looking at an object: what is in it, what is shared, and a copy with every leaf mapped."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from refax.core.filters import Filter, to_predicate
+from refax.core.flatten import Node, Walk, flatten, unflatten, walk_graph, walk_nodes
+from refax.core.module import Module
+from refax.core.variable import Variable
+from refax.typing import Key, Path
+
+
+def iter_graph(node: Any, /) -> Iterator[tuple[Path, Any]]:
+  """(path, value) of everything in an object, children before parents, shared things once.
+
+  >>> from refax import nnx
+  >>> [p for p, v in nnx.iter_graph(nnx.Dropout(0.5)) if isinstance(v, float)]
+  [('rate',)]
+  """
+  return walk_graph(node)
+
+
+def iter_modules(module: Any, /) -> Iterator[tuple[Path, Module]]:
+  """(path, Module) of every Module in an object and itself, children before parents.
+
+  >>> from refax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(1, 2, rngs=nnx.Rngs(0)))
+  >>> [(path, type(m).__name__) for path, m in nnx.iter_modules(model)]
+  [(('layers', 0), 'Linear'), (('layers',), 'List'), ((), 'Sequential')]
+  """
+  return ((path, node) for path, node in walk_nodes(module) if isinstance(node, Module))
+
+
+def iter_children(node: Node, /) -> Iterator[tuple[Key, Any]]:
+  """(key, child) of the Pytrees and Variables that are attributes of an object.
+
+  >>> from refax import nnx
+  >>> [key for key, _ in nnx.iter_children(nnx.Linear(1, 2, rngs=nnx.Rngs(0)))]
+  ['bias', 'kernel']
+  """
+  return ((key, x) for key, x, _ in node._entries() if isinstance(x, Node | Variable))
+
+
+def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[Path]]:
+  """The paths of each Variable or Pytree that is reached in several places.
+
+  Sharing inside one object needs no care: it just works. Two arguments of a plain `jax.jit`
+  must not share.
+
+  Args:
+    node: any pytree of Modules and Variables.
+    only: a filter on (path, value) of what is looked at.
+
+  Returns:
+    A list of paths for each thing that is shared.
+
+  >>> from refax import nnx
+  >>> class Tied(nnx.Pytree):
+  ...   def __init__(self):
+  ...     self.a = nnx.Variable(0); self.b = self.a
+  >>> nnx.find_duplicates(Tied())
+  [[('a',), ('b',)]]
+  """
+  predicate, walk = to_predicate(only), Walk()
+  graphdef = walk.graphdef(walk.entry(node))
+  places: dict[tuple, list[Path]] = {}
+  for path, entry in graphdef.walk():
+    value = walk.value(entry)
+    if isinstance(value, Node | Variable) and predicate(path, value):
+      places.setdefault(entry, []).append(path)
+  return [paths for paths in places.values() if len(paths) > 1]
+
+
+def map(fn: Callable[[Path, Any], Any], node: Any, /) -> Any:  # noqa: A001  the name of the API
+  """A copy of an object with `fn(path, leaf)` in place of each Variable and array.
+
+  >>> from refax import nnx
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  >>> nnx.map(lambda path, v: v.shape, model).kernel
+  (2, 3)
+  """
+  flat = flatten(node)
+  leaves = [fn(path, leaf) for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True)]
+  return unflatten(flat.graphdef, leaves)[0]

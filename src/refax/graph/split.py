@@ -1,0 +1,254 @@
+"""split, merge and update: an object as a GraphDef and States, and back.
+
+The Variables of a State are handles of their own on the same cells: in hijax mode a write through
+either is seen by both; in lojax mode they hold the same immutable array.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from refax.core.array_protocol import unwrap
+from refax.core.containers import Dict, List
+from refax.core.filters import Filter
+from refax.core.flatten import GraphDef, Node, flatten, region_items, unflatten, walk_nodes
+from refax.core.variable import Variable, identity, is_variable, map_variables
+from refax.errors import FilterError, TreeMismatchError
+from refax.graph.state import State, from_flat_state, partition, to_flat_state
+from refax.typing import Path, path_str
+
+
+def _handles(leaves: Any) -> list[Any]:
+  return [copy.copy(x) if isinstance(x, Variable) else x for x in leaves]
+
+
+def split(node: Any, *filters: Filter) -> tuple[Any, ...]:
+  """Split an object into its static structure and its state.
+
+  Args:
+    node: a Module, Pytree, Variable, or any pytree of these.
+    *filters: one State is returned for each; without any, one State with everything.
+
+  Returns:
+    `(graphdef, state, ...)`. What is shared is in the State once, at the first of its paths.
+
+  Raises:
+    FilterError: something matches none of the filters.
+
+  >>> from refax import nnx
+  >>> graphdef, params, rest = nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Param, ...)
+  >>> list(params), list(rest)
+  (['bias', 'scale'], ['mean', 'var'])
+  """
+  flat = flatten(node)
+  pairs = list(zip(flat.graphdef.paths, _handles(flat.leaves), strict=True))
+  states = map(_state, partition(pairs, filters or (...,)))
+  return (flat.graphdef, *states)
+
+
+def _state(pairs: list[tuple[Path, Any]]) -> Any:
+  """A State; for a Variable or an array that is the whole object, the leaf itself."""
+  return pairs[0][1] if len(pairs) == 1 and pairs[0][0] == () else from_flat_state(pairs)
+
+
+def _flat(state: Any) -> list[tuple[Path, Any]]:
+  return list(to_flat_state(state)) if isinstance(state, State | Mapping) else [((), state)]
+
+
+def merge(graphdef: GraphDef, /, *states: Any) -> Any:
+  """The object that `split` took apart.
+
+  Args:
+    graphdef: the static structure.
+    *states: the States, in any order; leaves are Variables, or arrays.
+
+  Returns:
+    A new object. In hijax mode its cells are those of the States.
+
+  Raises:
+    TreeMismatchError: a path is missing, or is not in the structure.
+
+  >>> from refax import nnx
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  >>> twin = nnx.merge(*nnx.split(model))
+  >>> twin.kernel[0, 0] = 7.0; float(model.kernel[0, 0])
+  7.0
+  """
+  values = {path: leaf for state in states for path, leaf in _flat(state)}
+  wanted = graphdef.paths
+  missing = [path_str(p) for p in wanted if p not in values]
+  unexpected = [path_str(p) for p in values.keys() - set(wanted)]
+  if missing or unexpected:
+    raise TreeMismatchError.merge(missing, sorted(unexpected))
+  return unflatten(graphdef, _handles(values[path] for path in wanted))[0]
+
+
+def state(node: Any, *filters: Filter) -> Any:
+  """The State of an object: handles of their own on its Variables, and its arrays.
+
+  Args:
+    node: a Module, Pytree, or any pytree of these.
+    *filters: one State is returned for each; what matches none is left out.
+
+  Returns:
+    A State, or a tuple of them if there are several filters.
+
+  >>> from refax import nnx
+  >>> list(nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchStat))
+  ['mean', 'var']
+  """
+  flat = flatten(node)
+  pairs = zip(flat.graphdef.paths, _handles(flat.leaves), strict=True)
+  states = tuple(map(_state, partition(pairs, filters or (...,), exhaustive=False)))
+  return states if len(states) > 1 else states[0]
+
+
+def variables(node: Any, *filters: Filter) -> Any:
+  """Like `state`, but with the object's own Variables, and without its arrays.
+
+  >>> from refax import nnx
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  >>> nnx.variables(model)["kernel"] is model.kernel
+  True
+  """
+  flat = flatten(node)
+  pairs = [
+    (path, leaf)
+    for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True)
+    if isinstance(leaf, Variable)
+  ]
+  states = tuple(map(_state, partition(pairs, filters or (...,), exhaustive=False)))
+  return states if len(states) > 1 else states[0]
+
+
+def graphdef(node: Any, /) -> GraphDef:
+  """The static structure of an object.
+
+  >>> from refax import nnx
+  >>> nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+  GraphDef(Linear, nodes=1, leaves=2)
+  """
+  return flatten(node).graphdef
+
+
+def clone(node: Any, variables: bool = True) -> Any:
+  """A copy of an object with the same sharing inside.
+
+  Args:
+    node: a Module, Pytree, or any pytree of these.
+    variables: whether the Variables get cells of their own; else they share the cells.
+
+  >>> from refax import nnx
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0)); twin = nnx.clone(model)
+  >>> twin.kernel[...] = 0.0; bool((model.kernel == 0).any())
+  False
+  """
+  flat = flatten(node)
+  make = (lambda v: v.copy()) if variables else copy.copy
+  return unflatten(flat.graphdef, [map_variables(make, leaf) for leaf in flat.leaves])[0]
+
+
+def update(node: Any, state: Any, /, *states: Any) -> None:
+  """Write the values of States to the Variables of an object, in place.
+
+  Args:
+    node: a Module or Pytree.
+    state: a State, or nested dicts; a leaf is a Variable or an array. A path that the object does
+      not have becomes a new attribute of its parent.
+    *states: more of them; a later one wins.
+
+  Raises:
+    TreeMismatchError: a path has no parent in the object; nothing has been written.
+    ShapeMismatchError: a value has another shape or dtype; nothing has been written.
+
+  >>> from refax import nnx
+  >>> model = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+  >>> nnx.update(model, {"kernel": nnx.Param([[1.0, 2.0, 3.0]] * 2)})
+  >>> float(model.kernel[1, 2])
+  3.0
+  """
+  values = {path: leaf for s in (state, *states) for path, leaf in _flat(s)}
+  writes, additions = [], []
+  for path, leaf in values.items():
+    parent, old = _lookup(node, path)
+    if isinstance(old, Variable):
+      writes.append((old, old.prepare(unwrap(leaf))))
+    elif parent is not None:
+      additions.append((parent, path[-1], copy.copy(leaf) if is_variable(leaf) else leaf))
+    else:
+      raise TreeMismatchError.no_place(path_str(path), type(node).__name__)
+  for variable, prepared in writes:
+    variable.commit(prepared)
+  for parent, key, leaf in additions:
+    _set_child(parent, key, leaf)
+
+
+def _lookup(value: Any, path: Path, parent: Node | None = None) -> tuple[Node | None, Any]:
+  """What is at a path, and the Node it is an entry of; (None, None) if there is no place for it."""
+  if not path:
+    return parent, value
+  if isinstance(value, Node):
+    for key, child, _ in value._entries():
+      if key == path[0]:
+        return _lookup(child, path[1:], value)
+    return (value, None) if len(path) == 1 else (None, None)
+  if not isinstance(value, Variable):
+    for keys, leaf in region_items(value):
+      if keys and path[: len(keys)] == keys:
+        return _lookup(leaf, path[len(keys) :])
+  return None, None
+
+
+def _set_child(parent: Any, key: Any, value: Any) -> None:
+  if not isinstance(parent, List | Dict):
+    setattr(parent, key, value)
+  elif isinstance(parent, List) and key == len(parent):
+    parent.append(value)
+  else:
+    parent[key] = value
+
+
+def pop(node: Any, *filters: Filter) -> Any:
+  """Remove Variables from an object and return them as a State.
+
+  Args:
+    node: a Module or Pytree.
+    *filters: which Variables; one State is returned for each filter.
+
+  Returns:
+    A State, or a tuple of them if there are several filters.
+
+  Raises:
+    FilterError: no filter is given.
+
+  >>> from refax import nnx
+  >>> class Net(nnx.Module):
+  ...   def __call__(self, x):
+  ...     self.sow(nnx.Intermediate, "h", x); return x
+  >>> net = Net(); _ = net(1.0)
+  >>> list(nnx.pop(net, nnx.Intermediate)), hasattr(net, "h")
+  (['h'], False)
+  """
+  if not filters:
+    raise FilterError.none("nnx.pop")
+  flat = flatten(node)
+  pairs = [
+    (path, leaf)
+    for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True)
+    if isinstance(leaf, Variable)
+  ]
+  parts = partition(pairs, filters, exhaustive=False)
+  popped = {identity(leaf) for part in parts for _, leaf in part}
+  for _, owner in list(walk_nodes(node)):
+    for key, child, _ in reversed(list(owner._entries())):
+      if isinstance(child, Variable) and identity(child) in popped:
+        _delete_child(owner, key)
+  states = tuple(map(from_flat_state, parts))
+  return states if len(states) > 1 else states[0]
+
+
+def _delete_child(parent: Any, key: Any) -> None:
+  if isinstance(parent, List | Dict):
+    del parent[key]
+  else:
+    delattr(parent, key)

@@ -1,0 +1,111 @@
+"""Optimizer: an optax transformation with its state in Variables, updated in place."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from refax.core.array_protocol import unwrap
+from refax.core.filters import Filter, to_predicate
+from refax.core.pytree import Pytree, data
+from refax.core.variable import Variable, is_variable
+from refax.errors import TreeMismatchError
+from refax.graph.split import state, variables
+from refax.graph.state import State, from_flat_state, to_flat_state
+from refax.typing import describe, path_str
+
+
+class OptState(Variable):
+  """The state of an optimizer. Detached: what is written to it carries no gradient.
+
+  >>> from refax import nnx; import optax
+  >>> optimizer = nnx.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optax.adam(1e-3), wrt=nnx.Param)
+  >>> isinstance(optimizer.step, nnx.OptState)
+  True
+  """
+
+  detached = True
+
+
+class Optimizer(Pytree):
+  """Updates the parameters of a model by an optax transformation.
+
+  Args:
+    model: the model.
+    tx: an optax gradient transformation.
+    wrt: which Variables of the model to update; the filter that `nnx.grad` gets.
+
+  Attributes:
+    step: how many updates there were, uint32.
+    opt_state: the optax state, with a Variable for each of its arrays.
+
+  >>> from refax import nnx; import jax, jax.numpy as jnp, optax
+  >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  >>> @jax.jit
+  ... def step(model, optimizer, x, y):
+  ...   loss, grads = nnx.value_and_grad(lambda m: ((m(x) - y) ** 2).mean())(model)
+  ...   optimizer.update(model, grads)
+  ...   return loss
+  >>> losses = [float(step(model, optimizer, jnp.ones((4, 2)), jnp.ones((4, 1)))) for _ in range(9)]
+  >>> losses[-1] < losses[0], int(optimizer.step)
+  (True, 9)
+  """
+
+  def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: Filter):
+    self.tx = tx
+    self.wrt = tuple(wrt) if isinstance(wrt, list) else wrt
+    self.step = OptState(jnp.zeros((), jnp.uint32))
+    self.opt_state = data(jax.tree.map(OptState, tx.init(_arrays(state(model, wrt)))))
+
+  def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
+    """Update the parameters of `model` and the optimizer's own state, in place.
+
+    Args:
+      model: the model, or another one of the same structure.
+      grads: what `nnx.grad` returned: a State, or nested dicts, of Variables or arrays.
+      **kwargs: for transformations that take more (a value, a loss function).
+
+    Returns:
+      The updates that were added to the parameters.
+
+    Raises:
+      TreeMismatchError: the gradients are not those of the parameters; nothing has been written.
+    """
+    targets = variables(model, self.wrt)
+    params, grads = _arrays(targets), self._gradients(targets, grads)
+    slots, treedef = jax.tree.flatten(self.opt_state, is_leaf=is_variable)
+    old = treedef.unflatten(map(unwrap, slots))
+    kwargs = jax.tree.map(unwrap, kwargs, is_leaf=is_variable)
+    updates, new = optax.with_extra_args_support(self.tx).update(grads, old, params, **kwargs)
+    values = jax.tree.leaves(optax.apply_updates(params, updates))
+    written = [v for _, v in to_flat_state(targets)] + slots + [self.step]
+    values += treedef.flatten_up_to(new) + [self.step + 1]
+    prepared = [(v, v.prepare(x)) for v, x in zip(written, values, strict=True)]
+    for variable, write in prepared:
+      variable.commit(write)
+    return updates
+
+  def _gradients(self, params: State, grads: Any) -> State:
+    """The gradients as arrays, checked to have the paths and shapes of the parameters."""
+    selected, params_by_path = to_predicate(self.wrt), dict(to_flat_state(params))
+    flat = to_flat_state(grads if isinstance(grads, State | dict) else state(grads))
+    by_path = {
+      path: unwrap(g) for path, g in flat if not is_variable(g) or selected(path, g)
+    }
+    for path, param in params_by_path.items():
+      if path not in by_path:
+        raise TreeMismatchError.gradients(path_str(path), f"no gradient for {describe(param)}")
+      if jnp.shape(by_path[path]) != param.shape:
+        got = f"a gradient {describe(by_path[path])} for a parameter {describe(param)}"
+        raise TreeMismatchError.gradients(path_str(path), got)
+    for path in by_path:
+      if path not in params_by_path:
+        raise TreeMismatchError.gradients(path_str(path), "a gradient without a parameter")
+    return from_flat_state(by_path)
+
+
+def _arrays(state: State) -> State:
+  """A State of plain arrays: what optax sees."""
+  return from_flat_state((path, unwrap(x)) for path, x in to_flat_state(state))

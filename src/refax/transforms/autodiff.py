@@ -1,0 +1,206 @@
+"""nnx.grad and nnx.value_and_grad: gradients with respect to the Variables of an object.
+
+The selected Variables are read once, outside, and are plain arrays inside: a Ref that is read in a
+differentiated function is kept as a residual by every layer. All other state is written in place.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from refax.core.array_protocol import unwrap
+from refax.core.filters import Filter, Predicate, to_predicate
+from refax.core.flatten import LEAF, NODE
+from refax.core.variable import Param, Variable
+from refax.errors import AliasError
+from refax.graph.state import State, from_flat_state
+from refax.transforms.lift import Entered, Inputs, Outputs
+from refax.typing import Path
+
+
+class DiffState(NamedTuple):
+  """An argument and which of its Variables to differentiate; for `argnums`.
+
+  >>> from refax import nnx
+  >>> nnx.DiffState(0, nnx.BatchStat).argnum
+  0
+  """
+
+  argnum: int
+  filter: Filter = Param
+
+
+def grad(
+  f: Callable | None = None,
+  *,
+  argnums: int | DiffState | Sequence[int | DiffState] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+  wrt: Filter = Param,
+  through: Filter = None,
+) -> Any:
+  """The gradient of a function, as `jax.grad`, with respect to Variables of its arguments.
+
+  Args:
+    f: a function that returns a scalar, or `(scalar, aux)`; without it, a decorator is returned.
+    argnums: which arguments; `nnx.DiffState(i, filter)` for a filter of its own.
+    has_aux: whether `f` returns `(scalar, aux)`.
+    holomorphic, allow_int: as in `jax.grad`.
+    wrt: which Variables of these arguments. Arrays outside any Module are always differentiated.
+    through: Variables through which gradients flow when they are written and read again, which
+      is an error otherwise: a recurrent memory, fast weights.
+
+  Returns:
+    A function that returns the gradient: a State of lojax Variables for a Module, a Variable for
+    a Variable, an array for an array; and `aux`. State that `f` writes is written in place.
+
+  Raises:
+    DifferentiatedWriteError: `f` writes a Variable that is differentiated, or a value that
+      depends on one to a Variable that is not detached and not in `through`.
+    AliasError: two of the arguments share a Variable that is differentiated.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  >>> grads = nnx.grad(lambda m: m(jnp.ones((3, 2))).sum())(model)
+  >>> grads["kernel"][...].tolist()
+  [[3.0], [3.0]]
+  """
+  value_and = value_and_grad(
+    argnums=argnums,
+    has_aux=has_aux,
+    holomorphic=holomorphic,
+    allow_int=allow_int,
+    wrt=wrt,
+    through=through,
+  )
+
+  def decorate(f: Callable) -> Callable:
+    inner = value_and(f)
+
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+      value, grads = inner(*args, **kwargs)
+      return (grads, value[1]) if has_aux else grads
+
+    return wrapper
+
+  return decorate if f is None else decorate(f)
+
+
+def value_and_grad(
+  f: Callable | None = None,
+  *,
+  argnums: int | DiffState | Sequence[int | DiffState] = 0,
+  has_aux: bool = False,
+  holomorphic: bool = False,
+  allow_int: bool = False,
+  wrt: Filter = Param,
+  through: Filter = None,
+) -> Any:
+  """The value and the gradient of a function; all arguments as in `nnx.grad`.
+
+  Returns:
+    A function that returns `(value, gradient)`, or `((value, aux), gradient)`.
+
+  Raises:
+    DifferentiatedWriteError, AliasError: as `nnx.grad`.
+
+  >>> from refax import nnx
+  >>> loss, grad = nnx.value_and_grad(lambda w: w * w)(nnx.Param(3.0))
+  >>> float(loss), float(grad)
+  (9.0, 6.0)
+  """
+  options = dict(holomorphic=holomorphic, allow_int=allow_int)
+
+  def decorate(f: Callable) -> Callable:
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+      call = _Differentiation(args, kwargs, argnums, wrt, through)
+      pure = functools.partial(call.run, f, has_aux)
+      (value, outputs), grads = jax.value_and_grad(pure, has_aux=True, **options)(call.values)
+      aux = call.inputs.commit(outputs)
+      return ((value, aux) if has_aux else value), call.gradients(grads)
+
+    return wrapper
+
+  return decorate if f is None else decorate(f)
+
+
+class _Differentiation:
+  """One call: what is selected, what is local, and the form of the gradients."""
+
+  def __init__(
+    self, args: tuple, kwargs: dict[str, Any], argnums: Any, wrt: Filter, through: Filter
+  ):
+    self.inputs = Inputs.of(args, kwargs)
+    self._args = args
+    self._single = isinstance(argnums, int | DiffState) and not isinstance(argnums, bool)
+    cases = [argnums] if self._single else list(argnums)
+    self._forms: list[Any] = []
+    owners: dict[int, int] = {}
+    for case in cases:
+      argnum, filter = case if isinstance(case, DiffState) else (case, wrt)
+      argnum += len(args) if argnum < 0 else 0
+      form = self._form(argnum, to_predicate(filter))
+      for index in jax.tree.leaves(form):
+        if owners.setdefault(index, argnum) != argnum:
+          raise AliasError.gradient(self.inputs.leaves[index]._def.origin, owners[index], argnum)
+      self._forms.append(form)
+    self.values = {i: unwrap(self.inputs.leaves[i]) for i in owners}
+    self._local = self._locals(to_predicate(through))
+
+  def _locals(self, through: Predicate) -> dict[int, Entered]:
+    """State that gradients flow through: differentiable arrays inside, written back at the end."""
+    return {
+      i: Entered(leaf.get_value(), hijax=False)
+      for i, (path, leaf) in enumerate(
+        zip(self.inputs.graphdef.paths, self.inputs.leaves, strict=True)
+      )
+      if isinstance(leaf, Variable) and i not in self.values and through(path, leaf)
+    }
+
+  def _form(self, argnum: int, predicate: Predicate) -> Any:
+    """The gradient's structure for an argument, with indices of leaves in place of values."""
+    entry = self.inputs.arguments[argnum]
+    if entry[0] == LEAF:  # an argument that is a Variable or an array is meant itself
+      return entry[1]
+    return self._form_of(entry, isinstance(self._args[argnum], State), predicate)
+
+  def _form_of(self, entry: tuple, is_state: bool, predicate: Predicate) -> Any:
+    if entry[0] == NODE or is_state:
+      found: dict[int, Path] = {}
+      for path, (sort, *rest) in self.inputs.graphdef.walk(entry):
+        if sort == LEAF and self._selects(rest[0], path, predicate, arrays=is_state):
+          found.setdefault(rest[0], path)
+      return from_flat_state((path, index) for index, path in found.items())
+    if entry[0] == LEAF:
+      return entry[1] if self._selects(entry[1], (), predicate, arrays=True) else None
+    return entry[1].unflatten(self._form_of(e, False, predicate) for e in entry[2])
+
+  def _selects(self, index: int, path: Path, predicate: Predicate, *, arrays: bool) -> bool:
+    leaf = self.inputs.leaves[index]
+    return predicate(path, leaf) if isinstance(leaf, Variable) else arrays
+
+  def run(self, f: Callable, has_aux: bool, values: dict[int, Any]) -> tuple[Any, Outputs]:
+    """The function of the selected values that JAX differentiates."""
+    entered = {i: Entered(v, hijax=False, selected=True) for i, v in values.items()}
+    frame = self.inputs.enter(entered | self._local)
+    args, kwargs = frame.args
+    out = f(*args, **kwargs)
+    value, aux = out if has_aux else (out, None)
+    return unwrap(value), frame.collect(aux)
+
+  def gradients(self, grads: dict[int, Any]) -> Any:
+    """The gradients in the form of the arguments."""
+
+    def gradient(index: int) -> Any:
+      leaf = self.inputs.leaves[index]
+      if not isinstance(leaf, Variable):
+        return grads[index]
+      return leaf._handle(grads[index], leaf._def.elsewhere())
+
+    forms = tuple(jax.tree.map(gradient, form) for form in self._forms)
+    return forms[0] if self._single else forms

@@ -1,0 +1,211 @@
+"""lift: the one mechanism under all `nnx.*` transforms.
+
+A lifted call finds the distinct Variables and arrays in all arguments together (what is shared
+between arguments is seen), hands a JAX transform values in and values out, rebuilds the arguments
+inside it, and afterwards gives the caller's own objects what was written: values of Variables,
+attributes that were added or changed, and new objects with cells of their own.
+
+    inputs = Inputs.of(args, kwargs)              # outside: flat, distinct
+    frame = inputs.enter(values)                  # inside: the arguments again, as inner objects
+    args, kwargs = frame.args
+    outputs = frame.collect(fn(*args, **kwargs))  # inside: a pytree of arrays, JAX carries it out
+    result = inputs.commit(outputs)               # outside: the caller's objects, updated
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from refax import _jax
+from refax.core import storage
+from refax.core.flatten import REGION, GraphDef, Node, Walk, fill, resolver, unflatten
+from refax.core.variable import Variable, VariableDef
+from refax.errors import TraceContextError
+
+
+class Entered(NamedTuple):
+  """A Variable inside a transform: its value there, and the storage that the function sees."""
+
+  value: Any
+  hijax: bool
+  selected: bool = False
+
+
+class OutputSpec(NamedTuple):
+  """The static half of what a lifted function gives back."""
+
+  graphdef: GraphDef
+  written: tuple[int, ...]  # which inputs the written values belong to
+  hijax: tuple[bool, ...]  # the storage of each fresh leaf
+  redefined: tuple[tuple[int, VariableDef], ...]  # inputs whose metadata changed
+
+
+class Outputs:
+  """What a lifted function gives back: a pytree of arrays that any JAX transform can carry."""
+
+  __slots__ = ("fresh", "spec", "written")
+
+  def __init__(self, written: Sequence[Any], fresh: Sequence[Any], spec: OutputSpec):
+    self.written = tuple(written)  # final values of input Variables
+    self.fresh = tuple(fresh)  # lojax Variables and arrays that were not among the inputs
+    self.spec = spec
+
+
+jax.tree_util.register_pytree_node(
+  Outputs,
+  lambda out: ((out.written, out.fresh), out.spec),
+  lambda spec, children: Outputs(*children, spec),
+)
+
+
+class Inputs:
+  """The arguments of a lifted call, flat: each distinct Variable, array and object once."""
+
+  def __init__(self, graphdef: GraphDef, leaves: list[Any], objects: list[Node]):
+    self.graphdef = graphdef
+    self.leaves = leaves
+    self.objects = objects
+
+  @classmethod
+  def of(cls, args: tuple, kwargs: dict[str, Any]) -> "Inputs":
+    """Flatten the arguments of a call; the root is `(args, kwargs)`."""
+    walk = Walk()
+    treedef = jax.tree.structure((tuple(range(len(args))), dict.fromkeys(kwargs, 0)))
+    values = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    root = (REGION, treedef, tuple(map(walk.entry, values)))
+    return cls(walk.graphdef(root), walk.leaves, walk.objects)
+
+  @property
+  def arguments(self) -> tuple:
+    """The entry of each argument: positional ones, then keywords in sorted order."""
+    return self.graphdef.root[2]
+
+  def enter(self, entered: dict[int, Entered]) -> "Frame":
+    """The arguments rebuilt inside a transform; leaves that are not in `entered` stay."""
+    return Frame(self.graphdef, [self._inner(x, entered.get(i)) for i, x in enumerate(self.leaves)])
+
+  def _inner(self, leaf: Any, entered: Entered | None) -> Any:
+    if not isinstance(leaf, Variable):
+      return leaf if entered is None else entered.value
+    if entered is None:
+      return leaf._handle(leaf._cell, leaf._def)
+    return enter_variable(type(leaf), leaf._def, entered)
+
+  def commit(self, outputs: Outputs) -> Any:
+    """Give the caller's objects what the function wrote, and rebuild what it returned.
+
+    Raises:
+      TraceContextError: an object from another trace would have to change; nothing has.
+    """
+    spec, count = outputs.spec, len(self.objects)
+    changed = [
+      i for i in range(count) if spec.graphdef.nodes[i] != self.graphdef.nodes[i]
+    ]
+    self._check_trace(changed, spec)
+    leaves = self.leaves + list(map(fresh_leaf, outputs.fresh, spec.hijax))
+    objects = self.objects + [Node.__new__(cls) for cls, _ in spec.graphdef.nodes[count:]]
+    value = resolver(leaves, objects)
+    for index, new in zip(spec.written, outputs.written, strict=True):
+      install(self.leaves[index], new)
+    for index, definition in spec.redefined:
+      self.leaves[index]._def = definition
+    for node, (_, entries) in zip(objects[count:], spec.graphdef.nodes[count:], strict=True):
+      fill(node, entries, value)
+    for index in changed:
+      objects[index]._clear()
+      fill(objects[index], spec.graphdef.nodes[index][1], value)
+      objects[index]._structure_changed()
+    return value(spec.graphdef.root)
+
+  def _check_trace(self, changed: list[int], spec: OutputSpec) -> None:
+    now = _jax.trace_state()
+    for index in changed:
+      if self.objects[index]._pytree.trace != now:
+        raise TraceContextError.attribute(type(self.objects[index]).__name__)
+    for index in spec.written:
+      variable = self.leaves[index]
+      if not variable.is_hijax and variable._trace != now:
+        raise TraceContextError.variable(variable._def.origin)
+
+
+class Frame:
+  """The arguments of a lifted call as the function sees them."""
+
+  def __init__(self, graphdef: GraphDef, leaves: list[Any]):
+    self.leaves = leaves
+    self.args, self.objects = unflatten(graphdef, leaves)
+    self._cells = [x._cell if isinstance(x, Variable) else None for x in leaves]
+    self._defs = [x._def if isinstance(x, Variable) else None for x in leaves]
+
+  def collect(self, out: Any) -> Outputs:
+    """What the function returned and did to its arguments, as a pytree of arrays."""
+    walk = Walk.seeded(self.leaves, self.objects)
+    root = walk.entry(out)
+    count = len(self.leaves)
+    written = [i for i in range(count) if self._is_written(i)]
+    fresh = walk.leaves[count:]
+    spec = OutputSpec(
+      walk.graphdef(root),
+      tuple(written),
+      tuple(isinstance(x, Variable) and x.is_hijax for x in fresh),
+      tuple(
+        (i, x._def)
+        for i, x in enumerate(self.leaves)
+        if isinstance(x, Variable) and x._def is not self._defs[i]
+      ),
+    )
+    values = [self.leaves[i].get_value() for i in written]
+    return Outputs(values, map(carried_leaf, fresh), spec)
+
+  def _is_written(self, index: int) -> bool:
+    """A Ref that came in is written in place; one made on entering, and an array, are carried."""
+    leaf, cell = self.leaves[index], self._cells[index]
+    if not isinstance(leaf, Variable) or _jax.is_ref(cell):
+      return False
+    old, new = jax.tree.leaves(cell), jax.tree.leaves(leaf._cell)
+    return len(old) != len(new) or any(a is not b for a, b in zip(old, new, strict=True))
+
+
+def enter_variable(cls: type[Variable], definition: VariableDef, entered: Entered) -> Variable:
+  """A Variable on a value inside a transform."""
+  if entered.selected:
+    definition = definition.as_selected()
+  cell = entered.value
+  if entered.hijax:
+    cell = jax.tree.map(_jax.new_cell, cell)
+  return cls._handle(cell, definition)
+
+
+def carried_leaf(leaf: Any) -> Any:
+  """A leaf in the form that JAX can return: a Variable with arrays for Refs."""
+  if not isinstance(leaf, Variable):
+    return leaf
+  definition = leaf._def.elsewhere() if leaf._def.selected else leaf._def
+  return leaf._handle(leaf.get_value() if leaf.is_hijax else leaf._cell, definition)
+
+
+def fresh_leaf(leaf: Any, hijax: bool) -> Any:
+  """A new leaf for the caller: in hijax storage, the array becomes a cell of its own."""
+  if not hijax:
+    return leaf
+  return leaf._handle(jax.tree.map(_jax.new_cell, storable(leaf, leaf._cell)), leaf._def)
+
+
+def storable(variable: Variable, value: Any) -> Any:
+  """The value as a Ref may store it: without a tangent, or refused."""
+  store = functools.partial(
+    storage.stored, origin=variable._def.origin, detached=variable.detached, hijax=True
+  )
+  return jax.tree.map(store, value)
+
+
+def install(variable: Variable, value: Any) -> None:
+  """Store the value that a transform computed for a caller's Variable, without another copy."""
+  if not variable.is_hijax:
+    variable._cell = value
+    return
+  refs, new = jax.tree.leaves(variable._cell), jax.tree.leaves(storable(variable, value))
+  for ref, x in zip(refs, new, strict=True):
+    storage.write_ref(ref, x, None, variable._def.origin)

@@ -1,0 +1,43 @@
+"""Names for types that several files share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Array: TypeAlias = jax.Array
+ArrayLike: TypeAlias = Any
+"""What `jnp.asarray` takes, and a Variable: numbers, NumPy and JAX arrays."""
+
+Dtype: TypeAlias = Any
+Shape: TypeAlias = Sequence[int]
+Key: TypeAlias = Any
+"""One step of a path: an attribute's name, an index of a list, a key of a dict."""
+
+Path: TypeAlias = tuple[Key, ...]
+Initializer: TypeAlias = Callable[..., jax.Array]
+PrecisionLike: TypeAlias = Any
+Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
+
+
+def describe(x: Any) -> str:
+  """`float32[2,3]` for an array, the type's name for anything else.
+
+  >>> describe(jnp.ones((2, 3)))
+  'float32[2,3]'
+  """
+  if hasattr(x, "shape") and hasattr(x, "dtype"):
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+  return type(x).__name__
+
+
+def path_str(path: Path) -> str:
+  """A path as one writes it in Python, with a leading dot for an attribute.
+
+  >>> path_str(("layers", 0, "kernel"))
+  '.layers[0].kernel'
+  """
+  return "".join(
+    f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]" for key in path
+  )

@@ -12,8 +12,13 @@ import os
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
+from jax.extend.source_info_util import register_exclusion
+
+# JAX's errors and profiles name the user's line, not the line of Refax that it came through.
+register_exclusion(os.path.dirname(__file__))
 
 CELL_KIND = "no_grad_no_remat"
 """The one kind of Ref that a Variable uses: written once under `jax.checkpoint`, and without

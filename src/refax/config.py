@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+import jax
 
 F = TypeVar("F", bound=Callable)
 
@@ -14,15 +15,12 @@ def _default() -> bool:
   return os.environ.get("REFAX_USE_HIJAX", "1").lower() not in ("0", "false", "off", "no")
 
 
-class _Setting(threading.local):
-  def __init__(self):
-    self.hijax = _default()
+# Thread-local, and part of the key of every jit cache: a function that was traced with one setting
+# is traced again under the other, so that it never returns Variables of the wrong storage.
+_hijax = jax.make_user_context(default_value=_default())
 
 
-_setting = _Setting()
-
-
-class use_hijax(contextlib.AbstractContextManager):  # noqa: N801  a setting that reads as a verb
+class use_hijax(contextlib.AbstractContextManager):
   """Set whether new Variables are hijax: for this thread, a block, or a function.
 
   The default is True; `REFAX_USE_HIJAX=0` in the environment makes it False.
@@ -43,22 +41,26 @@ class use_hijax(contextlib.AbstractContextManager):  # noqa: N801  a setting tha
 
   def __init__(self, value: bool):
     self._value = bool(value)
-    self._previous = [_setting.hijax]
-    self._called = True
-    _setting.hijax = self._value
+    self._open: list = []
+    self._push()
+    self._entered = False
+
+  def _push(self) -> None:
+    context = _hijax(self._value)
+    context.__enter__()
+    self._open.append(context)
 
   def __enter__(self) -> "use_hijax":
-    if not self._called:
-      self._previous.append(_setting.hijax)
-    self._called = False  # a second `with` on the same object has its own previous value
-    _setting.hijax = self._value
+    if self._entered:  # a second `with` on the same object
+      self._push()
+    self._entered = True
     return self
 
   def __exit__(self, *_) -> None:
-    _setting.hijax = self._previous.pop() if len(self._previous) > 1 else self._previous[0]
+    self._open.pop().__exit__(None, None, None)
 
   def __call__(self, fn: F) -> F:
-    _setting.hijax = self._previous[0]
+    self._open.pop().__exit__(None, None, None)  # a decorator sets nothing until the call
     value = self._value
 
     @functools.wraps(fn)
@@ -76,4 +78,4 @@ def using_hijax() -> bool:
   >>> nnx.using_hijax()
   True
   """
-  return _setting.hijax
+  return _hijax.value

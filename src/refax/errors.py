@@ -1,17 +1,18 @@
 """What Refax raises. Every error says what is wrong, where, what came, and what to do.
 
-    RefaxError
-    ├── ShapeMismatchError        (ValueError)   an array of another shape or dtype than expected
-    ├── TreeMismatchError         (ValueError)   two structures that should be alike are not
-    ├── FilterError               (ValueError)   filters that do not cover, or do not make sense
-    ├── StaticAttributeError      (TypeError)    an attribute that can be neither data nor static
-    ├── TraceContextError         (RuntimeError) a write from inside a transform that would leak
-    ├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
-    ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
-    ├── AliasError                (ValueError)   one cell in two places that must be apart
-    ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
-    ├── RngKeyError               (ValueError)   neither a seed nor a PRNG key
-    └── MissingArgumentError      (TypeError)    a layer that was not told what it needs
+RefaxError
+├── ShapeMismatchError        (ValueError)   an array of another shape or dtype than expected
+├── TreeMismatchError         (ValueError)   two structures that should be alike are not
+├── FilterError               (ValueError)   filters that do not cover, or do not make sense
+├── StaticAttributeError      (TypeError)    an attribute that can be neither data nor static
+├── TraceContextError         (RuntimeError) a write from inside a transform that would leak
+├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
+├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
+├── AliasError                (ValueError)   one cell in two places that must be apart
+├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
+├── RngKeyError               (ValueError)   neither a seed nor a PRNG key
+├── MissingArgumentError      (TypeError)    a layer that was not told what it needs
+└── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
 from typing import Any
@@ -329,6 +330,18 @@ class MissingArgumentError(RefaxError, TypeError):
       f"{layer} was not told {name}",
       got="None, both when it was built and when it was called",
       fix=f"pass {name}=True or False, or call model.train() / model.eval()",
+    )
+
+
+class InvalidArgumentError(RefaxError, ValueError):
+  """An argument that no layer can be built or called with."""
+
+  @classmethod
+  def value(cls, layer: str, name: str, value: Any, want: str):
+    return cls(
+      f"{layer} cannot work with this {name}",
+      got=f"{name}={_short(value)}",
+      fix=f"pass {want}",
     )
 
 

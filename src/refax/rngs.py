@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def _as_key(key: Any, tag: str) -> jax.Array:
     if jnp.shape(key) == ():
       return jax.random.key(key)
     if dtype == jnp.uint32:
-      return jax.random.wrap_key_data(key)
+      return jax.random.wrap_key_data(jnp.asarray(key))
   raise RngKeyError.value(tag, key)
 
 
@@ -65,6 +65,10 @@ class _Samplers:
   """Every sampler of `jax.random` as a method that draws a key first."""
 
   __slots__ = ()
+
+  if TYPE_CHECKING:  # the methods are made below, from the names
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 def _sampler(sample: Callable) -> Callable:
@@ -86,17 +90,20 @@ def _initializer(make: Callable) -> Callable:
   return method
 
 
+# fmt: off
 SAMPLERS = (
-  "ball beta bernoulli binomial bits categorical cauchy chisquare choice dirichlet "
-  "double_sided_maxwell exponential f gamma generalized_normal geometric gumbel laplace "
-  "loggamma logistic lognormal maxwell multinomial multivariate_normal normal orthogonal pareto "
-  "permutation poisson rademacher randint rayleigh t triangular truncated_normal uniform wald "
-  "weibull_min"
-).split()
+  "ball", "beta", "bernoulli", "binomial", "bits", "categorical", "cauchy", "chisquare", "choice",
+  "dirichlet", "double_sided_maxwell", "exponential", "f", "gamma", "generalized_normal",
+  "geometric", "gumbel", "laplace", "loggamma", "logistic", "lognormal", "maxwell", "multinomial",
+  "multivariate_normal", "normal", "orthogonal", "pareto", "permutation", "poisson", "rademacher",
+  "randint", "rayleigh", "t", "triangular", "truncated_normal", "uniform", "wald", "weibull_min",
+)
 INITIALIZERS = (
-  "delta_orthogonal glorot_normal glorot_uniform he_normal he_uniform kaiming_normal "
-  "kaiming_uniform lecun_normal lecun_uniform variance_scaling xavier_normal xavier_uniform"
-).split()
+  "delta_orthogonal", "glorot_normal", "glorot_uniform", "he_normal", "he_uniform",
+  "kaiming_normal", "kaiming_uniform", "lecun_normal", "lecun_uniform", "variance_scaling",
+  "xavier_normal", "xavier_uniform",
+)
+# fmt: on
 for _name in SAMPLERS:
   setattr(_Samplers, _name, _sampler(getattr(jax.random, _name)))
 for _name in INITIALIZERS:
@@ -188,7 +195,7 @@ class Rngs(Pytree, _Samplers):
   def __getitem__(self, name: str) -> RngStream:
     return self._stream(name)
 
-  def __getattr__(self, name: str) -> RngStream:
+  def __getattr__(self, name: str) -> Any:
     if name.startswith("_"):
       raise AttributeError(name)
     return self._stream(name)
@@ -247,9 +254,7 @@ class Rngs(Pytree, _Samplers):
     return self._each(split, RngStream.split, RngStream.fork)
 
 
-def reseed(
-  node: Any, /, policy: Callable | None = None, **streams: ArrayLike | RngStream
-) -> None:
+def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | RngStream) -> None:
   """Give the streams in an object new keys, in place, and start them from the beginning.
 
   Args:

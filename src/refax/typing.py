@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 ArrayLike: TypeAlias = Any

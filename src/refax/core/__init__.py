@@ -1,0 +1,1 @@
+"""Layer 1: Variables, Pytrees and Modules, and the traversal that flattens them."""

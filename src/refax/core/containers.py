@@ -29,6 +29,10 @@ def _kept(item: Any) -> Any:
   return item.value if isinstance(item, _Static) else item
 
 
+def _entry(key: Any, item: Any) -> tuple[Any, Any, bool]:
+  return key, _kept(item), not isinstance(item, _Static)
+
+
 class _Container(Module):
   """What List and Dict share: elements in `_items`, kept as data or `_Static`."""
 
@@ -88,7 +92,9 @@ class List(_Container, MutableSequence, Generic[A]):
 
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
     attributes = list(super()._entries())
-    return [(i, _kept(x), not isinstance(x, _Static)) for i, x in enumerate(self._items)] + attributes
+    return [
+      (i, _kept(x), not isinstance(x, _Static)) for i, x in enumerate(self._items)
+    ] + attributes
 
   def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
     entries = list(entries)
@@ -166,7 +172,9 @@ class Dict(_Container, MutableMapping, Generic[A]):
 
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
     order = sorted(self._items, key=lambda key: (type(key).__name__, key))
-    return [(key, _kept(self._items[key]), not isinstance(self._items[key], _Static)) for key in order]
+    return [
+      (key, _kept(self._items[key]), not isinstance(self._items[key], _Static)) for key in order
+    ]
 
   def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
     items = {key: value if dynamic else _Static(value) for key, value, dynamic in entries}

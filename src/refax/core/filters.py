@@ -14,7 +14,7 @@ from refax.errors import FilterError
 from refax.typing import Key, Path
 
 Predicate: TypeAlias = Callable[[Path, AnyType], bool]
-Filter: TypeAlias = type | str | bool | EllipsisType | None | Predicate | Sequence[AnyType]
+Filter: TypeAlias = type | str | bool | EllipsisType | Predicate | Sequence[AnyType] | None
 
 
 def to_predicate(filter: Filter) -> Predicate:

@@ -392,6 +392,6 @@ def walk_graph(root: Any) -> Iterator[tuple[Path, Any]]:
 
 def region_items(value: Any) -> list[tuple[Path, Any]]:
   """(path, leaf) of a plain pytree, down to its Nodes, Variables and other leaves."""
-  is_leaf = lambda x: isinstance(x, Node | Variable)  # noqa: E731
+  is_leaf = lambda x: isinstance(x, Node | Variable)
   flat, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_leaf)
   return [(tuple(map(_key, keys)), leaf) for keys, leaf in flat]

@@ -139,9 +139,7 @@ class Module(Pytree):
     setattr(self, name, variable_type(reduce_fn(kept, value), is_hijax=False))
     return True
 
-  def perturb(
-    self, name: str, value: Any, variable_type: type[Variable] = Perturbation
-  ) -> Any:
+  def perturb(self, name: str, value: Any, variable_type: type[Variable] = Perturbation) -> Any:
     """Add a Variable of zeros to a value: its gradient is that of the value.
 
     Args:

@@ -90,9 +90,11 @@ def fit(value: Any, want: Any, origin: Any) -> jax.Array:
 
 def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array:
   """`value` as an array of the cell's dtype; raises ShapeMismatchError if that loses a kind."""
+  weak = isinstance(value, bool | int | float | complex) or getattr(value, "weak_type", False)
+  if isinstance(value, list | tuple):
+    value, weak = _from_sequence(value, want, origin), True
   if not is_array_like(value):
     raise ShapeMismatchError.not_an_array(origin, want, value)
-  weak = isinstance(value, bool | int | float | complex) or getattr(value, "weak_type", False)
   x = value if isinstance(value, jax.Array) else jnp.array(value)
   if x.dtype != want.dtype:
     if not weak or not _widens(x, want.dtype):
@@ -101,10 +103,21 @@ def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array:
   return jax.lax.convert_element_type(x, x.dtype) if weak else x
 
 
+def _from_sequence(value: Any, want: Any, origin: Any) -> np.ndarray:
+  """Nested lists of numbers as an array, as NumPy takes them in an assignment."""
+  try:
+    x = np.asarray(value)
+  except ValueError:  # ragged
+    x = np.empty((), object)
+  if x.dtype == object or x.dtype.kind in "USV":
+    raise ShapeMismatchError.not_an_array(origin, want, value)
+  return x
+
+
 def _widens(x: jax.Array, dtype: Any) -> bool:
   """Whether a number like `x` becomes a `dtype` without losing its kind (bool < int < float)."""
   kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-  rank = lambda d: next((i for i, kind in enumerate(kinds) if jnp.issubdtype(d, kind)), -1)  # noqa: E731
+  rank = lambda d: next((i for i, kind in enumerate(kinds) if jnp.issubdtype(d, kind)), -1)
   return 0 <= rank(x.dtype) <= rank(dtype)
 
 

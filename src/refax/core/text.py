@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from refax import _jax
 
 INDENT = "  "
 
@@ -99,9 +102,9 @@ def _has_parts(obj: Any) -> bool:
 
 
 def _array(x: Any, style: _Style) -> str:
-  if isinstance(x, jax.core.Tracer):
+  if _jax.is_tracer(x):
     return repr(Tracer(x))
-  is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   if is_key:
     return f"Array(shape={x.shape}, dtype={x.dtype})"
   if style.shapes:

@@ -5,8 +5,6 @@ handles may share a cell (after `split`, inside a transform); what one writes, a
 """
 
 import copy as copylib
-import sys
-import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 from refax import _jax, config
 from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
+from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
 from refax.errors import (
   DifferentiatedWriteError,
@@ -23,87 +22,9 @@ from refax.errors import (
   TraceContextError,
   TreeMismatchError,
 )
-from refax.typing import path_str
 
 A = TypeVar("A")
 _SLOTS = frozenset(("_cell", "_def", "_trace"))
-_PACKAGE = __file__.rsplit("/core/", 1)[0]
-
-
-class Origin:
-  """Where a Variable was created and where it lives in its model, for messages."""
-
-  __slots__ = ("code", "kind", "line", "name", "owner")
-
-  def __init__(self, kind: str):
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-      frame = frame.f_back
-    self.kind = kind
-    self.code = frame.f_code
-    self.line = frame.f_lineno
-    self.owner: weakref.ref | None = None
-    self.name: Any = None
-
-  def moved(self) -> "Origin":
-    """The same place of creation, for a Variable that will live in another object."""
-    new = object.__new__(Origin)
-    new.kind, new.code, new.line, new.owner, new.name = self.kind, self.code, self.line, None, None
-    return new
-
-  def path(self) -> str:
-    """The path from the root of the model, `Block.linear.kernel`, as far as it is known."""
-    parts, owner, name = [], self.owner, self.name
-    while owner is not None and (node := owner()) is not None and len(parts) < 32:
-      parts.append(name)
-      owner, name, root = *node._pytree.home, type(node).__name__
-      if owner is None or owner() is None:
-        return root + path_str(tuple(reversed(parts)))
-    return path_str(tuple(reversed(parts))) or "(a Variable outside any Module)"
-
-  def __str__(self) -> str:
-    file = self.code.co_filename.rsplit("/", 1)[-1]
-    return f"{self.path()}  ({self.kind}, created at {file}:{self.line})"
-
-
-class VariableDef:
-  """The static half of a Variable: its metadata. Equality ignores what is only for messages.
-
-  `selected` marks a Variable that is being differentiated, so that a write to it is an error even
-  in a nested transform. It takes no part in equality either: inside a loss, the parameters must
-  still `jax.tree.map` together with those of another model.
-  """
-
-  __slots__ = ("items", "metadata", "origin", "selected", "_hash")
-
-  def __init__(self, metadata: dict[str, Any], origin: Origin, selected: bool = False):
-    for name, value in metadata.items():
-      try:
-        hash(value)
-      except TypeError:
-        raise StaticAttributeError.metadata(name, value) from None
-    self.metadata = metadata
-    self.items = tuple((k, type(v), v) for k, v in sorted(metadata.items()))
-    self._hash = hash(self.items)
-    self.origin = origin
-    self.selected = selected
-
-  def as_selected(self) -> "VariableDef":
-    """The same, for a Variable that is being differentiated."""
-    return VariableDef(self.metadata, self.origin, selected=True)
-
-  def elsewhere(self) -> "VariableDef":
-    """The same, for a Variable with a cell of its own in another object."""
-    return VariableDef(self.metadata, self.origin.moved())
-
-  def __hash__(self) -> int:
-    return self._hash
-
-  def __eq__(self, other) -> bool:
-    return self is other or (isinstance(other, VariableDef) and self.items == other.items)
-
-  def __repr__(self) -> str:
-    return f"VariableDef({self.metadata})"
 
 
 class Writes(NamedTuple):
@@ -225,7 +146,10 @@ class Variable(ArrayProtocol, Generic[A]):
     if index is not ...:
       value = self._indexed(unwrap(index), value)
     cells, treedef = jax.tree.flatten(self._cell)
-    values, got = jax.tree.flatten(value)
+    if len(cells) == 1 and cells[0] is self._cell and isinstance(value, list | tuple):
+      values, got = [value], treedef  # nested lists of numbers for an array
+    else:
+      values, got = jax.tree.flatten(value)
     if treedef != got:
       if self.is_hijax:
         raise TreeMismatchError.value(self._def.origin, treedef, got)
@@ -245,8 +169,10 @@ class Variable(ArrayProtocol, Generic[A]):
   def _fit(self, cell: Any, value: Any) -> Any:
     """`value` as it will be stored in `cell`; nothing is written yet."""
     hijax = _jax.is_ref(cell)
-    if not hijax and not (storage.is_array(cell) and storage.is_array_like(value)):
+    if not hijax and not storage.is_array(cell):
       return value
+    if not hijax and isinstance(value, jax.ShapeDtypeStruct):
+      return value  # an abstract model
     new = storage.fit(value, cell, self._def.origin)
     return storage.stored(new, self._def.origin, detached=self.detached, hijax=hijax)
 
@@ -371,15 +297,11 @@ class Variable(ArrayProtocol, Generic[A]):
     return new
 
   def __getstate__(self) -> dict[str, Any]:
-    is_key = jax.dtypes.prng_key
-    value = jax.tree.map(
-      lambda x: _PickledKey(x) if jnp.issubdtype(getattr(x, "dtype", None), is_key) else x,
-      self.get_value(),
-    )
+    value = jax.tree.map(lambda x: _PickledKey(x) if _is_key(x) else x, self.get_value())
     return {"value": value, "is_hijax": self.is_hijax, "metadata": self._def.metadata}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
-    is_key = lambda x: isinstance(x, _PickledKey)  # noqa: E731
+    is_key = lambda x: isinstance(x, _PickledKey)
     value = jax.tree.map(lambda x: x.key() if is_key(x) else x, state["value"], is_leaf=is_key)
     self._def = VariableDef(state["metadata"], Origin(type(self).__name__))
     self._trace = _jax.trace_state()
@@ -406,6 +328,10 @@ def _shown(cell: Any) -> Any:
   if not _jax.is_ref(cell):
     return cell
   return _jax.peek_cell(cell) if not _jax.is_tracer(cell) else text.Tracer(cell)
+
+
+def _is_key(x: Any) -> bool:
+  return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 class _PickledKey:
@@ -459,8 +385,8 @@ class Param(Variable[A]):
   """A trainable parameter: what `nnx.grad` differentiates by default.
 
   >>> from refax import nnx
-  >>> nnx.Param([1.0, 2.0]).shape
-  (2,)
+  >>> nnx.Param(1.0).is_hijax
+  True
   """
 
 

@@ -1,0 +1,1 @@
+"""Layer 2: objects as a GraphDef and States."""

@@ -71,7 +71,7 @@ def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[Path]]:
   return [paths for paths in places.values() if len(paths) > 1]
 
 
-def map(fn: Callable[[Path, Any], Any], node: Any, /) -> Any:  # noqa: A001  the name of the API
+def map(fn: Callable[[Path, Any], Any], node: Any, /) -> Any:
   """A copy of an object with `fn(path, leaf)` in place of each Variable and array.
 
   >>> from refax import nnx

@@ -51,6 +51,10 @@ def _state(pairs: list[tuple[Path, Any]]) -> Any:
   return pairs[0][1] if len(pairs) == 1 and pairs[0][0] == () else from_flat_state(pairs)
 
 
+def _one_or_all(states: list[Any]) -> Any:
+  return states[0] if len(states) == 1 else tuple(states)
+
+
 def _flat(state: Any) -> list[tuple[Path, Any]]:
   return list(to_flat_state(state)) if isinstance(state, State | Mapping) else [((), state)]
 
@@ -99,8 +103,9 @@ def state(node: Any, *filters: Filter) -> Any:
   """
   flat = flatten(node)
   pairs = zip(flat.graphdef.paths, _handles(flat.leaves), strict=True)
-  states = tuple(map(_state, partition(pairs, filters or (...,), exhaustive=False)))
-  return states if len(states) > 1 else states[0]
+  return _one_or_all(
+    [_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
+  )
 
 
 def variables(node: Any, *filters: Filter) -> Any:
@@ -117,8 +122,9 @@ def variables(node: Any, *filters: Filter) -> Any:
     for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True)
     if isinstance(leaf, Variable)
   ]
-  states = tuple(map(_state, partition(pairs, filters or (...,), exhaustive=False)))
-  return states if len(states) > 1 else states[0]
+  return _one_or_all(
+    [_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
+  )
 
 
 def graphdef(node: Any, /) -> GraphDef:
@@ -161,9 +167,9 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
     TreeMismatchError: a path has no parent in the object; nothing has been written.
     ShapeMismatchError: a value has another shape or dtype; nothing has been written.
 
-  >>> from refax import nnx
+  >>> from refax import nnx; import jax.numpy as jnp
   >>> model = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
-  >>> nnx.update(model, {"kernel": nnx.Param([[1.0, 2.0, 3.0]] * 2)})
+  >>> nnx.update(model, {"kernel": jnp.full((2, 3), 3.0)})
   >>> float(model.kernel[1, 2])
   3.0
   """
@@ -243,8 +249,7 @@ def pop(node: Any, *filters: Filter) -> Any:
     for key, child, _ in reversed(list(owner._entries())):
       if isinstance(child, Variable) and identity(child) in popped:
         _delete_child(owner, key)
-  states = tuple(map(from_flat_state, parts))
-  return states if len(states) > 1 else states[0]
+  return _one_or_all(list(map(from_flat_state, parts)))
 
 
 def _delete_child(parent: Any, key: Any) -> None:

@@ -213,9 +213,7 @@ def from_flat_state(flat: Mapping[Path, Any] | Iterable[tuple[Path, Any]]) -> St
   return State(root)
 
 
-def to_pure_dict(
-  state: Mapping, extract_fn: Callable[[Any], Any] | None = None
-) -> dict[Key, Any]:
+def to_pure_dict(state: Mapping, extract_fn: Callable[[Any], Any] | None = None) -> dict[Key, Any]:
   """Nested plain dicts of arrays.
 
   Args:
@@ -270,7 +268,7 @@ def replace_by_pure_dict(
 
 def _match_keys(flat: FlatState, known: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
   """Paths from files have strings where the State has ints: `'0'` means 0 if only that exists."""
-  by_text = {tuple(map(str, path)): path for path in known}
+  by_text: dict[tuple[str, ...], Path] = {tuple(map(str, path)): path for path in known}
   for path, value in flat:
     yield (path if path in known else by_text.get(tuple(map(str, path)), path)), value
 

@@ -1,0 +1,1 @@
+"""Layers: Modules, and functions without state, that models are built of."""

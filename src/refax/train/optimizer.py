@@ -59,7 +59,7 @@ class Optimizer(Pytree):
     self.step = OptState(jnp.zeros((), jnp.uint32))
     self.opt_state = data(jax.tree.map(OptState, tx.init(_arrays(state(model, wrt)))))
 
-  def update(self, model: Any, grads: Any, /, **kwargs: Any) -> State:
+  def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
     """Update the parameters of `model` and the optimizer's own state, in place.
 
     Args:
@@ -68,7 +68,7 @@ class Optimizer(Pytree):
       **kwargs: for transformations that take more (a value, a loss function).
 
     Returns:
-      The updates that were added to the parameters.
+      The updates that were added to the parameters, a State of arrays.
 
     Raises:
       TreeMismatchError: the gradients are not those of the parameters; nothing has been written.
@@ -80,8 +80,8 @@ class Optimizer(Pytree):
     kwargs = jax.tree.map(unwrap, kwargs, is_leaf=is_variable)
     updates, new = optax.with_extra_args_support(self.tx).update(grads, old, params, **kwargs)
     values = jax.tree.leaves(optax.apply_updates(params, updates))
-    written = [v for _, v in to_flat_state(targets)] + slots + [self.step]
-    values += treedef.flatten_up_to(new) + [self.step + 1]
+    written = [*(v for _, v in to_flat_state(targets)), *slots, self.step]
+    values += [*treedef.flatten_up_to(new), self.step + 1]
     prepared = [(v, v.prepare(x)) for v, x in zip(written, values, strict=True)]
     for variable, write in prepared:
       variable.commit(write)
@@ -91,9 +91,7 @@ class Optimizer(Pytree):
     """The gradients as arrays, checked to have the paths and shapes of the parameters."""
     selected, params_by_path = to_predicate(self.wrt), dict(to_flat_state(params))
     flat = to_flat_state(grads if isinstance(grads, State | dict) else state(grads))
-    by_path = {
-      path: unwrap(g) for path, g in flat if not is_variable(g) or selected(path, g)
-    }
+    by_path = {path: unwrap(g) for path, g in flat if not is_variable(g) or selected(path, g)}
     for path, param in params_by_path.items():
       if path not in by_path:
         raise TreeMismatchError.gradients(path_str(path), f"no gradient for {describe(param)}")

@@ -1,0 +1,1 @@
+"""Layer 3: `nnx.*` transforms, all on one mechanism, `lift`."""

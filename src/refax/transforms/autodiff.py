@@ -48,7 +48,8 @@ def grad(
     f: a function that returns a scalar, or `(scalar, aux)`; without it, a decorator is returned.
     argnums: which arguments; `nnx.DiffState(i, filter)` for a filter of its own.
     has_aux: whether `f` returns `(scalar, aux)`.
-    holomorphic, allow_int: as in `jax.grad`.
+    holomorphic: whether `f` is holomorphic, as in `jax.grad`.
+    allow_int: whether to differentiate with respect to integers too, as in `jax.grad`.
     wrt: which Variables of these arguments. Arrays outside any Module are always differentiated.
     through: Variables through which gradients flow when they are written and read again, which
       is an error otherwise: a recurrent memory, fast weights.
@@ -113,14 +114,16 @@ def value_and_grad(
   >>> float(loss), float(grad)
   (9.0, 6.0)
   """
-  options = dict(holomorphic=holomorphic, allow_int=allow_int)
 
   def decorate(f: Callable) -> Callable:
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
       call = _Differentiation(args, kwargs, argnums, wrt, through)
       pure = functools.partial(call.run, f, has_aux)
-      (value, outputs), grads = jax.value_and_grad(pure, has_aux=True, **options)(call.values)
+      transformed = jax.value_and_grad(
+        pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
+      )
+      (value, outputs), grads = transformed(call.values)
       aux = call.inputs.commit(outputs)
       return ((value, aux) if has_aux else value), call.gradients(grads)
 
@@ -137,13 +140,13 @@ class _Differentiation:
   ):
     self.inputs = Inputs.of(args, kwargs)
     self._args = args
-    self._single = isinstance(argnums, int | DiffState) and not isinstance(argnums, bool)
-    cases = [argnums] if self._single else list(argnums)
+    self._single = isinstance(argnums, int | DiffState)
+    cases: Sequence[Any] = [argnums] if self._single else argnums
     self._forms: list[Any] = []
     owners: dict[int, int] = {}
     for case in cases:
-      argnum, filter = case if isinstance(case, DiffState) else (case, wrt)
-      argnum += len(args) if argnum < 0 else 0
+      argnum, filter = case if isinstance(case, DiffState) else DiffState(case, wrt)
+      argnum = range(len(args))[argnum]
       form = self._form(argnum, to_predicate(filter))
       for index in jax.tree.leaves(form):
         if owners.setdefault(index, argnum) != argnum:

@@ -29,8 +29,10 @@ def jit(
 
   Args:
     fun: the function; without it, a decorator is returned.
-    static_argnums, static_argnames: arguments that are compile-time constants, hashable.
-    donate_argnums, donate_argnames: arguments whose arrays may be overwritten. State needs none.
+    static_argnums: positions of arguments that are compile-time constants, hashable.
+    static_argnames: their names.
+    donate_argnums: positions of arguments whose arrays may be overwritten. State needs none.
+    donate_argnames: their names.
     keep_unused: whether to keep arguments that the function does not use.
     inline: whether to inline the function in an enclosing one.
 
@@ -44,41 +46,26 @@ def jit(
   >>> create(nnx.Rngs(0)).kernel.is_hijax
   True
   """
-  options = dict(
-    static_argnums=static_argnums,
-    static_argnames=static_argnames,
-    donate_argnums=donate_argnums,
-    donate_argnames=donate_argnames,
+  decorate = functools.partial(
+    JitFunction,
+    static=(static_argnums, static_argnames),
+    donated=(donate_argnums, donate_argnames),
     keep_unused=keep_unused,
     inline=inline,
   )
-  if fun is None:
-    return lambda fun: JitFunction(fun, **options)
-  return JitFunction(fun, **options)
+  return decorate if fun is None else decorate(fun)
 
 
 class JitFunction:
   """A function compiled by `nnx.jit`."""
 
-  def __init__(
-    self,
-    fun: Callable,
-    *,
-    static_argnums: int | Sequence[int] | None = None,
-    static_argnames: str | Iterable[str] | None = None,
-    donate_argnums: int | Sequence[int] | None = None,
-    donate_argnames: str | Iterable[str] | None = None,
-    keep_unused: bool = False,
-    inline: bool = False,
-  ):
+  def __init__(self, fun: Callable, *, static: tuple, donated: tuple, **options: Any):
     functools.update_wrapper(self, fun)
     self._fun = fun
-    self._static = _resolve(fun, static_argnums, static_argnames)
-    self._donated = _resolve(fun, donate_argnums, donate_argnames)
-    call = functools.partial(_call, fun)
-    call.__name__ = getattr(fun, "__name__", type(fun).__name__)  # what profiles and errors show
-    self._jitted = jax.jit(
-      call, static_argnums=0, donate_argnums=2, keep_unused=keep_unused, inline=inline
+    self._static = _resolve(fun, *static)
+    self._donated = _resolve(fun, *donated)
+    self._jitted: Any = jax.jit(
+      _named(functools.partial(_call, fun), fun), static_argnums=0, donate_argnums=2, **options
     )
 
   def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -140,6 +127,12 @@ def _call(fun: Callable, spec: tuple, kept: tuple, donated: tuple) -> Outputs:
     else:
       kwargs[key] = value
   return frame.collect(fun(*args, **kwargs))
+
+
+def _named(call: Any, fun: Callable) -> Callable:
+  """Profiles and errors show the user's function (`functools.wraps` would show its signature)."""
+  call.__name__ = getattr(fun, "__name__", type(fun).__name__)
+  return call
 
 
 def _resolve(fun: Callable, nums: Any, names: Any) -> tuple[frozenset[int], frozenset[str]]:

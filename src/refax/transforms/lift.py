@@ -100,9 +100,7 @@ class Inputs:
       TraceContextError: an object from another trace would have to change; nothing has.
     """
     spec, count = outputs.spec, len(self.objects)
-    changed = [
-      i for i in range(count) if spec.graphdef.nodes[i] != self.graphdef.nodes[i]
-    ]
+    changed = [i for i in range(count) if spec.graphdef.nodes[i] != self.graphdef.nodes[i]]
     self._check_trace(changed, spec)
     leaves = self.leaves + list(map(fresh_leaf, outputs.fresh, spec.hijax))
     objects = self.objects + [Node.__new__(cls) for cls, _ in spec.graphdef.nodes[count:]]
@@ -157,7 +155,7 @@ class Frame:
       ),
     )
     values = [self.leaves[i].get_value() for i in written]
-    return Outputs(values, map(carried_leaf, fresh), spec)
+    return Outputs(values, [carried_leaf(x) for x in fresh], spec)
 
   def _is_written(self, index: int) -> bool:
     """A Ref that came in is written in place; one made on entering, and an array, are carried."""

@@ -1,0 +1,87 @@
+"""What is static about a Variable: its metadata, and where it comes from, for messages."""
+
+import os
+import sys
+import weakref
+from typing import Any
+
+from refax.errors import StaticAttributeError
+from refax.typing import path_str
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+class Origin:
+  """Where a Variable was created and where it lives in its model, for messages."""
+
+  __slots__ = ("code", "kind", "line", "name", "owner")
+
+  def __init__(self, kind: str):
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+      frame = frame.f_back
+    self.kind = kind
+    self.code = frame.f_code
+    self.line = frame.f_lineno
+    self.owner: weakref.ref | None = None
+    self.name: Any = None
+
+  def moved(self) -> "Origin":
+    """The same place of creation, for a Variable that will live in another object."""
+    new = object.__new__(Origin)
+    new.kind, new.code, new.line, new.owner, new.name = self.kind, self.code, self.line, None, None
+    return new
+
+  def path(self) -> str:
+    """The path from the root of the model, `Block.linear.kernel`, as far as it is known."""
+    parts, owner, name = [], self.owner, self.name
+    while owner is not None and (node := owner()) is not None and len(parts) < 32:
+      parts.append(name)
+      owner, name, root = *node._pytree.home, type(node).__name__
+      if owner is None or owner() is None:
+        return root + path_str(tuple(reversed(parts)))
+    return path_str(tuple(reversed(parts))) or "(a Variable outside any Module)"
+
+  def __str__(self) -> str:
+    file = self.code.co_filename.rsplit("/", 1)[-1]
+    return f"{self.path()}  ({self.kind}, created at {file}:{self.line})"
+
+
+class VariableDef:
+  """The static half of a Variable: its metadata. Equality ignores what is only for messages.
+
+  `selected` marks a Variable that is being differentiated, so that a write to it is an error even
+  in a nested transform. It takes no part in equality either: inside a loss, the parameters must
+  still `jax.tree.map` together with those of another model.
+  """
+
+  __slots__ = ("items", "metadata", "origin", "selected", "_hash")
+
+  def __init__(self, metadata: dict[str, Any], origin: Origin, selected: bool = False):
+    for name, value in metadata.items():
+      try:
+        hash(value)
+      except TypeError:
+        raise StaticAttributeError.metadata(name, value) from None
+    self.metadata = metadata
+    self.items = tuple((k, type(v), v) for k, v in sorted(metadata.items()))
+    self._hash = hash(self.items)
+    self.origin = origin
+    self.selected = selected
+
+  def as_selected(self) -> "VariableDef":
+    """The same, for a Variable that is being differentiated."""
+    return VariableDef(self.metadata, self.origin, selected=True)
+
+  def elsewhere(self) -> "VariableDef":
+    """The same, for a Variable with a cell of its own in another object."""
+    return VariableDef(self.metadata, self.origin.moved())
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other) -> bool:
+    return self is other or (isinstance(other, VariableDef) and self.items == other.items)
+
+  def __repr__(self) -> str:
+    return f"VariableDef({self.metadata})"

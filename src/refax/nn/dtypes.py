@@ -1,0 +1,62 @@
+"""Which dtype a layer computes in: decided here, for all layers."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+
+from refax.errors import InvalidArgumentError
+from refax.typing import Dtype
+
+PromoteDtype: TypeAlias = Callable[..., Any]
+"""A function like `promote_dtype`, which a layer can be given instead."""
+
+
+def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> Dtype:
+  """The dtype in which to compute with these arrays.
+
+  Args:
+    *args: arrays and numbers; None is skipped.
+    dtype: the answer, if it is not None.
+    inexact: whether it has to be floating-point or complex: integers then become float32.
+
+  Returns:
+    `dtype`, or what JAX promotes the arrays to.
+
+  Raises:
+    InvalidArgumentError: `dtype` is not inexact though it has to be.
+
+  >>> import jax.numpy as jnp
+  >>> canonicalize_dtype(jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.float32), None)
+  dtype('float32')
+  """
+  if dtype is None:
+    dtype = jnp.result_type(*(jnp.asarray(x) for x in args if x is not None))
+    if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+      dtype = jnp.promote_types(jnp.float32, dtype)
+  if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+    raise InvalidArgumentError.value("a layer", "dtype", dtype, "a floating-point dtype, or None")
+  return dtype
+
+
+def promote_dtype(args: Any, /, *, dtype: Dtype | None = None, inexact: bool = True) -> Any:
+  """Arrays as arrays of one dtype.
+
+  Args:
+    args: a tuple of arrays and numbers; None stays None.
+    dtype: the dtype; by default what JAX promotes the arrays to.
+    inexact: whether it has to be floating-point or complex: integers then become float32.
+
+  Returns:
+    A tuple as long as `args`.
+
+  Raises:
+    InvalidArgumentError: `dtype` is not inexact though it has to be.
+
+  >>> import jax.numpy as jnp
+  >>> x, y, z = promote_dtype((jnp.ones(2, jnp.int8), jnp.ones(2, jnp.bfloat16), None))
+  >>> x.dtype, y.dtype, z
+  (dtype(bfloat16), dtype(bfloat16), None)
+  """
+  dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
+  return tuple(None if x is None else jnp.asarray(x, dtype) for x in args)

@@ -1,0 +1,100 @@
+"""Embed: a table of vectors."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refax.core.module import Module
+from refax.core.variable import Param
+from refax.nn import check, dtypes, initializers
+from refax.rngs import Rngs
+from refax.typing import ArrayLike, Dtype, Initializer
+
+
+class Embed(Module):
+  """A table of vectors, looked up by integers.
+
+  A negative index counts from the end; one that the table does not have gives NaNs.
+
+  Args:
+    num_embeddings: the number of vectors.
+    features: their size.
+    dtype: the dtype of the output; by default that of the table.
+    param_dtype: the dtype of the table.
+    embedding_init: initializer of the table `[num_embeddings, features]`.
+    promote_dtype: as in `nnx.Linear`.
+    rngs: the stream `params` initialises the table.
+    embedding_metadata: metadata of the table, such as a sharding.
+
+  Raises:
+    InvalidArgumentError: a size is not a positive int, or `rngs` is not an `nnx.Rngs`.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> embed = nnx.Embed(10, 4, rngs=nnx.Rngs(0))
+  >>> embed(jnp.array([[1, 2, 3]])).shape
+  (1, 3, 4)
+  """
+
+  def __init__(
+    self,
+    num_embeddings: int,
+    features: int,
+    *,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    embedding_init: Initializer = initializers.default_embed_init,
+    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+    rngs: Rngs,
+    embedding_metadata: Mapping[str, Any] = MappingProxyType({}),
+  ):
+    self.num_embeddings = check.size("Embed", "num_embeddings", num_embeddings)
+    self.features = check.size("Embed", "features", features)
+    key = check.streams("Embed", rngs).params()
+    table = embedding_init(key, (self.num_embeddings, self.features), param_dtype)
+    self.embedding = Param(table, **embedding_metadata)
+    self.dtype = dtype
+    self.param_dtype = param_dtype
+    self.promote_dtype = promote_dtype
+
+  def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
+    """Look up vectors.
+
+    Args:
+      inputs: integers `[...]`.
+      out_sharding: the sharding of the output, where the mesh has explicit axes.
+
+    Returns:
+      `[..., features]`.
+
+    Raises:
+      ShapeMismatchError: the inputs are not integers.
+    """
+    indices = check.as_input(inputs)
+    check.integers("Embed", indices, self.embedding)
+    (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+    return table.at[indices].get(mode="fill", out_sharding=out_sharding)
+
+  def attend(self, query: ArrayLike, out_sharding: Any = None) -> jax.Array:
+    """The product of queries with each vector: logits that share the table's parameters.
+
+    Args:
+      query: `[..., features]`.
+      out_sharding: the sharding of the output, where the mesh has explicit axes.
+
+    Returns:
+      `[..., num_embeddings]`.
+
+    Raises:
+      ShapeMismatchError: the last axis has another size.
+
+    >>> from refax import nnx; import jax.numpy as jnp
+    >>> nnx.Embed(10, 4, rngs=nnx.Rngs(0)).attend(jnp.ones((2, 4))).shape
+    (2, 10)
+    """
+    query = check.as_input(query)
+    check.last_axis("Embed.attend", query, self.features, self.embedding)
+    query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+    return jnp.dot(query, table.T, out_sharding=out_sharding)

@@ -1,0 +1,189 @@
+"""A stateful program equals its functional twin under any nest of plain JAX transforms."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from refax import nnx
+from tests.laws.programs import (
+  SIZE,
+  Net,
+  Step,
+  covered,
+  initial_state,
+  programs,
+  run_functional,
+  run_stateful,
+)
+
+X = jnp.linspace(-1.0, 1.5, SIZE)
+KEY = jax.random.key(7)
+LAYERS = 2
+
+
+def assert_close(got, want):
+  got, want = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want)
+  assert [p for p, _ in got] == [p for p, _ in want]
+  for (path, a), (_, b) in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=str(path))
+
+
+def check_values(program):
+  state = initial_state(KEY)
+  net = Net(state)
+  want_state, want = jax.jit(lambda s, x: run_functional(program, s, x))(state, X)
+  got = jax.jit(lambda net, x: run_stateful(program, net, x))(net, X)
+  assert_close((got, net.values()), (want, want_state))
+
+
+def check_eager(program):
+  state = initial_state(KEY)
+  net = Net(state)
+  want_state, want = run_functional(program, state, X)
+  got = run_stateful(program, net, X)
+  assert_close((got, net.values()), (want, want_state))
+
+
+def functional_loss(program):
+  def loss(w, x, state):
+    s, y = run_functional(program, state | {"w": w}, x)
+    return jnp.sin(y).sum(), s
+
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def check_parameter_gradients(program):
+  state = initial_state(KEY)
+  (want, want_state), (dw, _) = functional_loss(program)(state["w"], X, state)
+  net = Net(state)
+
+  @jax.jit
+  def step(net, x):
+    return nnx.value_and_grad(lambda net: jnp.sin(run_stateful(program, net, x)).sum())(net)
+
+  got, grads = step(net, X)
+  assert_close((got, grads["w"][...], net.values()), (want, dw, want_state))
+
+
+def check_input_gradients(program):
+  """jax.grad with respect to the input, the model by closure."""
+  state = initial_state(KEY)
+  (want, want_state), (_, dx) = functional_loss(program)(state["w"], X, state)
+  net = Net(state)
+  loss = lambda x: jnp.sin(run_stateful(program, net, x)).sum()
+  got, got_dx = jax.jit(jax.value_and_grad(loss))(X)
+  assert_close((got, got_dx, net.values()), (want, dx, want_state))
+
+
+def check_layers(program):
+  """A scan over stacked layers as `xs`, differentiated, with each layer recomputed."""
+  state = initial_state(KEY, (LAYERS,))
+
+  def functional(w, x):
+    def body(x, s):
+      s, x = jax.checkpoint(lambda s, x: run_functional(program, s, x))(s, x)
+      return x, s
+
+    y, s = jax.lax.scan(body, x, state | {"w": w})
+    return jnp.sin(y).sum(), s
+
+  (want, want_state), dw = jax.value_and_grad(functional, has_aux=True)(state["w"], X)
+  net = Net(state)
+
+  @jax.jit
+  def step(net, x):
+    layer_call = jax.checkpoint(lambda layer, x: run_stateful(program, layer, x))
+
+    def loss(net):
+      y, _ = jax.lax.scan(lambda x, layer: (layer_call(layer, x), None), x, net)
+      return jnp.sin(y).sum()
+
+    return nnx.value_and_grad(loss)(net)
+
+  got, grads = step(net, X)
+  assert_close((got, grads["w"][...], net.values()), (want, dw, want_state))
+
+
+def check_ensemble(program):
+  """A stack of models under jax.vmap, each with its own state and input."""
+  state, xs = initial_state(KEY, (LAYERS,)), jnp.stack([X, X[::-1]])
+
+  def functional(w, xs):
+    s, y = jax.vmap(lambda s, x: run_functional(program, s, x))(state | {"w": w}, xs)
+    return jnp.sin(y).sum(), s
+
+  (want, want_state), dw = jax.value_and_grad(functional, has_aux=True)(state["w"], xs)
+  net = Net(state)
+
+  @jax.jit
+  def step(net, xs):
+    def loss(net):
+      return jnp.sin(jax.vmap(lambda net, x: run_stateful(program, net, x))(net, xs)).sum()
+
+    return nnx.value_and_grad(loss)(net)
+
+  got, grads = step(net, xs)
+  assert_close((got, grads["w"][...], net.values()), (want, dw, want_state))
+
+
+CHECKS = {
+  "values": (check_values, programs(depth=3)),
+  "eager": (check_eager, programs(depth=1)),
+  "parameter gradients": (check_parameter_gradients, programs(depth=3)),
+  "input gradients": (check_input_gradients, programs(depth=3)),
+  "layers": (check_layers, programs(depth=2)),
+  "ensemble": (check_ensemble, programs(depth=2)),
+}
+REFUSALS = (
+  "State effect not supported in cond partial-eval",
+  "State effect not supported in vmap-of-cond",
+)
+
+
+def run(name, examples):
+  """Check programs. What JAX refuses aloud (a branch with state, under grad or vmap) is counted."""
+  check, strategy = CHECKS[name]
+  outcomes = Counter()
+
+  @settings(
+    max_examples=examples,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+  )
+  @given(program=strategy)
+  def law(program):
+    try:
+      check(program)
+    except NotImplementedError as error:
+      assert any(r in str(error) for r in REFUSALS)
+      outcomes["refused"] += 1
+    else:
+      outcomes["equal"] += 1
+
+  law()
+  print(f"{name}: {dict(outcomes)}, steps run so far: {dict(covered)}")
+  assert outcomes["equal"] >= examples // 3
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_stateful_program_equals_its_functional_twin(name):
+  run(name, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_many_stateful_programs_equal_their_functional_twins(name):
+  run(name, 85)
+
+
+@pytest.mark.parametrize("name", ["cond", "switch"])
+def test_state_written_in_a_branch_under_vmap_is_refused_aloud(name):
+  body = (Step("write_count"),)
+  with pytest.raises(NotImplementedError, match="vmap-of-cond"):
+    check_ensemble((Step(name, (body, body)),))

@@ -1,0 +1,44 @@
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refax import nnx
+from tests.numerics.twin import assert_twins, linen, normal, share_weights
+
+DTYPES = (None, jnp.float32, jnp.bfloat16)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+  batch=st.lists(st.integers(1, 3), max_size=2),
+  sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+  use_bias=st.booleans(),
+  input_dtype=st.sampled_from((jnp.float32, jnp.bfloat16)),
+  dtype=st.sampled_from(DTYPES),
+  param_dtype=st.sampled_from((jnp.float32, jnp.bfloat16)),
+)
+def test_linear_equals_linen(batch, sizes, use_bias, input_dtype, dtype, param_dtype):
+  options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype}
+  model = nnx.Linear(*sizes, **options, rngs=nnx.Rngs(0))
+  layer = linen.Dense(sizes[1], **options)
+  x = normal(9, (*batch, sizes[0]), input_dtype)
+  assert_twins(model, layer, share_weights(model, layer, x), x)
+
+
+def test_linear_of_integers_equals_linen():
+  model, layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), linen.Dense(2)
+  x = jnp.arange(6).reshape(2, 3)
+  assert_twins(model, layer, share_weights(model, layer, x), x)
+
+
+@pytest.mark.parametrize("build", [
+  lambda nnx, rngs: nnx.Linear(3, 4, rngs=rngs),
+  lambda nnx, rngs: nnx.Conv(4, 6, (3, 2), feature_group_count=2, rngs=rngs),
+  lambda nnx, rngs: nnx.Embed(5, 3, rngs=rngs),
+], ids=["Linear", "Conv", "Embed"])  # fmt: skip
+def test_initial_weights_are_those_of_flax_nnx(build):
+  flax_nnx = pytest.importorskip("flax.nnx", reason="initial weights are compared with Flax NNX")
+  own, other = build(nnx, nnx.Rngs(7)), build(flax_nnx, flax_nnx.Rngs(7))
+  name = "embedding" if isinstance(own, nnx.Embed) else "kernel"
+  assert (getattr(own, name)[...] == getattr(other, name)[...]).all()

@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refax import nnx
+from tests.numerics.twin import GRADIENT_TOLERANCE, assert_close, linen, normal
+
+linen_pooling = pytest.importorskip("flax.linen.pooling", reason="compared with Flax Linen")
+
+
+def compare(name, x, *args, **kwargs):
+  """Values, and gradients with respect to the input."""
+  weigh = lambda y: (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
+  run = lambda fn: jax.jit(
+    jax.value_and_grad(lambda x: (lambda y: (weigh(y), y))(fn(x, *args, **kwargs)), has_aux=True)
+  )(x)
+  (_, got), got_gradient = run(getattr(nnx, name))
+  (_, want), want_gradient = run(getattr(linen_pooling, name))
+  assert_close(got.astype(want.dtype), want)
+  assert_close(got_gradient, want_gradient, GRADIENT_TOLERANCE)
+
+
+@st.composite
+def windows(draw):
+  rank = draw(st.integers(1, 3))
+  per_axis = lambda most: st.lists(st.integers(1, most), min_size=rank, max_size=rank).map(tuple)
+  pads = st.lists(st.tuples(st.just(0), st.integers(0, 1)), min_size=rank, max_size=rank)
+  shape = (*draw(st.lists(st.integers(1, 2), max_size=1)), *draw(st.lists(
+    st.integers(3, 5), min_size=rank, max_size=rank)), draw(st.integers(1, 2)))  # fmt: skip
+  return shape, {
+    "window_shape": tuple(1 + n for n in draw(per_axis(2))),
+    "strides": draw(st.none() | per_axis(3)),
+    "padding": draw(st.sampled_from(("SAME", "VALID")) | pads),
+  }
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=windows(), name=st.sampled_from(("avg_pool", "max_pool", "min_pool")))
+def test_pooling_equals_linen(case, name):
+  shape, options = case
+  compare(name, normal(1, shape), **options)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 0), (0, 1))])
+@pytest.mark.parametrize("shape", [(5, 4, 2), (2, 5, 4, 2)])
+def test_avg_pool_without_counting_padding_equals_linen(padding, shape):
+  options = {"strides": (2, 1), "padding": padding, "count_include_pad": False}
+  compare("avg_pool", normal(1, shape), (2, 3), **options)
+
+
+@pytest.mark.parametrize("name", ["avg_pool", "max_pool", "min_pool"])
+def test_pooling_of_bfloat16_equals_linen(name):
+  x = normal(1, (2, 6, 6, 2), jnp.bfloat16)
+  assert getattr(nnx, name)(x, (2, 2)).dtype == jnp.bfloat16
+  compare(name, x, (2, 2), (2, 2))
+
+
+def test_pool_with_a_function_equals_linen():
+  x = 1 + jnp.abs(normal(1, (2, 4, 4, 1)))
+  args = (1.0, jax.lax.mul, (2, 2), (1, 1), "SAME")
+  assert_close(nnx.pool(x, *args), linen.pool(x, *args))

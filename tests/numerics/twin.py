@@ -1,0 +1,104 @@
+"""A layer of Refax and its twin in Flax Linen: same weights, then outputs, gradients and state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+
+linen = pytest.importorskip("flax.linen", reason="numerics are compared with Flax Linen")
+
+TOLERANCE = {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(jnp.bfloat16): 2e-2}
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compile fast: what is computed here is small and runs once."""
+
+GRADIENT_TOLERANCE = {jnp.dtype(jnp.float32): 1e-4, jnp.dtype(jnp.bfloat16): 4e-2}
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def share_weights(model: nnx.Module, layer: Any, *inputs: Any, **kwargs: Any) -> Any:
+  """Random values for all variables of the Linen layer, also written into the Refax one."""
+  shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), *inputs, **kwargs))
+  leaves, treedef = jax.tree.flatten(shapes)
+  values = [0.5 + jnp.abs(normal(i, s.shape, s.dtype)) for i, s in enumerate(leaves)]
+  variables = treedef.unflatten(values)
+  for collection in variables.values():
+    for name, value in collection.items():
+      own = getattr(model, name)
+      assert own.dtype == value.dtype
+      own[...] = value.reshape(own.shape)
+  return variables
+
+
+def assert_close(got: Any, want: Any, tolerance: dict = TOLERANCE) -> None:
+  got, want = jnp.asarray(got), jnp.asarray(want)
+  assert got.dtype == want.dtype
+  assert got.shape == want.shape
+  limit = tolerance[got.dtype]
+  got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+  scale = max(1.0, float(np.abs(want).max(initial=0.0)))
+  np.testing.assert_allclose(got / scale, want / scale, rtol=limit, atol=limit)
+
+
+def assert_twins(
+  model: nnx.Module,
+  layer: Any,
+  variables: Any,
+  x: Any,
+  *,
+  ours: Callable = lambda model, x: model(x),
+  kwargs: dict[str, Any] | None = None,
+) -> Any:
+  """Compare outputs, gradients of parameters and input, and state after one call.
+
+  Args:
+    model: the Refax layer; its state moves on by one call.
+    layer: the Linen layer.
+    variables: the weights and state of `layer`, the same as those of `model`.
+    x: the input.
+    ours: how `model` is called.
+    kwargs: keyword arguments of the call of `layer`.
+
+  Returns:
+    The variables of `layer` after the call.
+  """
+  params = variables.get("params", {})
+  state = {k: v for k, v in variables.items() if k != "params"}
+
+  def linen_loss(params, x):
+    y, new = layer.apply({"params": params, **state}, x, mutable=list(state), **kwargs or {})
+    return _project(y), (y, new)
+
+  graphdef, own_params, own_rest = nnx.split(model, nnx.Param, ...)
+
+  def refax_loss(params, x):
+    y = ours(nnx.merge(graphdef, params, own_rest), x)
+    return _project(y), y
+
+  where = (0, 1) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact) else 0
+  want, (y, new) = jax.jit(jax.grad(linen_loss, where, has_aux=True), compiler_options=QUICK)(params, x)
+  got, own_y = jax.jit(jax.grad(refax_loss, where, has_aux=True), compiler_options=QUICK)(nnx.to_lojax(own_params), x)
+  assert_close(own_y, y)
+  if where == 0:
+    want, got = (want,), (got,)
+  for name, gradient in want[0].items():
+    own = got[0][name][...]
+    assert_close(own, gradient.reshape(own.shape), GRADIENT_TOLERANCE)
+  if len(want) > 1:
+    assert_close(got[1], want[1], GRADIENT_TOLERANCE)
+  for name, value in new.get("batch_stats", {}).items():
+    assert_close(getattr(model, name)[...], value)
+  return {"params": params, **new}
+
+
+def _project(y: jax.Array) -> jax.Array:
+  """A number to which each element of `y` contributes in its own way."""
+  y = y.astype(jnp.float32)
+  return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape))).sum()

@@ -23,6 +23,7 @@ Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 def describe(x: Any) -> str:
   """`float32[2,3]` for an array, the type's name for anything else.
 
+  >>> import jax.numpy as jnp
   >>> describe(jnp.ones((2, 3)))
   'float32[2,3]'
   """

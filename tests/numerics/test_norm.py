@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,12 +21,12 @@ COMMON = {
 
 
 def offset(seed, shape, dtype=jnp.float32):
-  return (1 + 2 * normal(seed, shape)).astype(dtype)
+  return 1 + 2 * normal(seed, shape, dtype)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-  shape=st.lists(st.integers(2, 4), min_size=2, max_size=4),
+  shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axis=st.integers(-2, 1),
   momentum=st.sampled_from((0.0, 0.9, 0.99)),
   input_dtype=FLOATS,
@@ -53,37 +55,39 @@ def test_batch_norm_over_several_steps_equals_linen(dtype):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("mask_shape", [(6, 1), (6, 3), (3,)])
+@pytest.mark.parametrize("mask_shape", [(6, 1), (6, 3)])
 def test_masked_batch_norm_equals_linen(fast, mask_shape):
   model = nnx.BatchNorm(3, use_fast_variance=fast, rngs=nnx.Rngs(0))
   layer = linen.BatchNorm(use_fast_variance=fast)
-  x, mask = offset(1, (6, 3)), (normal(2, mask_shape) > -0.5).at[0].set(True)
-  mask = mask | (jnp.arange(mask_shape[-1]) >= 0) if mask_shape == (3,) else mask
+  x, mask = offset(1, (6, 3)), normal(2, mask_shape) > 0
+  mask = mask.at[0].set(True)  # the statistics of nothing are NaN
   variables = share_weights(model, layer, x, use_running_average=False)
   kwargs = {"use_running_average": False, "mask": mask}
   ours = lambda model, x: model(x, mask=mask)
   assert_twins(model, layer, variables, x, ours=ours, kwargs=kwargs)
 
 
-@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3]]])
-def test_batch_norm_over_a_mapped_axis_equals_linen(groups):
-  options = {"axis_name": "shards", "axis_index_groups": groups}
-  model, layer = nnx.BatchNorm(3, **options, rngs=nnx.Rngs(0)), linen.BatchNorm(**options)
+def test_batch_norm_over_a_mapped_axis_equals_linen():
+  with nnx.use_hijax(False):  # JAX writes no Ref that vmap does not map
+    model = nnx.BatchNorm(3, axis_name="shards", rngs=nnx.Rngs(0))
+  layer = linen.BatchNorm(axis_name="shards", use_running_average=False)
   x = offset(1, (4, 5, 3))
-  variables = share_weights(model, layer, x[0], use_running_average=False)
-  apply = lambda x: layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-  if groups is not None:
-    pytest.skip("jax.vmap has no axis_index_groups; the shard_map test covers them")
-  want, new = jax.vmap(apply, axis_name="shards")(x)
-  got = jax.vmap(model, axis_name="shards")(x)  # one model by closure: what it writes is shared
+  variables = share_weights(model, linen.BatchNorm(use_running_average=False), x)
+
+  def ours(model, x):
+    return model(x), (model.mean[...], model.var[...])
+
+  theirs = lambda x: layer.apply(variables, x, mutable=["batch_stats"])
+  got, state = jax.vmap(ours, (None, 0), axis_name="shards")(model, x)
+  want, new = jax.vmap(theirs, axis_name="shards")(x)
   assert_close(got, want)
-  for name in ("mean", "var"):
-    assert_close(getattr(model, name)[...], new["batch_stats"][name][0])
+  for own, name in zip(state, ("mean", "var"), strict=True):
+    assert_close(own, new["batch_stats"][name])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-  shape=st.lists(st.integers(2, 4), min_size=2, max_size=4),
+  shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axes=st.sampled_from((-1, -2, 0, (-1,), (-2, -1), (0, 1), (0, -1))),
   feature_axes=st.sampled_from((-1, -2, 0, (-2, -1))),
   input_dtype=FLOATS,
@@ -92,9 +96,7 @@ def test_batch_norm_over_a_mapped_axis_equals_linen(groups):
 def test_layer_norm_equals_linen(shape, axes, feature_axes, input_dtype, options):
   options = options | {"reduction_axes": axes, "feature_axes": feature_axes}
   where = (feature_axes,) if isinstance(feature_axes, int) else feature_axes
-  size = jnp.zeros(shape)[..., None].size if False else 1
-  for axis in where:
-    size *= shape[axis]
+  size = math.prod(shape[axis] for axis in where)
   model = nnx.LayerNorm(size, **options, rngs=nnx.Rngs(0))
   layer = linen.LayerNorm(**options)
   x = offset(1, shape, input_dtype)

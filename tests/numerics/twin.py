@@ -20,29 +20,36 @@ GRADIENT_TOLERANCE = {jnp.dtype(jnp.float32): 1e-4, jnp.dtype(jnp.bfloat16): 4e-
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+  """Normal numbers, drawn by NumPy: JAX would compile a program for each shape."""
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 def share_weights(model: nnx.Module, layer: Any, *inputs: Any, **kwargs: Any) -> Any:
   """Random values for all variables of the Linen layer, also written into the Refax one."""
   shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), *inputs, **kwargs))
   leaves, treedef = jax.tree.flatten(shapes)
-  values = [0.5 + jnp.abs(normal(i, s.shape, s.dtype)) for i, s in enumerate(leaves)]
+  values = [jnp.asarray(_positive(i, s)) for i, s in enumerate(leaves)]
   variables = treedef.unflatten(values)
   for collection in variables.values():
     for name, value in collection.items():
       own = getattr(model, name)
       assert own.dtype == value.dtype
-      own[...] = value.reshape(own.shape)
+      own[...] = np.reshape(value, own.shape)
   return variables
 
 
+def _positive(seed: int, like: Any) -> np.ndarray:
+  """Away from 0: also good for a variance."""
+  values = np.random.default_rng(seed).standard_normal(like.shape)
+  return (0.5 + np.abs(values)).astype(like.dtype)
+
+
 def assert_close(got: Any, want: Any, tolerance: dict = TOLERANCE) -> None:
-  got, want = jnp.asarray(got), jnp.asarray(want)
+  got, want = np.asarray(got), np.asarray(want)
   assert got.dtype == want.dtype
   assert got.shape == want.shape
   limit = tolerance[got.dtype]
-  got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+  got, want = got.astype(np.float32), want.astype(np.float32)
   scale = max(1.0, float(np.abs(want).max(initial=0.0)))
   np.testing.assert_allclose(got / scale, want / scale, rtol=limit, atol=limit)
 
@@ -74,23 +81,27 @@ def assert_twins(
 
   def linen_loss(params, x):
     y, new = layer.apply({"params": params, **state}, x, mutable=list(state), **kwargs or {})
-    return _project(y), (y, new)
+    return project(y), (y, new)
 
   graphdef, own_params, own_rest = nnx.split(model, nnx.Param, ...)
 
   def refax_loss(params, x):
     y = ours(nnx.merge(graphdef, params, own_rest), x)
-    return _project(y), y
+    return project(y), y
 
   where = (0, 1) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact) else 0
-  want, (y, new) = jax.jit(jax.grad(linen_loss, where, has_aux=True), compiler_options=QUICK)(params, x)
-  got, own_y = jax.jit(jax.grad(refax_loss, where, has_aux=True), compiler_options=QUICK)(nnx.to_lojax(own_params), x)
+  want, (y, new) = jax.jit(jax.grad(linen_loss, where, has_aux=True), compiler_options=QUICK)(
+    params, x
+  )
+  got, own_y = jax.jit(jax.grad(refax_loss, where, has_aux=True), compiler_options=QUICK)(
+    nnx.to_lojax(own_params), x
+  )
   assert_close(own_y, y)
   if where == 0:
     want, got = (want,), (got,)
   for name, gradient in want[0].items():
     own = got[0][name][...]
-    assert_close(own, gradient.reshape(own.shape), GRADIENT_TOLERANCE)
+    assert_close(own, np.reshape(gradient, own.shape), GRADIENT_TOLERANCE)
   if len(want) > 1:
     assert_close(got[1], want[1], GRADIENT_TOLERANCE)
   for name, value in new.get("batch_stats", {}).items():
@@ -98,7 +109,7 @@ def assert_twins(
   return {"params": params, **new}
 
 
-def _project(y: jax.Array) -> jax.Array:
+def project(y: jax.Array) -> jax.Array:
   """A number to which each element of `y` contributes in its own way."""
-  y = y.astype(jnp.float32)
-  return (y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape))).sum()
+  weights = np.cos(np.arange(y.size, dtype=np.float32)).reshape(y.shape)
+  return (y.astype(jnp.float32) * weights).sum()

@@ -266,11 +266,11 @@ def replace_by_pure_dict(
       old.set_value(value)
 
 
-def _match_keys(flat: FlatState, known: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
+def _match_keys(flat: FlatState, known: Mapping[Path, Any]) -> Iterator[tuple[Any, Any]]:
   """Paths from files have strings where the State has ints: `'0'` means 0 if only that exists."""
-  by_text: dict[tuple[str, ...], Path] = {tuple(map(str, path)): path for path in known}
+  by_text = {tuple(map(str, path)): path for path in known}
   for path, value in flat:
-    yield (path if path in known else by_text.get(tuple(map(str, path)), path)), value
+    yield path if path in known else by_text.get(tuple(map(str, path)), path), value
 
 
 def filter_state(state: State, first: Filter, /, *filters: Filter) -> Any:

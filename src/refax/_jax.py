@@ -2,7 +2,7 @@
 
 Three things of JAX are not public: the buffer behind a `jax.Ref` (an eager read or write through
 JAX's own primitives costs 65-290 us, a copy costs 15), whether any trace is active, and which of
-a jaxpr's inputs are written. A probe decides once, at first use, whether the private path works
+a jaxpr's Refs are written. A probe decides once, at first use, whether the private path works
 on the installed JAX; the public path is always complete. `REFAX_PUBLIC_JAX=1` forces it, and the
 tests run both.
 """
@@ -132,11 +132,30 @@ def is_batched_write_refusal(error: Exception) -> bool:
   return "vmapped value on an unbatched array reference" in str(error)
 
 
-def written_inputs(jaxpr: Any) -> set[int]:
-  """The positions of the inputs of a (closed) jaxpr that it writes.
+def written_vars(jaxpr: Any) -> set[Any]:
+  """The variables of a jaxpr that stand for Refs and are written somewhere in it.
 
-  Private: the effect classes; they are known here by name. An effect of an unknown sort counts
-  as a write to its input, which costs a copy and is never wrong.
+  Private: the effects' attribute `input` (`input_index` in older releases) and their class, known
+  here by name. An effect of an unknown sort counts as a write: that costs a copy, and is right.
   """
-  effects = (e for e in jaxpr.effects if hasattr(e, "input_index"))
-  return {e.input_index for e in effects if type(e).__name__ != "ReadEffect"}
+  effects = [e for eqn in jaxpr.eqns for e in eqn.effects] + list(jaxpr.effects)
+  return {
+    e.input for e in effects if hasattr(e, "input") and type(e).__name__ != "ReadEffect"
+  }
+
+
+def discharge(closed_jaxpr: Any) -> Any:
+  """A jaxpr whose Refs are all local, as a pure one: reads and writes become values that are passed.
+
+  Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
+  has branches with state that differentiate and batch, and says exactly what depends on a batch.
+  Falls back to the jaxpr as it is: right too, but JAX refuses such branches, aloud.
+  """
+  if _private() is None:
+    return closed_jaxpr
+  try:
+    from jax._src.state.discharge import discharge_state
+
+    return discharge_state(closed_jaxpr)
+  except (ImportError, NotImplementedError, TypeError):
+    return closed_jaxpr

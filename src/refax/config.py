@@ -60,7 +60,8 @@ class use_hijax(contextlib.AbstractContextManager):
     self._open.pop().__exit__(None, None, None)
 
   def __call__(self, fn: F) -> F:
-    self._open.pop().__exit__(None, None, None)  # a decorator sets nothing until the call
+    if self._open:  # a decorator sets nothing until the call
+      self._open.pop().__exit__(None, None, None)
     value = self._value
 
     @functools.wraps(fn)

@@ -61,6 +61,15 @@ class ShapeMismatchError(RefaxError, ValueError):
     )
 
   @classmethod
+  def range(cls, origin: Any, want: Any, value: Any, info: Any):
+    return cls(
+      f"{want.dtype} cannot hold this number",
+      at=origin,
+      got=f"{type(value).__name__} ({_short(value)}), the Variable holds {describe(want)}",
+      fix=f"write a number from {info.min} to {info.max}, or assign a new nnx.{origin.kind}",
+    )
+
+  @classmethod
   def not_an_array(cls, origin: Any, want: Any, got: Any):
     return cls(
       "a Variable that holds an array can hold nothing else",
@@ -128,6 +137,49 @@ class TreeMismatchError(RefaxError, ValueError):
       at=f"{module}.{name}",
       got=f"{type(old).__name__}",
       fix="sow under another name, or remove the attribute (nnx.pop)",
+    )
+
+  @classmethod
+  def branches(cls, index: int, first: Any, other: Any):
+    return cls(
+      "all branches must return the same structure, and change their arguments in the same way",
+      at=f"branch {index}",
+      got=f"{other}, and {first} from branch 0",
+      fix="return values of the same structure, shapes and dtypes from each branch; "
+      "add attributes in all branches or before",
+    )
+
+  @classmethod
+  def carry(cls, function: str, was: Any, now: Any):
+    return cls(
+      f"{function} must return a carry like the one that it got",
+      got=f"{now}, from a carry {was}",
+      fix="return the same structure, shapes and dtypes; change state through its Variables",
+    )
+
+  @classmethod
+  def condition(cls, function: str):
+    return cls(
+      f"the condition of {function} must not write state",
+      got="a condition that writes a Variable",
+      fix="write it in the body",
+    )
+
+  @classmethod
+  def axes(cls, what: str, path: str, axes: Any):
+    return cls(
+      f"{what} do not fit",
+      at=path,
+      got=f"{axes}",
+      fix="give an int, None, nnx.StateAxes, or a tuple with one of these for each argument",
+    )
+
+  @classmethod
+  def sizes(cls, function: str, sizes: dict[str, int]):
+    return cls(
+      f"{function} maps over axes of one size",
+      got=", ".join(f"{size} at {path or 'the argument'}" for path, size in sizes.items()),
+      fix="check the axes, or pass None for what is not mapped",
     )
 
   @classmethod
@@ -287,6 +339,15 @@ class AliasError(RefaxError, ValueError):
       fix="differentiate one argument that holds both",
     )
 
+  @classmethod
+  def closure(cls, origin: Any):
+    return cls(
+      "one Variable came as an argument and by closure",
+      at=origin,
+      got="a function that uses both",
+      fix="use the argument inside the function",
+    )
+
 
 class MissingRngError(RefaxError, AttributeError, KeyError):
   """A random stream that was not given."""
@@ -306,6 +367,7 @@ class MissingRngError(RefaxError, AttributeError, KeyError):
       got="no rngs, neither when it was built nor when it was called",
       fix=f"build it with rngs=nnx.Rngs({name}=0), call it with rngs=, or model.eval()",
     )
+
 
 
 class RngKeyError(RefaxError, ValueError):

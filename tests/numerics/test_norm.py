@@ -24,7 +24,7 @@ def offset(seed, shape, dtype=jnp.float32):
   return 1 + 2 * normal(seed, shape, dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
   shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axis=st.integers(-2, 1),
@@ -85,7 +85,7 @@ def test_batch_norm_over_a_mapped_axis_equals_linen():
     assert_close(own, new["batch_stats"][name])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
   shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axes=st.sampled_from((-1, -2, 0, (-1,), (-2, -1), (0, 1), (0, -1))),

@@ -26,8 +26,7 @@ class ArrayProtocol:
 
   __slots__ = ()
   __hash__ = None  # pyright: ignore[reportAssignmentType]  # as arrays: `==` is elementwise
-  __array_priority__ = 1000
-  __array_ufunc__ = None  # a NumPy array on the left leaves the operation to us
+  __array_priority__ = 1000  # a NumPy array on the left leaves the operation to us
 
   def get_value(self, *, index: Any = ...) -> Any:
     raise NotImplementedError

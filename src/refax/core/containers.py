@@ -11,6 +11,8 @@ from refax.core import text
 from refax.core.flatten import adopt, flatten
 from refax.core.module import Module
 from refax.core.pytree import classify, converters, summary
+from refax.core.storage import is_array_like
+from refax.core.variable import Variable
 from refax.typing import path_str
 
 A = TypeVar("A")
@@ -29,8 +31,12 @@ def _kept(item: Any) -> Any:
   return item.value if isinstance(item, _Static) else item
 
 
-def _entry(key: Any, item: Any) -> tuple[Any, Any, bool]:
-  return key, _kept(item), not isinstance(item, _Static)
+def _written(item: Any, value: Any) -> bool:
+  """Whether an assignment changes no structure: the same object, or a write to a Variable."""
+  if isinstance(item, Variable) and is_array_like(value):
+    item.set_value(value)
+    return True
+  return _kept(item) is value
 
 
 class _Container(Module):
@@ -116,7 +122,7 @@ class List(_Container, MutableSequence, Generic[A]):
     if isinstance(index, slice):
       items[index] = [self._keep(index, x) for x in value]
     else:
-      if _kept(items[index]) is value:
+      if _written(items[index], value):
         return
       items[index] = self._keep(index, value)
     self._set_items(items)
@@ -184,7 +190,7 @@ class Dict(_Container, MutableMapping, Generic[A]):
     return _kept(self._items[key])
 
   def __setitem__(self, key, value: A) -> None:
-    if key in self._items and _kept(self._items[key]) is value:
+    if key in self._items and _written(self._items[key], value):
       return
     self._set_items(self._items | {key: self._keep(key, value)})
 

@@ -1,5 +1,6 @@
 """What is static about a Variable: its metadata, and where it comes from, for messages."""
 
+import math
 import os
 import sys
 import weakref
@@ -9,6 +10,13 @@ from refax.errors import StaticAttributeError
 from refax.typing import path_str
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+def kind(value: Any) -> Any:
+  """What equality overlooks in a static value: 1 == 1.0 == True and 0.0 == -0.0, in tuples too."""
+  if isinstance(value, tuple):
+    return (type(value), *map(kind, value))
+  return (float, math.copysign(1.0, value)) if type(value) is float else type(value)
 
 
 class Origin:
@@ -64,7 +72,7 @@ class VariableDef:
       except TypeError:
         raise StaticAttributeError.metadata(name, value) from None
     self.metadata = metadata
-    self.items = tuple((k, type(v), v) for k, v in sorted(metadata.items()))
+    self.items = tuple((k, kind(v), v) for k, v in sorted(metadata.items()))
     self._hash = hash(self.items)
     self.origin = origin
     self.selected = selected

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from refax import _jax
+from refax.core.definition import kind
 from refax.core.epoch import epoch
 from refax.core.variable import Variable, identity
 from refax.typing import Path, path_str
@@ -224,7 +225,7 @@ class Walk:
 
   def _describe(self, node: Node) -> tuple:
     entries = tuple(
-      (key, self.entry(value) if dynamic else (STATIC, type(value), value))
+      (key, self.entry(value) if dynamic else (STATIC, kind(value), value))
       for key, value, dynamic in node._entries()
     )
     return type(node), entries

@@ -4,6 +4,7 @@ An attribute is data (Variables, arrays, other Pytrees, containers of these) or 
 rest: numbers, strings, functions), which is part of the structure that JAX compiles for.
 """
 
+import copy as copylib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from refax import _jax
 from refax.core import storage, text
+from refax.core.definition import kind
 from refax.core.flatten import Flat, Node, Tracked, adopt, flatten, register
 from refax.core.variable import Variable
 from refax.errors import StaticAttributeError, TraceContextError
@@ -132,6 +134,8 @@ class Pytree(Node):
       object.__setattr__(self, name, value)
       return
     old = self.__dict__.get(name)
+    if old is value and isinstance(value, Variable | Node):
+      return  # `self.count += 1` has written it in place
     if isinstance(old, Variable) and storage.is_array_like(value):
       old.set_value(value)  # `self.count = self.count + 1` writes the Variable
       return
@@ -157,6 +161,14 @@ class Pytree(Node):
     if self._pytree.trace != _jax.trace_state():
       raise TraceContextError.attribute(type(self).__name__ + path_str((key,)))
 
+  def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    for _, value, dynamic in self._entries():
+      if not dynamic:  # a copied function would be another one, and the structure not the same
+        memo[id(value)] = value
+    memo[id(self)] = new = Node.__new__(type(self))
+    new.__setstate__(copylib.deepcopy(self.__getstate__(), memo))
+    return new
+
   def __getstate__(self) -> Any:
     return dict(self.__dict__), set(self._pytree.dynamic)
 
@@ -179,15 +191,10 @@ register(Pytree)
 
 
 def _same(old: Any, new: Any) -> bool:
-  """Whether an assignment changes nothing: the same object, or an equal static value."""
-  if old is new:
-    return True
-  if type(old) is not type(new) or storage.is_array(old):
-    return False
-  try:
-    return bool(old == new) and jax.tree_util.all_leaves([old])
-  except Exception:
-    return False
+  """Whether an assignment changes nothing: the same object, or an equal number or string."""
+  return old is new or (
+    isinstance(new, int | float | str) and kind(old) == kind(new) and bool(old == new)
+  )
 
 
 def summary(flat: Flat) -> str:

@@ -95,6 +95,8 @@ def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array:
     value, weak = _from_sequence(value, want, origin), True
   if not is_array_like(value):
     raise ShapeMismatchError.not_an_array(origin, want, value)
+  if weak and isinstance(value, int | np.ndarray) and jnp.issubdtype(want.dtype, jnp.integer):
+    value = _in_range(value, want, origin)
   x = value if isinstance(value, jax.Array) else jnp.array(value)
   if x.dtype != want.dtype:
     if not weak or not _widens(x, want.dtype):
@@ -103,8 +105,20 @@ def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array:
   return jax.lax.convert_element_type(x, x.dtype) if weak else x
 
 
-def _from_sequence(value: Any, want: Any, origin: Any) -> np.ndarray:
+def _in_range(value: Any, want: Any, origin: Any) -> Any:
+  """Python ints for an integer cell, in its dtype: NumPy refuses those that would wrap around."""
+  x, info = np.asarray(value), jnp.iinfo(want.dtype)
+  if x.dtype.kind not in "iuO":
+    return value
+  if x.size and not (info.min <= x.min() and x.max() <= info.max):
+    raise ShapeMismatchError.range(origin, want, value, info)
+  return x.astype(want.dtype)
+
+
+def _from_sequence(value: Any, want: Any, origin: Any) -> Any:
   """Nested lists of numbers as an array, as NumPy takes them in an assignment."""
+  if any(map(_jax.is_tracer, jax.tree.leaves(value))):
+    return jnp.asarray(value)
   try:
     x = np.asarray(value)
   except ValueError:  # ragged

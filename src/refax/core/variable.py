@@ -16,8 +16,10 @@ from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
+from refax.core.observe import note
 from refax.errors import (
   DifferentiatedWriteError,
+  ShapeMismatchError,
   StaticAttributeError,
   TraceContextError,
   TreeMismatchError,
@@ -121,6 +123,7 @@ class Variable(ArrayProtocol, Generic[A]):
     """The value, or its part at `index`, as arrays that no later step changes or donates."""
     cell = self._cell
     if _jax.is_ref(cell):
+      note(self, cell)
       value = _jax.read_cell(cell)
     elif isinstance(cell, jax.Array):
       value = cell
@@ -151,6 +154,8 @@ class Variable(ArrayProtocol, Generic[A]):
     else:
       values, got = jax.tree.flatten(value)
     if treedef != got:
+      if len(cells) == 1 and cells[0] is self._cell:
+        raise ShapeMismatchError.not_an_array(self._def.origin, self._aval(), value)
       if self.is_hijax:
         raise TreeMismatchError.value(self._def.origin, treedef, got)
       return Writes([], self._new_cell(value, hijax=False))
@@ -162,6 +167,7 @@ class Variable(ArrayProtocol, Generic[A]):
   def commit(self, writes: "Writes") -> None:
     """Store what `prepare` has checked."""
     for ref, new, given in writes.refs:
+      note(self, ref)
       storage.write_ref(ref, new, given, self._def.origin)
     if writes.cell is not self._cell:
       self._cell = writes.cell
@@ -293,7 +299,9 @@ class Variable(ArrayProtocol, Generic[A]):
     return self._handle(self._cell, self._def)
 
   def __deepcopy__(self, memo) -> "Variable":
-    memo[id(self)] = new = self.copy()
+    key = (Variable, identity(self))  # handles that share a cell share the copy's
+    shared = memo.get(key)
+    memo[key] = new = self.copy() if shared is None else copylib.copy(shared)
     return new
 
   def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from refax.errors import InvalidArgumentError
@@ -166,5 +167,7 @@ def _pool(
   x, batch = window.fold_batch(x, rank)
   if not isinstance(pads, str):
     pads = ((0, 0), *pads, (0, 0))
+  if isinstance(init, int | float):  # JAX makes an int an int32, also for an input of int8
+    init = np.asarray(init, x.dtype)
   y = lax.reduce_window(x, init, reduce_fn, (1, *sizes, 1), (1, *steps, 1), pads)
   return y.reshape(*batch, *y.shape[1:])

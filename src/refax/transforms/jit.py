@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from refax.core.definition import kind
 from refax.core.flatten import GraphDef
 from refax.transforms.lift import Frame, Inputs, Outputs
 
@@ -92,8 +93,8 @@ class JitFunction:
   def _split(self, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The inputs, and what the inner jit is called with: a static spec and two lots of leaves."""
     nums, names = self._static
-    static = tuple((i, args[i]) for i in sorted(nums) if i < len(args))
-    static += tuple((k, kwargs[k]) for k in sorted(names) if k in kwargs)
+    static = tuple((i, kind(args[i]), args[i]) for i in sorted(nums) if i < len(args))
+    static += tuple((k, kind(kwargs[k]), kwargs[k]) for k in sorted(names) if k in kwargs)
     dynamic = tuple(None if i in nums else a for i, a in enumerate(args))
     dynamic_kwargs = {k: v for k, v in kwargs.items() if k not in names}
     inputs = Inputs.of(dynamic, dynamic_kwargs)
@@ -121,7 +122,7 @@ def _call(fun: Callable, spec: tuple, kept: tuple, donated: tuple) -> Outputs:
   frame = Frame(graphdef, [next(parts[d]) for d in spec[2]])
   args, kwargs = frame.args
   args = list(args)
-  for key, value in spec[1]:
+  for key, _, value in spec[1]:
     if isinstance(key, int):
       args[key] = value
     else:

@@ -12,7 +12,6 @@ attributes that were added or changed, and new objects with cells of their own.
     result = inputs.commit(outputs)               # outside: the caller's objects, updated
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -137,6 +136,11 @@ class Frame:
     self._cells = [x._cell if isinstance(x, Variable) else None for x in leaves]
     self._defs = [x._def if isinstance(x, Variable) else None for x in leaves]
 
+  def is_local(self, index: int) -> bool:
+    """Whether a leaf is a Variable in hijax storage: its final value must be read to be seen."""
+    leaf = self.leaves[index]
+    return isinstance(leaf, Variable) and leaf.is_hijax
+
   def collect(self, out: Any) -> Outputs:
     """What the function returned and did to its arguments, as a pytree of arrays."""
     walk = Walk.seeded(self.leaves, self.objects)
@@ -192,15 +196,20 @@ def fresh_leaf(leaf: Any, hijax: bool) -> Any:
 
 
 def storable(variable: Variable, value: Any) -> Any:
-  """The value as a Ref may store it: without a tangent, or refused."""
-  store = functools.partial(
-    storage.stored, origin=variable._def.origin, detached=variable.detached, hijax=True
-  )
-  return jax.tree.map(store, value)
+  """The value as a Ref may store it: without a tangent, or refused, and in a buffer of its own.
+
+  What JAX returns may be an array that went in, or one array in two places.
+  """
+
+  def own(x: Any) -> Any:
+    x = storage.stored(x, variable._def.origin, detached=variable.detached, hijax=True)
+    return x if _jax.is_tracer(x) else storage.as_array(x)
+
+  return jax.tree.map(own, value)
 
 
 def install(variable: Variable, value: Any) -> None:
-  """Store the value that a transform computed for a caller's Variable, without another copy."""
+  """Store the value that a transform computed for a caller's Variable."""
   if not variable.is_hijax:
     variable._cell = value
     return

@@ -1,0 +1,400 @@
+"""nnx.scan, nnx.while_loop and nnx.fori_loop: loops whose steps read and write state.
+
+All state that a loop writes travels in JAX's carry, as arrays; state that it only reads stays
+outside. A scan may also give each step a slice of the state of its own (a stack of layers).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refax.core.array_protocol import unwrap
+from refax.core.flatten import LEAF, REGION, GraphDef
+from refax.core.variable import Variable
+from refax.errors import TreeMismatchError
+from refax.transforms.axes import Carry, argument_axes, assign, move, size_of
+from refax.transforms.lift import Inputs, Outputs
+from refax.transforms.stage import Result, Staged, read_closures, values_of, write_closures
+from refax.typing import ArrayLike, describe, path_str
+
+
+def scan(
+  f: Callable | None = None,
+  *,
+  length: int | None = None,
+  reverse: bool = False,
+  unroll: int | bool = 1,
+  in_axes: Any = (Carry, 0),
+  out_axes: Any = (Carry, 0),
+) -> Any:
+  """Run a function step by step over an axis, as `jax.lax.scan`, with any arguments.
+
+  Args:
+    f: a function of Modules, Variables and arrays; without it, a decorator is returned.
+    length: the number of steps, where no argument tells.
+    reverse: whether to go from the last slice to the first.
+    unroll: as in `jax.lax.scan`.
+    in_axes: for each positional argument `nnx.Carry` (what a step hands to the next), an axis (each
+      step gets a slice), None (all steps share it), or `nnx.StateAxes` with an axis or None for
+      each filter. Shared state that a step writes is seen by the next. Keyword arguments are
+      shared.
+    out_axes: `nnx.Carry` for the part of what `f` returns that is the carry, an axis along which
+      the results of all steps are stacked, or None for the result of the last step.
+
+  Returns:
+    A function with the arguments of `f`, that returns what `f` returns: the carry after the last
+    step and stacked results. Mapped state is written back along its axis.
+
+  Raises:
+    TreeMismatchError: axes do not fit, lengths differ, or the carry changes its structure.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> layers = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs))(nnx.Rngs(0).split(8))
+  >>> forward = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+  >>> forward(jnp.ones((2, 3)), layers).shape
+  (2, 3)
+  """
+  options = {
+    "length": length,
+    "reverse": reverse,
+    "unroll": unroll,
+    "in_axes": in_axes,
+    "out_axes": out_axes,
+  }
+  if f is None:
+    return lambda f: scan(f, **options)
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    call = _Scan(f, args, kwargs, in_axes=in_axes, out_axes=out_axes, length=length)
+    return call.run(reverse, unroll)
+
+  return wrapper
+
+
+def while_loop(cond_fun: Callable, body_fun: Callable, init_val: Any) -> Any:
+  """Run a function while a condition holds, as `jax.lax.while_loop`.
+
+  Args:
+    cond_fun: `val -> bool`; it may read state that `body_fun` writes, and writes none itself.
+    body_fun: `val -> val`.
+    init_val: Modules, Variables, arrays, any pytree of these.
+
+  Returns:
+    The last `val`.
+
+  Raises:
+    TreeMismatchError: `body_fun` returns another structure, shape or dtype than it got, or
+      `cond_fun` writes state.
+
+  >>> from refax import nnx
+  >>> def double(v):
+  ...   v[...] *= 2
+  ...   return v
+  >>> int(nnx.while_loop(lambda v: v < 100, double, nnx.Variable(1)))
+  128
+  """
+  return _loop(
+    (init_val,),
+    body_fun,
+    lambda conds, step, start: jax.lax.while_loop(conds[0], step, start),
+    "the body of nnx.while_loop",
+    conditions=(cond_fun,),
+  )
+
+
+def fori_loop(
+  lower: ArrayLike,
+  upper: ArrayLike,
+  body_fun: Callable,
+  init_val: Any,
+  *,
+  unroll: int | bool | None = None,
+) -> Any:
+  """Run a function for each integer of a range, as `jax.lax.fori_loop`.
+
+  Args:
+    lower: the first integer.
+    upper: the end of the range, not included.
+    body_fun: `(i, val) -> val`.
+    init_val: Modules, Variables, arrays, any pytree of these.
+    unroll: as in `jax.lax.fori_loop`.
+
+  Returns:
+    The last `val`.
+
+  Raises:
+    TreeMismatchError: `body_fun` returns another structure, shape or dtype than it got.
+
+  >>> from refax import nnx
+  >>> def add(i, total):
+  ...   total += i
+  ...   return total
+  >>> int(nnx.fori_loop(0, 5, add, nnx.Variable(0)))
+  10
+  """
+  bounds = unwrap(lower), unwrap(upper)
+
+  def run(conds, step, start):
+    body = lambda i, state: step(state, {0: i})
+    return jax.lax.fori_loop(*bounds, body, start, unroll=unroll)
+
+  index = jnp.zeros((), jnp.result_type(*bounds))
+  return _loop((index, init_val), body_fun, run, "the body of nnx.fori_loop")
+
+
+def _loop(
+  args: tuple, body: Callable, run: Callable, what: str, conditions: tuple[Callable, ...] = ()
+) -> Any:
+  """A loop whose last argument, and the state that it writes, are carried."""
+  inputs = Inputs.of(args, {})
+  values = values_of(inputs)
+  entry = inputs.arguments[-1]
+  staged, carry, values = _stage_carried(
+    body, inputs, values, lambda s: [(entry, s.outputs.spec.graphdef.root)], what
+  )
+  conds = [Staged(c, inputs, values) for c in conditions]
+  if any(c.written or c.closures_written for c in conds):
+    raise TreeMismatchError.condition("nnx.while_loop")
+  refs, closures = read_closures([staged, *conds])
+  step = lambda state, given=None: carry.after(
+    state, staged.run(carry.values(values, state, given or {}), closures | state.closures)
+  )
+  test = lambda c: lambda state: unwrap(
+    c.run(carry.values(values, state, {}), closures | state.closures).outputs.fresh[0]
+  )
+  last = run([test(c) for c in conds], step, carry.start(values, closures))
+  write_closures(refs, last.closures)
+  fresh = [carry.final(i, last) for i in range(len(staged.outputs.fresh))]
+  spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
+  return inputs.commit(Outputs([last.cells[i] for i in spec.written], fresh, spec))
+
+
+class _State(NamedTuple):
+  """What JAX carries from step to step: by leaf of the inputs, and by Ref."""
+
+  cells: dict[int, Any]  # state that is written, and not sliced
+  arrays: dict[int, Any]  # the arrays of the carry
+  closures: dict[int, Any]
+
+
+class _Carry:
+  """How the carry that a step returns becomes the carry that the next step gets.
+
+  `links` pairs each leaf of the carry on the way in with the leaf on the way out. A Variable is
+  paired with itself, for its value travels with the state; an array with the new array.
+  """
+
+  def __init__(self, staged: Staged, pairs: list[tuple[tuple, tuple]], what: str, sliced=()):
+    self.staged = staged
+    self.count = len(staged.inputs.leaves)
+    self.written = sorted(staged.written)
+    self.kept = [i for i in self.written if i not in sliced]
+    self.links: dict[int, int] = {}
+    for before, after in pairs:
+      self._link(before, after, what)
+    self._source = {out: i for i, out in self.links.items()}
+
+  def _link(self, before: tuple, after: tuple, what: str) -> None:
+    graphs = self.staged.inputs.graphdef, self.staged.outputs.spec.graphdef
+    was, now = _signature(before, graphs[0]), _signature(after, graphs[1])
+    leaves = [_leaf_indices(e, g) for e, g in zip((before, after), graphs, strict=True)]
+    if was != now:
+      raise TreeMismatchError.carry(what, *_difference(was, now))
+    for i, out in zip(*leaves, strict=True):
+      known = out < self.count
+      if out != i and (known or i in self.written):
+        origin = self.staged.inputs.leaves[i]._def.origin
+        raise TreeMismatchError.carry(what, origin, "another Variable in its place")
+      if out != i:
+        self.links[i] = out
+
+  def fresh_value(self, out: int, outputs: Outputs) -> Any:
+    leaf = outputs.fresh[out - self.count]
+    return leaf._cell if isinstance(leaf, Variable) else leaf
+
+  def start(self, values: list[Any], closures: dict[int, Any]) -> _State:
+    return _State(
+      {i: values[i] for i in self.kept},
+      {i: jax.tree.map(jnp.asarray, values[i]) for i in self.links},
+      {key: closures[key] for key in sorted(self.staged.closures_written)},
+    )
+
+  def values(self, base: list[Any], state: _State, given: dict[int, Any]) -> list[Any]:
+    """The value of each leaf in this step."""
+    current = state.cells | state.arrays | given
+    return [current.get(i, v) for i, v in enumerate(base)]
+
+  def after(self, state: _State, result: Result) -> _State:
+    final = dict(zip(self.written, result.outputs.written, strict=True))
+    arrays = {i: self.fresh_value(out, result.outputs) for i, out in self.links.items()}
+    return _State({i: final[i] for i in self.kept}, arrays, result.closures)
+
+  def final(self, index: int, last: _State) -> Any:
+    """The new leaf `index` after the last step: the array, or the Variable with its value."""
+    template = self.staged.outputs.fresh[index]
+    value = last.arrays[self._source[self.count + index]]
+    if isinstance(template, Variable):
+      return template._handle(value, template._def)
+    return value
+
+  def is_carried(self, index: int) -> bool:
+    """Whether the new leaf `index` is part of the carry."""
+    return self.count + index in self._source
+
+
+def _stage_carried(
+  f: Callable, inputs: Inputs, values: list[Any], pairs: Callable, what: str, sliced: Any = None
+) -> tuple[Staged, _Carry, list[Any]]:
+  """Trace a step; numbers in the carry take the dtype that the step gives them, as in JAX."""
+  slices = sliced or {}
+  for attempt in range(2):
+    staged = Staged(f, inputs, [slices.get(i, v) for i, v in enumerate(values)])
+    carry = _Carry(staged, pairs(staged), what, slices)
+    changed = {}
+    for i, out in carry.links.items():
+      was = jax.tree.map(jnp.asarray, values[i])
+      now = carry.fresh_value(out, staged.outputs)
+      if all(map(_same_type, jax.tree.leaves(was), jax.tree.leaves(now))):
+        continue
+      weak = all(getattr(x, "weak_type", False) for x in jax.tree.leaves(was))
+      if attempt or not weak or jnp.shape(was) != now.shape:
+        raise TreeMismatchError.carry(what, describe(was), describe(now))
+      changed[i] = jnp.asarray(was, now.dtype)
+    if not changed:
+      return staged, carry, values
+    values = [changed.get(i, v) for i, v in enumerate(values)]
+  raise AssertionError("the second attempt returns or raises")
+
+
+def _same_type(a: Any, b: Any) -> bool:
+  return a.shape == b.shape and a.dtype == b.dtype
+
+
+class _Scan:
+  """One call of a scanned function: which leaf is carried, sliced or shared."""
+
+  def __init__(self, f, args, kwargs, *, in_axes, out_axes, length):
+    self.inputs = Inputs.of(args, kwargs)
+    values = values_of(self.inputs)
+    axes = argument_axes(self.inputs, in_axes, len(args), default=None)
+    self.sliced = {i: axis for i, axis in axes.items() if isinstance(axis, int)}
+    size = size_of(self.sliced, values, self._name, "nnx.scan")
+    if size is not None and length not in (None, size):
+      raise TreeMismatchError.sizes("nnx.scan", {"length": length, "the arguments": size})
+    self.length = length if size is None else size
+    if self.length is None:
+      raise TreeMismatchError.axes("in_axes", "", f"{in_axes!r}, and no length")
+    first = lambda axis, x: jax.tree.map(lambda a: jnp.take(a, 0, axis), x)
+    slices = jax.eval_shape(
+      lambda xs: {i: first(axis, xs[i]) for i, axis in self.sliced.items()},
+      {i: values[i] for i in self.sliced},
+    )
+    prefixes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
+    before = [
+      e for p, e in zip(prefixes, self.inputs.arguments, strict=False) if p is Carry
+    ]
+    pairs = functools.partial(self._pairs, before, out_axes)
+    what = "the function of nnx.scan"
+    self.staged, self.carry, self.values = _stage_carried(
+      f, self.inputs, values, pairs, what, slices
+    )
+
+  def _name(self, index: int) -> str:
+    return path_str(self.inputs.graphdef.paths[index][1:])
+
+  def _pairs(self, before: list[tuple], out_axes: Any, staged: Staged) -> list:
+    """(entry on the way in, on the way out) of what is carried; the rest of `f`'s results aside."""
+    parts = _out_parts(out_axes, staged.outputs.spec.graphdef.root)
+    after = [entry for prefix, entry in parts if prefix is Carry]
+    self.results = [(prefix, entry) for prefix, entry in parts if prefix is not Carry]
+    if len(before) != len(after):
+      got = f"{len(before)} nnx.Carry in in_axes, {len(after)} in out_axes"
+      raise TreeMismatchError.axes("in_axes and out_axes", "", got)
+    return list(zip(before, after, strict=True))
+
+  def run(self, reverse: bool, unroll: int | bool) -> Any:
+    staged, carry = self.staged, self.carry
+    refs, closures = read_closures([staged])
+    xs = {i: move(self.values[i], axis, 0) for i, axis in self.sliced.items()}
+
+    def step(state: _State, xs: dict[int, Any]):
+      values = carry.values(self.values, state, xs)
+      result = staged.run(values, closures | state.closures)
+      final = dict(zip(carry.written, result.outputs.written, strict=True))
+      fresh = {
+        i: x for i, x in enumerate(result.outputs.fresh) if not carry.is_carried(i)
+      }
+      return carry.after(state, result), ({i: final[i] for i in final if i in xs}, fresh)
+
+    last, (written, stacked) = jax.lax.scan(
+      step,
+      carry.start(self.values, closures),
+      xs,
+      length=self.length,
+      reverse=reverse,
+      unroll=unroll,
+    )
+    write_closures(refs, last.closures)
+    written = {i: move(x, 0, self.sliced[i]) for i, x in written.items()} | last.cells
+    spec = staged.outputs.spec._replace(written=tuple(carry.written))
+    fresh = self._fresh(stacked, last, 0 if reverse else -1)
+    return self.inputs.commit(Outputs([written[i] for i in spec.written], fresh, spec))
+
+  def _fresh(self, stacked: dict[int, Any], last: _State, end: int) -> list[Any]:
+    """The new leaves: the last carry, and results stacked along their axis, or the last of them."""
+    outputs, axes = self.staged.outputs, {}
+    leaves = [*self.inputs.leaves, *outputs.fresh]
+    for prefix, entry in self.results:
+      axes |= assign(prefix, entry, outputs.spec.graphdef, leaves, "out_axes")
+    fresh = []
+    for i in range(len(outputs.fresh)):
+      axis = axes.get(self.carry.count + i)
+      if self.carry.is_carried(i):
+        fresh.append(self.carry.final(i, last))
+      elif axis is None:
+        fresh.append(jax.tree.map(lambda a: a[end], stacked[i]))
+      else:
+        fresh.append(move(stacked[i], 0, axis))
+    return fresh
+
+
+def _out_parts(out_axes: Any, root: tuple) -> list[tuple[Any, tuple]]:
+  """(prefix, entry) of each part of what a function returns: the whole, or a tuple's elements."""
+  if not isinstance(out_axes, tuple | list):
+    return [(out_axes, root)]
+  children = root[1].children() if root[0] == REGION else []
+  if len(children) != len(out_axes):
+    got = f"{len(out_axes)} axes for {len(children) or 'one'} result(s)"
+    raise TreeMismatchError.axes("out_axes", "", got)
+  parts, entries = [], list(root[2])
+  for prefix, treedef in zip(out_axes, children, strict=True):
+    mine, entries = entries[: treedef.num_leaves], entries[treedef.num_leaves :]
+    is_leaf = jax.tree_util.treedef_is_leaf(treedef) and len(mine) == 1
+    parts.append((prefix, mine[0] if is_leaf else (REGION, treedef, tuple(mine))))
+  return parts
+
+
+def _leaf_indices(entry: tuple, graphdef: GraphDef) -> list[int]:
+  return [e[1] for _, e in graphdef.walk(entry) if e[0] == LEAF]
+
+
+def _signature(entry: tuple, graphdef: GraphDef) -> list[tuple]:
+  """The structure below an entry, without the numbers of its leaves and nodes."""
+  signature = []
+  for path, (sort, *rest) in graphdef.walk(entry):
+    what = rest[0] if sort == REGION else graphdef.nodes[rest[0]][0] if sort not in (0, LEAF) else ""
+    signature.append((path_str(path), sort, tuple(rest) if sort == 0 else what))
+  return signature
+
+
+def _difference(was: list[tuple], now: list[tuple]) -> tuple[str, str]:
+  """The first place where two structures differ, in words."""
+  names = lambda s: [f"{path or 'the carry'}: {what}".rstrip(": ") for path, _, what in s]
+  for a, b in zip(names(was) + ["nothing"], names(now) + ["nothing"], strict=False):
+    if a != b:
+      return a, b
+  return "its structure", "another structure"

@@ -1,0 +1,60 @@
+"""nnx.remat: recompute a function in the backward pass; what it writes is written once."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from refax.transforms.lift import Inputs
+from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+
+
+def remat(
+  f: Callable | None = None,
+  *,
+  prevent_cse: bool = True,
+  static_argnums: int | Sequence[int] = (),
+  policy: Callable[..., bool] | None = None,
+) -> Any:
+  """Recompute `f` in the backward pass instead of keeping its intermediate values.
+
+  Args:
+    f: a function of Modules, Variables and arrays; without it, a decorator is returned.
+    prevent_cse: as in `jax.checkpoint`.
+    static_argnums: positions of arguments that are passed as they are.
+    policy: which intermediate values to keep, one of `jax.checkpoint_policies`.
+
+  Returns:
+    A function like `f`.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  >>> grads = nnx.grad(lambda m: nnx.remat(lambda m, x: m(x))(m, jnp.ones((1, 2))).sum())(model)
+  >>> grads["bias"].shape
+  (3,)
+  """
+  if f is None:
+    return functools.partial(
+      remat, prevent_cse=prevent_cse, static_argnums=static_argnums, policy=policy
+    )
+  static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    fixed = {range(len(args))[n]: args[range(len(args))[n]] for n in static}
+    call = lambda *inner, **kw: f(*(fixed.get(i, x) for i, x in enumerate(inner)), **kw)
+    inputs = Inputs.of(tuple(None if i in fixed else x for i, x in enumerate(args)), kwargs)
+    values = values_of(inputs)
+    staged = Staged(call, inputs, values)
+    refs, closures = read_closures([staged])
+    outputs, after = jax.checkpoint(staged.run, prevent_cse=prevent_cse, policy=policy)(
+      values, closures
+    )
+    write_closures(refs, after)
+    return inputs.commit(outputs)
+
+  return wrapper
+
+
+checkpoint = remat

@@ -1,0 +1,146 @@
+"""stage: a function of objects, traced once into a pure function of values.
+
+State goes in and comes out as arrays, so any JAX transform may be applied to it, also those that
+refuse Refs (a branch under `jax.grad`, a scan carry). Inside, Variables are hijax where the caller's
+are: their cells are Refs that live in the trace. What is written is read off the jaxpr, and state
+that the function reaches by closure is found there too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+
+from refax import _jax
+from refax.core.observe import observe
+from refax.core.storage import as_array
+from refax.core.variable import Variable
+from refax.errors import AliasError
+from refax.transforms.lift import Entered, Inputs, Outputs
+
+Closures = dict[int, jax.Ref]
+"""Refs that functions reach by closure, by identity."""
+
+
+class Result(NamedTuple):
+  """What one run of a staged function gives: its outputs, and the state reached by closure."""
+
+  outputs: Outputs
+  closures: dict[int, jax.Array]
+
+
+class Staged:
+  """A traced function. `written` and `closures` say what it does to state.
+
+  Args:
+    fn: called with the inner arguments, `fn(*args, **kwargs)`.
+    inputs: the caller's arguments.
+    values: the value of each leaf of the inputs, or its shape and dtype.
+  """
+
+  def __init__(self, fn: Callable, inputs: Inputs, values: Sequence[Any]):
+    self.inputs = inputs
+
+    def traced(values):
+      frame = inputs.enter(entered(inputs, values))
+      args, kwargs = frame.args
+      outputs = frame.collect(fn(*args, **kwargs))
+      finals = {i: x.get_value() for i, x in enumerate(frame.leaves) if frame.is_local(i)}
+      return finals, outputs
+
+    with observe() as self._observed:
+      self._jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(list(values))
+    self._tree = jax.tree.structure(shapes)
+    self.finals, self.outputs = shapes  # shapes and dtypes
+    written = _jax.written_vars(self._jaxpr.jaxpr)
+    self._find_written(written)
+    self._find_closures(written)
+    self._purify(values)
+
+  def _find_written(self, written: set[Any]) -> None:
+    """Which of the caller's Variables the function writes."""
+    jaxpr = self._jaxpr.jaxpr
+    source = {id(out): eqn.invars[0] for eqn in jaxpr.eqns for out in eqn.outvars if eqn.invars}
+    outvars = iter(jaxpr.outvars)
+    self.written = set(self.outputs.spec.written)
+    for index, final in self.finals.items():
+      refs = [source.get(id(next(outvars))) for _ in jax.tree.leaves(final)]
+      if any(ref in written for ref in refs):
+        self.written.add(index)
+
+  def _find_closures(self, written: set[Any]) -> None:
+    """Which Refs the function reaches by closure, and which of them it writes."""
+    consts = list(zip(self._jaxpr.jaxpr.constvars, self._jaxpr.consts, strict=True))
+    self.closures: Closures = {id(ref): ref for _, ref in consts if _jax.is_ref(ref)}
+    self.closures_written = {id(ref) for var, ref in consts if var in written}
+    for leaf in self.inputs.leaves:
+      if isinstance(leaf, Variable):
+        for ref in jax.tree.leaves(leaf._cell):
+          if id(ref) in self.closures:
+            raise AliasError.closure(leaf._def.origin)
+
+  def closure_variable(self, key: int) -> Variable | None:
+    """The Variable through which a Ref was reached by closure, if one was seen."""
+    return self._observed.get(key)
+
+  def _purify(self, values: Sequence[Any]) -> None:
+    """Turn the jaxpr into one of values only: Refs inside it become values that are passed on."""
+
+    def with_local_refs(flat, closures):
+      refs = {key: _jax.new_cell(value) for key, value in closures.items()}
+      consts = [refs.get(id(c), c) if _jax.is_ref(c) else c for c in self._jaxpr.consts]
+      results = jaxpr_as_fun(self._jaxpr.replace(consts=consts))(*flat)
+      return results, {key: ref[...] for key, ref in refs.items()}
+
+    avals = {key: jax.ShapeDtypeStruct(r.shape, r.dtype) for key, r in self.closures.items()}
+    flat = jax.tree.leaves(list(values))
+    closed, shapes = jax.make_jaxpr(with_local_refs, return_shape=True)(flat, avals)
+    self._pure = _jax.discharge(closed)
+    self._pure_tree = jax.tree.structure(shapes)
+
+  def run(
+    self,
+    values: Sequence[Any],
+    closures: dict[int, jax.Array],
+    *,
+    written: Sequence[int] | None = None,
+    closures_written: Sequence[int] | None = None,
+  ) -> Result:
+    """Run on values; `written` may ask for more final values than the function writes."""
+    written = sorted(self.written if written is None else written)
+    wanted = self.closures_written if closures_written is None else closures_written
+    mine = {key: closures[key] for key in self.closures}
+    flat = map(jnp.asarray, jax.tree.leaves((list(values), mine)))
+    results, after = self._pure_tree.unflatten(jaxpr_as_fun(self._pure)(*flat))
+    finals, outputs = self._tree.unflatten(results)
+    given = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
+    spec = outputs.spec._replace(written=tuple(written))
+    outputs = Outputs([given.get(i, values[i]) for i in written], outputs.fresh, spec)
+    return Result(outputs, {key: after.get(key, closures[key]) for key in sorted(wanted)})
+
+
+def entered(inputs: Inputs, values: Sequence[Any]) -> dict[int, Entered]:
+  """How the caller's leaves enter: Variables in the storage that they have outside."""
+  return {
+    i: Entered(value, isinstance(leaf, Variable) and leaf.is_hijax)
+    for i, (leaf, value) in enumerate(zip(inputs.leaves, values, strict=True))
+  }
+
+
+def values_of(inputs: Inputs) -> list[Any]:
+  """The current value of each leaf of the inputs."""
+  return [x.get_value() if isinstance(x, Variable) else x for x in inputs.leaves]
+
+
+def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Array]]:
+  """All Refs that the functions reach by closure, and their values."""
+  refs = {key: ref for staged in stages for key, ref in staged.closures.items()}
+  return refs, {key: _jax.read_cell(ref) for key, ref in refs.items()}
+
+
+def write_closures(refs: Closures, values: dict[int, jax.Array]) -> None:
+  """Write back state that was reached by closure."""
+  for key, value in values.items():
+    _jax.write_cell(refs[key], value if _jax.is_tracer(value) else as_array(value))

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+from refax.errors import InvalidArgumentError, ShapeMismatchError
+
+
+@pytest.fixture
+def embed():
+  return nnx.Embed(5, 3, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
+def test_embed_looks_up_rows(embed, dtype):
+  np.testing.assert_array_equal(
+    embed(jnp.array([[4, 0]], dtype)), embed.embedding[...][jnp.array([[4, 0]])]
+  )
+
+
+def test_negative_indices_count_from_the_end_and_others_give_nan(embed):
+  y = embed(jnp.array([-1, 5, -6]))
+  np.testing.assert_array_equal(y[0], embed.embedding[-1])
+  assert jnp.isnan(y[1:]).all()
+
+
+def test_numbers_and_lists_are_inputs(embed):
+  assert embed(2).shape == (3,)
+  assert embed([1, 2]).shape == (2, 3)
+
+
+def test_attend_is_the_product_with_each_row(embed):
+  query = jnp.ones((2, 3))
+  np.testing.assert_allclose(embed.attend(query), query @ embed.embedding[...].T, rtol=1e-6)
+
+
+def test_the_gradient_reaches_only_the_rows_that_were_looked_up(embed):
+  embed = nnx.to_lojax(embed)
+  gradient = jax.grad(lambda embed: embed(jnp.array([1, 1, 3])).sum())(embed)
+  assert gradient.embedding[:, 0].tolist() == [0, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("x", "got"), [
+  (jnp.ones((2, 3)), "float32[2,3]"), (jnp.array([True]), "bool[1]"),
+])  # fmt: skip
+def test_an_input_that_is_no_integer_is_refused(embed, x, got):
+  with pytest.raises(ShapeMismatchError) as error:
+    embed(x)
+  lines = str(error.value).split("\n")
+  assert lines[0] == "Embed looks up integers"
+  assert lines[1].startswith("  at:  Embed.embedding  (Param, created at test_embed.py:")
+  assert lines[2] == f"  got: an input of {got}"
+  assert lines[3] == "  fix: pass indices of an integer dtype: x.astype(int)"
+
+
+def test_a_query_of_another_size_is_refused(embed):
+  with pytest.raises(
+    ShapeMismatchError, match=r"Embed.attend maps vectors of size 3(.|\n)*\(2, 4\)"
+  ):
+    embed.attend(jnp.ones((2, 4)))
+
+
+def test_an_empty_table_is_refused():
+  with pytest.raises(InvalidArgumentError, match=r"Embed cannot .*\n  got: num_embeddings=0"):
+    nnx.Embed(0, 3, rngs=nnx.Rngs(0))
+
+
+def test_a_table_is_a_pytree(embed):
+  x = jnp.array([1, 2])
+  np.testing.assert_array_equal(jax.jit(lambda embed, x: embed(x))(embed, x), embed(x))
+  stacked = jax.vmap(lambda rngs: nnx.Embed(5, 3, rngs=rngs))(nnx.Rngs(0).split(2))
+  got = jax.vmap(lambda embed: embed(x))(stacked)
+  np.testing.assert_array_equal(got, stacked.embedding[:, 1:3])

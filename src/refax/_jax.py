@@ -132,16 +132,16 @@ def is_batched_write_refusal(error: Exception) -> bool:
   return "vmapped value on an unbatched array reference" in str(error)
 
 
-def written_vars(jaxpr: Any) -> set[Any]:
-  """The variables of a jaxpr that stand for Refs and are written somewhere in it.
+def ref_effects(jaxpr: Any) -> tuple[set[Any], set[Any]]:
+  """The variables of a jaxpr that stand for Refs: (those it reads, those it writes).
 
-  Private: the effects' attribute `input` (`input_index` in older releases) and their class, known
-  here by name. An effect of an unknown sort counts as a write: that costs a copy, and is right.
+  Private: the effects' attribute `input`, and their class, known here by name. An effect of an
+  unknown sort counts as both: that costs a copy, and is right.
   """
   effects = [e for eqn in jaxpr.eqns for e in eqn.effects] + list(jaxpr.effects)
-  return {
-    e.input for e in effects if hasattr(e, "input") and type(e).__name__ != "ReadEffect"
-  }
+  effects = [e for e in effects if hasattr(e, "input")]
+  reads = {e.input for e in effects if type(e).__name__ != "WriteEffect"}
+  return reads, {e.input for e in effects if type(e).__name__ != "ReadEffect"}
 
 
 def discharge(closed_jaxpr: Any) -> Any:

@@ -175,6 +175,14 @@ class TreeMismatchError(RefaxError, ValueError):
     )
 
   @classmethod
+  def microbatches(cls, steps: int, got: str):
+    return cls(
+      "the batch does not divide into microbatches",
+      got=f"{got}, and steps={steps}",
+      fix="choose steps that divide the first axis of every array of the batch",
+    )
+
+  @classmethod
   def sizes(cls, function: str, sizes: dict[str, int]):
     return cls(
       f"{function} maps over axes of one size",
@@ -369,7 +377,6 @@ class MissingRngError(RefaxError, AttributeError, KeyError):
     )
 
 
-
 class RngKeyError(RefaxError, ValueError):
   """Something that is no seed and no PRNG key."""
 
@@ -380,6 +387,31 @@ class RngKeyError(RefaxError, ValueError):
       at=tag,
       got=f"{describe(key)} ({_short(key)})",
       fix="pass an int, or jax.random.key(seed)",
+    )
+
+
+class UnwantedWriteError(RefaxError, RuntimeError):
+  """A function that must not write state would write it."""
+
+  @classmethod
+  def writes(cls, function: str, writes: tuple[str, ...]):
+    return cls(
+      f"{function} writes state",
+      at=", ".join(writes) or "an attribute of an argument",
+      got="a function under nnx.assert_no_writes",
+      fix="call model.eval(), or nnx.no_update to drop what it writes",
+    )
+
+
+class NonFiniteError(RefaxError, ArithmeticError):
+  """A value that must be finite is not."""
+
+  @classmethod
+  def value(cls, value: Any):
+    return cls(
+      "a value is not finite; the transaction is undone",
+      got=f"{_short(value)}",
+      fix="skip the batch, or lower the learning rate",
     )
 
 

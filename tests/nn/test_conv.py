@@ -57,13 +57,17 @@ def test_groups_do_not_see_each_other():
 
 def test_a_mask_is_an_array_of_the_layer_and_multiplies_the_kernel():
   mask = np.zeros((3, 3, 2, 4), np.int32)
-  model = conv(mask=mask, dtype=jnp.bfloat16)
+  model = conv(mask=mask)
   assert isinstance(model.mask, jax.Array)
   assert len(jax.tree.leaves(nnx.split(model)[1])) == 3
-  assert model(jnp.ones((5, 5, 2))).dtype == jnp.bfloat16
   assert not model(jnp.ones((5, 5, 2))).any()
   model.mask = None
   assert model(jnp.ones((5, 5, 2))).any()
+
+
+def test_a_mask_does_not_change_the_dtype():
+  model = conv(mask=np.ones((3, 3, 2, 4), np.float32), param_dtype=jnp.bfloat16)
+  assert model(jnp.ones((5, 5, 2), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_lists_of_arguments_leave_the_layer_hashable():

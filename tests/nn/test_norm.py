@@ -125,6 +125,13 @@ def test_what_the_mask_leaves_out_does_not_count(norm):
   np.testing.assert_allclose(y[:5] if axis == 0 else y[:, :4], want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_mask_of_numbers_counts_what_is_not_0(norm):
+  mask = jnp.arange(8)[:, None] % 3 + jnp.zeros((8, 3), int).at[:, 0].set(1)
+  got, want = (norm(3, rngs=nnx.Rngs(0))(data(), mask=m) for m in (mask, mask > 0))
+  np.testing.assert_array_equal(got, want)
+
+
 def test_batch_norm_over_shards_is_that_of_the_whole_batch():
   """Also where a mask leaves more in one shard than in another, and in groups of shards."""
   program = """

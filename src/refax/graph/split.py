@@ -179,7 +179,7 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
     parent, old = _lookup(node, path)
     if isinstance(old, Variable):
       writes.append((old, old.prepare(unwrap(leaf))))
-    elif parent is not None:
+    elif parent is not None and _has_place(parent, path[-1], additions):
       additions.append((parent, path[-1], copy.copy(leaf) if is_variable(leaf) else leaf))
     else:
       raise TreeMismatchError.no_place(path_str(path), type(node).__name__)
@@ -203,6 +203,14 @@ def _lookup(value: Any, path: Path, parent: Node | None = None) -> tuple[Node | 
       if keys and path[: len(keys)] == keys:
         return _lookup(leaf, path[len(keys) :])
   return None, None
+
+
+def _has_place(parent: Node, key: Any, additions: list[tuple]) -> bool:
+  """Whether an entry may be set or added: a List grows at its end only."""
+  if not isinstance(parent, List):
+    return True
+  end = len(parent) + sum(p is parent and k >= len(parent) for p, k, _ in additions)
+  return isinstance(key, int) and 0 <= key <= end
 
 
 def _set_child(parent: Any, key: Any, value: Any) -> None:

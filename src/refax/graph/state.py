@@ -243,6 +243,7 @@ def replace_by_pure_dict(
 
   Raises:
     TreeMismatchError: a path is not in the State; nothing has been written.
+    ShapeMismatchError: a value has another shape or dtype; nothing has been written.
 
   >>> from refax import nnx
   >>> state = nnx.State({"a": nnx.Param(1.0)})
@@ -254,16 +255,22 @@ def replace_by_pure_dict(
   unknown = [path_str(path) for path in values if path not in current]
   if unknown:
     raise TreeMismatchError.merge([], unknown)
+  writes, replacements = [], []
   for path, value in values.items():
     old = current[path]
-    if replace_fn is not None or not isinstance(old, Variable):
-      new = replace_fn(old, value) if replace_fn is not None else value
-      parent: Any = state
-      for key in path[:-1]:
-        parent = parent[key]
-      parent[path[-1]] = new
+    if replace_fn is not None:
+      replacements.append((path, replace_fn(old, value)))
+    elif isinstance(old, Variable):
+      writes.append((old, old.prepare(value)))
     else:
-      old.set_value(value)
+      replacements.append((path, value))
+  for variable, prepared in writes:
+    variable.commit(prepared)
+  for path, new in replacements:
+    parent: Any = state
+    for key in path[:-1]:
+      parent = parent[key]
+    parent[path[-1]] = new
 
 
 def _match_keys(flat: FlatState, known: Mapping[Path, Any]) -> Iterator[tuple[Any, Any]]:

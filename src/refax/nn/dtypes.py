@@ -33,7 +33,7 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
   if dtype is None:
     dtype = jnp.result_type(*(jnp.asarray(x) for x in args if x is not None))
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
-      dtype = jnp.promote_types(jnp.float32, dtype)
+      dtype = jnp.dtype(jnp.float32)
   if inexact and not jnp.issubdtype(dtype, jnp.inexact):
     raise InvalidArgumentError.value("a layer", "dtype", dtype, "a floating-point dtype, or None")
   return dtype

@@ -1,4 +1,4 @@
-"""nnx.grad and nnx.value_and_grad: gradients with respect to the Variables of an object.
+"""nnx.grad, value_and_grad, vjp and jvp: derivatives with respect to the Variables of an object.
 
 The selected Variables are read once, outside, and are plain arrays inside: a Ref that is read in a
 differentiated function is kept as a residual by every layer. All other state is written in place.
@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter, Predicate, to_predicate
 from refax.core.flatten import LEAF, NODE
 from refax.core.variable import Param, Variable
-from refax.errors import AliasError
-from refax.graph.state import State, from_flat_state
+from refax.errors import AliasError, TreeMismatchError
+from refax.graph.split import state
+from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.transforms.lift import Entered, Inputs, Outputs
-from refax.typing import Path
+from refax.typing import Path, path_str
 
 
 class DiffState(NamedTuple):
@@ -132,6 +134,77 @@ def value_and_grad(
   return decorate if f is None else decorate(f)
 
 
+def vjp(
+  f: Callable, *primals: Any, has_aux: bool = False, wrt: Filter = Param, through: Filter = None
+) -> Any:
+  """The value of a function and its vector-Jacobian product, as `jax.vjp`.
+
+  Args:
+    f: a function of Modules, Variables and arrays.
+    *primals: its arguments; all are differentiated.
+    has_aux: whether `f` returns `(value, aux)`.
+    wrt: which Variables of the arguments.
+    through: as in `nnx.grad`.
+
+  Returns:
+    `(value, vjp_fn)`, or `(value, vjp_fn, aux)`. `vjp_fn(cotangent)` is a tuple with a gradient for
+    each argument, in the form of those of `nnx.grad`. State that `f` writes is written in place.
+
+  Raises:
+    DifferentiatedWriteError, AliasError: as `nnx.grad`.
+
+  >>> from refax import nnx
+  >>> y, pull = nnx.vjp(lambda w, x: w * x, nnx.Param(3.0), 2.0)
+  >>> [float(g) for g in pull(1.0)]
+  [2.0, 3.0]
+  """
+  call = _Differentiation(primals, {}, tuple(range(len(primals))), wrt, through)
+  pure = functools.partial(call.run, f, has_aux)
+  value, pull, outputs = jax.vjp(pure, call.values, has_aux=True)
+  aux = call.inputs.commit(outputs)
+  vjp_fn = lambda cotangent: call.gradients(pull(unwrap(cotangent))[0])
+  return (value, vjp_fn, aux) if has_aux else (value, vjp_fn)
+
+
+def jvp(
+  f: Callable,
+  primals: Sequence[Any],
+  tangents: Sequence[Any],
+  *,
+  has_aux: bool = False,
+  wrt: Filter = Param,
+  through: Filter = None,
+) -> Any:
+  """The value of a function and its Jacobian-vector product, as `jax.jvp`.
+
+  Args:
+    f: a function of Modules, Variables and arrays.
+    primals: its arguments.
+    tangents: a tangent for each, in the form of the gradients of `nnx.grad`; zeros for Variables
+      that a State leaves out.
+    has_aux: whether `f` returns `(value, aux)`.
+    wrt: which Variables of the arguments.
+    through: as in `nnx.grad`.
+
+  Returns:
+    `(value, tangent)`, or `(value, tangent, aux)`. State that `f` writes is written in place.
+
+  Raises:
+    TreeMismatchError: a tangent does not have the form of its argument.
+    DifferentiatedWriteError, AliasError: as `nnx.grad`.
+
+  >>> from refax import nnx
+  >>> value, tangent = nnx.jvp(lambda w: w * w, (nnx.Param(3.0),), (1.0,))
+  >>> float(value), float(tangent)
+  (9.0, 6.0)
+  """
+  call = _Differentiation(tuple(primals), {}, tuple(range(len(primals))), wrt, through)
+  pure = functools.partial(call.run, f, has_aux)
+  value, tangent, outputs = jax.jvp(pure, (call.values,), (call.tangents(tangents),), has_aux=True)
+  aux = call.inputs.commit(outputs)
+  return (value, tangent, aux) if has_aux else (value, tangent)
+
+
 class _Differentiation:
   """One call: what is selected, what is local, and the form of the gradients."""
 
@@ -207,3 +280,26 @@ class _Differentiation:
 
     forms = tuple(jax.tree.map(gradient, form) for form in self._forms)
     return forms[0] if self._single else forms
+
+  def tangents(self, tangents: Sequence[Any]) -> dict[int, Any]:
+    """The tangent of each selected value, from tangents in the form of the gradients."""
+    found: dict[int, Any] = {}
+    for form, tangent in zip(self._forms, tangents, strict=True):
+      if isinstance(form, State):
+        given = dict(
+          to_flat_state(tangent if isinstance(tangent, State | dict) else state(tangent))
+        )
+        for path, index in to_flat_state(form):
+          if path in given:
+            found[index] = unwrap(given.pop(path))
+        if given:
+          raise TreeMismatchError.no_place(path_str(next(iter(given))), "the differentiated state")
+      else:
+        found |= zip(jax.tree.leaves(form), [unwrap(t) for t in _leaves(tangent)], strict=True)
+    zeros = {i: jax.tree.map(jnp.zeros_like, v) for i, v in self.values.items() if i not in found}
+    like = lambda v, t: jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), v, t)
+    return zeros | {i: like(self.values[i], t) for i, t in found.items()}
+
+
+def _leaves(tree: Any) -> list[Any]:
+  return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Variable))

@@ -13,7 +13,14 @@ from refax.errors import FilterError, TreeMismatchError
 from refax.typing import Path, path_str
 
 
-class Carry:
+class _Named(type):
+  """A class that prints as its public name: it is an argument, and shows in errors."""
+
+  def __repr__(cls) -> str:
+    return f"nnx.{cls.__name__}"
+
+
+class Carry(metaclass=_Named):
   """In `in_axes` and `out_axes` of `nnx.scan`: what each step hands to the next.
 
   >>> from refax import nnx; import jax.numpy as jnp
@@ -54,7 +61,8 @@ class StateAxes:
 
   def __repr__(self) -> str:
     def name(x: Any) -> str:
-      return "..." if x is ... else x.__name__ if isinstance(x, type) else repr(x)
+      plain = isinstance(x, type) and type(x) is type
+      return "..." if x is ... else x.__name__ if plain else repr(x)
 
     return "StateAxes({" + ", ".join(f"{name(f)}: {name(a)}" for f, a in self.items) + "})"
 
@@ -108,8 +116,8 @@ def _pairs(
 
 def move(value: Any, source: int, target: int) -> Any:
   """Move an axis of every array of a value; typed keys too."""
-  return value if source == target else jax.tree.map(
-    lambda x: jnp.moveaxis(x, source, target), value
+  return (
+    value if source == target else jax.tree.map(lambda x: jnp.moveaxis(x, source, target), value)
   )
 
 
@@ -127,16 +135,15 @@ def size_of(
       for x in jax.tree.leaves(values[index]):
         shape = jnp.shape(x)
         if not -len(shape) <= axis < len(shape):
-          raise TreeMismatchError.axes(function, name(index), f"axis {axis} of an array {shape}")
+          got = f"axis {axis} of an array {shape}"
+          raise TreeMismatchError.axes(f"in_axes of {function}", name(index), got)
         sizes[name(index)] = shape[axis]
   if len(set(sizes.values())) > 1:
     raise TreeMismatchError.sizes(function, sizes)
   return next(iter(sizes.values()), None)
 
 
-def argument_axes(
-  inputs: Any, in_axes: Any, positional: int, *, default: Any
-) -> dict[int, Any]:
+def argument_axes(inputs: Any, in_axes: Any, positional: int, *, default: Any) -> dict[int, Any]:
   """The axis of every leaf of a call's arguments; keyword arguments have the default axis.
 
   Raises:

@@ -5,6 +5,7 @@ outside. A scan may also give each step a slice of the state of its own (a stack
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
-from refax.core.flatten import LEAF, REGION, GraphDef
+from refax.core.flatten import LEAF, NODE, REGION, GraphDef
 from refax.core.variable import Variable
 from refax.errors import TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, move, size_of
@@ -163,8 +164,10 @@ def _loop(
   step = lambda state, given=None: carry.after(
     state, staged.run(carry.values(values, state, given or {}), closures | state.closures)
   )
-  test = lambda c: lambda state: unwrap(
-    c.run(carry.values(values, state, {}), closures | state.closures).outputs.fresh[0]
+  test = lambda c: (
+    lambda state: unwrap(
+      c.run(carry.values(values, state, {}), closures | state.closures).outputs.fresh[0]
+    )
   )
   last = run([test(c) for c in conds], step, carry.start(values, closures))
   write_closures(refs, last.closures)
@@ -294,9 +297,7 @@ class _Scan:
       {i: values[i] for i in self.sliced},
     )
     prefixes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
-    before = [
-      e for p, e in zip(prefixes, self.inputs.arguments, strict=False) if p is Carry
-    ]
+    before = [e for p, e in zip(prefixes, self.inputs.arguments, strict=False) if p is Carry]
     pairs = functools.partial(self._pairs, before, out_axes)
     what = "the function of nnx.scan"
     self.staged, self.carry, self.values = _stage_carried(
@@ -325,9 +326,7 @@ class _Scan:
       values = carry.values(self.values, state, xs)
       result = staged.run(values, closures | state.closures)
       final = dict(zip(carry.written, result.outputs.written, strict=True))
-      fresh = {
-        i: x for i, x in enumerate(result.outputs.fresh) if not carry.is_carried(i)
-      }
+      fresh = {i: x for i, x in enumerate(result.outputs.fresh) if not carry.is_carried(i)}
       return carry.after(state, result), ({i: final[i] for i in final if i in xs}, fresh)
 
     last, (written, stacked) = jax.lax.scan(
@@ -386,15 +385,16 @@ def _signature(entry: tuple, graphdef: GraphDef) -> list[tuple]:
   """The structure below an entry, without the numbers of its leaves and nodes."""
   signature = []
   for path, (sort, *rest) in graphdef.walk(entry):
-    what = rest[0] if sort == REGION else graphdef.nodes[rest[0]][0] if sort not in (0, LEAF) else ""
-    signature.append((path_str(path), sort, tuple(rest) if sort == 0 else what))
+    if sort == NODE:
+      rest = [graphdef.nodes[rest[0]][0].__name__]
+    elif sort == REGION:
+      rest = rest[:1]
+    signature.append((path_str(path), sort, ("*",) if sort == LEAF else tuple(rest)))
   return signature
 
 
 def _difference(was: list[tuple], now: list[tuple]) -> tuple[str, str]:
   """The first place where two structures differ, in words."""
-  names = lambda s: [f"{path or 'the carry'}: {what}".rstrip(": ") for path, _, what in s]
-  for a, b in zip(names(was) + ["nothing"], names(now) + ["nothing"], strict=False):
-    if a != b:
-      return a, b
-  return "its structure", "another structure"
+  names = lambda s: [f"{path} {what[-1]}".strip() for path, _, what in s]
+  pairs = itertools.zip_longest(names(was), names(now), fillvalue="nothing there")
+  return next((a, b) for a, b in pairs if a != b)

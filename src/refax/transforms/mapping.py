@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from refax.core.filters import Filter, to_predicate
 from refax.errors import SharedWriteError, TreeMismatchError
 from refax.transforms.axes import argument_axes, assign, size_of
-from refax.transforms.lift import Inputs, OutputSpec, Outputs
+from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 from refax.typing import path_str
 
@@ -118,16 +118,19 @@ class _Mapped:
     staged = self.staged
     refs, closures = read_closures([staged])
     shared = {i: r for i in sorted(staged.written) if (r := self._reduction(i)) is not None}
-    closed = {k: r for k in staged.closures_written if (r := self._closure_reduction(k)) is not None}
+    closed = {
+      k: r for k in staged.closures_written if (r := self._closure_reduction(k)) is not None
+    }
     values, axes = list(self.values), dict(self.axes)
     for i in shared:
       values[i], axes[i] = self._broadcast(values[i]), 0
     closure_axes = {key: 0 if key in closed else None for key in closures}
     closures = {k: self._broadcast(v) if k in closed else v for k, v in closures.items()}
     spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
-    out_axes = Outputs(
-      [axes[i] for i in spec.written], self._fresh_axes(spec), spec
-    ), {key: closure_axes[key] for key in sorted(staged.closures_written)}
+    out_axes = (
+      Outputs([axes[i] for i in spec.written], self._fresh_axes(spec), spec),
+      {key: closure_axes[key] for key in sorted(staged.closures_written)},
+    )
     run = self._vmap(
       lambda values, closures: tuple(staged.run(values, closures)),
       in_axes=([axes[i] for i in range(len(values))], closure_axes),

@@ -54,27 +54,31 @@ class Staged:
       self._jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(list(values))
     self._tree = jax.tree.structure(shapes)
     self.finals, self.outputs = shapes  # shapes and dtypes
-    written = _jax.written_vars(self._jaxpr.jaxpr)
-    self._find_written(written)
-    self._find_closures(written)
+    self._find_effects()
+    self._find_closures()
     self._purify(values)
 
-  def _find_written(self, written: set[Any]) -> None:
-    """Which of the caller's Variables the function writes."""
+  def _find_effects(self) -> None:
+    """Which of the caller's Variables, and which Refs by closure, are read and written."""
     jaxpr = self._jaxpr.jaxpr
-    source = {id(out): eqn.invars[0] for eqn in jaxpr.eqns for out in eqn.outvars if eqn.invars}
+    # Each Ref is read once more at the end, for its final value: not the function's doing.
+    last = {id(v) for v in jaxpr.outvars[: len(jax.tree.leaves(self.finals))]}
+    own = [e for e in jaxpr.eqns if not any(id(out) in last for out in e.outvars)]
+    reads, writes = _jax.ref_effects(jaxpr.replace(eqns=own, effects=set()))
+    source = {id(out): e.invars[0] for e in jaxpr.eqns for out in e.outvars if e.invars}
+    self.read, self.written = set(), set(self.outputs.spec.written)
     outvars = iter(jaxpr.outvars)
-    self.written = set(self.outputs.spec.written)
     for index, final in self.finals.items():
       refs = [source.get(id(next(outvars))) for _ in jax.tree.leaves(final)]
-      if any(ref in written for ref in refs):
-        self.written.add(index)
+      self.read |= {index} if any(ref in reads for ref in refs) else set()
+      self.written |= {index} if any(ref in writes for ref in refs) else set()
+    consts = list(zip(jaxpr.constvars, self._jaxpr.consts, strict=True))
+    self.closures_read = {id(ref) for var, ref in consts if var in reads}
+    self.closures_written = {id(ref) for var, ref in consts if var in writes}
 
-  def _find_closures(self, written: set[Any]) -> None:
-    """Which Refs the function reaches by closure, and which of them it writes."""
-    consts = list(zip(self._jaxpr.jaxpr.constvars, self._jaxpr.consts, strict=True))
-    self.closures: Closures = {id(ref): ref for _, ref in consts if _jax.is_ref(ref)}
-    self.closures_written = {id(ref) for var, ref in consts if var in written}
+  def _find_closures(self) -> None:
+    """The Refs that the function reaches by closure; none of them may be an argument too."""
+    self.closures: Closures = {id(c): c for c in self._jaxpr.consts if _jax.is_ref(c)}
     for leaf in self.inputs.leaves:
       if isinstance(leaf, Variable):
         for ref in jax.tree.leaves(leaf._cell):

@@ -1,0 +1,203 @@
+"""What a function does to state: to know it, to forbid it, to undo it."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refax import _jax
+from refax.core.variable import Variable
+from refax.errors import NonFiniteError, UnwantedWriteError
+from refax.transforms.lift import Inputs, Outputs
+from refax.transforms.stage import Staged, read_closures, values_of
+from refax.typing import path_str
+
+
+class Effects(NamedTuple):
+  """Which state a function reads and writes, by path.
+
+  A path starts with the argument, `0.linear.kernel` or `model.linear.kernel` for a keyword; what
+  is reached by closure has its path in the object that it belongs to, `Net.linear.kernel`.
+
+  >>> from refax import nnx
+  >>> nnx.effects(lambda v: v + 1)(nnx.Variable(0))
+  Effects(reads=('0',), writes=())
+  """
+
+  reads: tuple[str, ...]
+  writes: tuple[str, ...]
+
+
+def effects(f: Callable) -> Callable[..., Effects]:
+  """Which Variables does a function read, and which does it write? Without running it.
+
+  A write that keeps a part of the old value counts as a read too.
+
+  Args:
+    f: a function of Modules, Variables and arrays.
+
+  Returns:
+    A function with the arguments of `f` that returns `nnx.Effects`.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+  >>> nnx.effects(lambda norm, x: norm(x))(norm, jnp.ones((2, 3))).writes
+  ('0.mean', '0.var')
+  """
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Effects:
+    return _effects_of(_stage(f, args, kwargs))
+
+  return wrapper
+
+
+def no_update(f: Callable) -> Callable:
+  """A function that computes what `f` computes and leaves all state as it was.
+
+  Args:
+    f: a function of Modules, Variables and arrays.
+
+  Returns:
+    A function like `f`.
+
+  >>> from refax import nnx
+  >>> count = nnx.Variable(0)
+  >>> def increment(count):
+  ...   count[...] += 1
+  ...   return count[...]
+  >>> int(nnx.no_update(increment)(count)), int(count)
+  (1, 0)
+  """
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    return _run_without_writes(_stage(f, args, kwargs))
+
+  return wrapper
+
+
+def assert_no_writes(f: Callable) -> Callable:
+  """A function that does what `f` does, and raises if that would write state.
+
+  Args:
+    f: a function of Modules, Variables and arrays.
+
+  Returns:
+    A function like `f`.
+
+  Raises:
+    UnwantedWriteError: `f` writes a Variable or changes an object; nothing has been written.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  >>> nnx.assert_no_writes(lambda model, x: model(x))(model, jnp.ones(2)).shape
+  (3,)
+  """
+
+  @functools.wraps(f)
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    staged = _stage(f, args, kwargs)
+    writes = _effects_of(staged).writes
+    count = len(staged.inputs.objects)
+    if writes or staged.outputs.spec.graphdef.nodes[:count] != staged.inputs.graphdef.nodes:
+      raise UnwantedWriteError.writes(getattr(f, "__name__", "the function"), writes)
+    return _run_without_writes(staged)
+
+  return wrapper
+
+
+def _stage(f: Callable, args: tuple, kwargs: dict[str, Any]) -> Staged:
+  inputs = Inputs.of(args, kwargs)
+  return Staged(f, inputs, values_of(inputs))
+
+
+def _run_without_writes(staged: Staged) -> Any:
+  _, closures = read_closures([staged])
+  outputs = staged.run(values_of(staged.inputs), closures, written=(), closures_written=()).outputs
+  spec = outputs.spec
+  nodes = staged.inputs.graphdef.nodes + spec.graphdef.nodes[len(staged.inputs.objects) :]
+  graphdef = type(spec.graphdef)(spec.graphdef.root, nodes, spec.graphdef.leaf_count)
+  spec = spec._replace(graphdef=graphdef, redefined=())
+  return staged.inputs.commit(Outputs((), outputs.fresh, spec))
+
+
+def _effects_of(staged: Staged) -> Effects:
+  names = {i: _name(staged.inputs, i) for i in range(len(staged.inputs.leaves))}
+  closures = {}
+  for key in staged.closures:
+    variable = staged.closure_variable(key)
+    closures[key] = variable._def.origin.path() if variable is not None else "(a Ref by closure)"
+  reads = [names[i] for i in staged.read] + [closures[k] for k in staged.closures_read]
+  writes = [names[i] for i in staged.written] + [closures[k] for k in staged.closures_written]
+  return Effects(tuple(sorted(reads)), tuple(sorted(writes)))
+
+
+def _name(inputs: Inputs, index: int) -> str:
+  _, argument, *path = inputs.graphdef.paths[index]
+  return f"{argument}{path_str(tuple(path))}"
+
+
+class Transaction:
+  """What `nnx.transaction` hands out.
+
+  >>> from refax import nnx
+  >>> with nnx.transaction(nnx.Variable(0)) as transaction:
+  ...   transaction.require_finite(1.0)
+  """
+
+  def require_finite(self, *values: Any) -> None:
+    """Raise NonFiniteError, which ends the transaction, if a value is infinite or not a number."""
+    for value in jax.tree.leaves(values):
+      if not bool(jnp.isfinite(jnp.asarray(value)).all()):
+        raise NonFiniteError.value(value)
+
+
+@contextlib.contextmanager
+def transaction(*objects: Any) -> Iterator[Transaction]:
+  """Undo everything that is done to objects inside a block, if it raises.
+
+  Args:
+    *objects: Modules, Variables, Optimizers, any pytree of these.
+
+  Raises:
+    NonFiniteError: from `transaction.require_finite(loss)`; the objects are as before.
+
+  >>> from refax import nnx
+  >>> count = nnx.Variable(0)
+  >>> try:
+  ...   with nnx.transaction(count) as transaction:
+  ...     count[...] += 1
+  ...     transaction.require_finite(float("nan"))
+  ... except nnx.NonFiniteError:
+  ...   print(int(count))
+  0
+  """
+  inputs = Inputs.of(objects, {})
+  saved = [
+    jax.tree.map(_saved, x._cell) if isinstance(x, Variable) else None for x in inputs.leaves
+  ]
+  cells = [x._cell if isinstance(x, Variable) else None for x in inputs.leaves]
+  definitions = [x._def if isinstance(x, Variable) else None for x in inputs.leaves]
+  entries = [list(node._entries()) for node in inputs.objects]
+  try:
+    yield Transaction()
+  except BaseException:
+    for leaf, cell, value, definition in zip(inputs.leaves, cells, saved, definitions, strict=True):
+      if isinstance(leaf, Variable):
+        leaf._cell, leaf._def = cell, definition
+        for ref, x in zip(jax.tree.leaves(cell), jax.tree.leaves(value), strict=True):
+          if _jax.is_ref(ref):
+            _jax.write_cell(ref, x)
+    for node, before in zip(inputs.objects, entries, strict=True):
+      node._clear()
+      node._fill(before)
+      node._structure_changed()
+    raise
+
+
+def _saved(cell: Any) -> Any:
+  return _jax.read_cell(cell) if _jax.is_ref(cell) else cell

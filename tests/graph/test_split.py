@@ -1,0 +1,367 @@
+"""split, merge, update, state, variables, clone, pop: an object taken apart and put together."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+from refax.errors import FilterError, ShapeMismatchError, TreeMismatchError
+
+
+class Node(nnx.Module):
+  """An object with any attributes."""
+
+  def __init__(self, **attributes):
+    for name, value in attributes.items():
+      setattr(self, name, value)
+
+
+def param(x=1.0, **kwargs):
+  return nnx.Param(jnp.full(2, x), **kwargs)
+
+
+def model():
+  tied = param(5.0)
+  return Node(
+    w=param(1.0, tag="first"),
+    stat=nnx.BatchStat(0.0),
+    layers=[Node(w=param(2.0), tied=tied), nnx.relu, param(3.0)],
+    table={"k": param(4.0), "n": 3},
+    tied=tied,
+    x=jnp.ones(3),
+    n=7,
+  )
+
+
+PATHS = (
+  ("layers", 0, "tied"),
+  ("layers", 0, "w"),
+  ("layers", 2),
+  ("stat",),
+  ("table", "k"),
+  ("w",),
+  ("x",),
+)
+FILTERS = {
+  "none": (),
+  "all": (...,),
+  "types": (nnx.Param, nnx.BatchStat, ...),
+  "tag": ("first", ...),
+  "path": (nnx.PathContains("layers"), ...),
+  "nothing": (None, ...),
+  "tuple": ((nnx.BatchStat, "first"), nnx.Param, ...),
+  "predicate": (lambda path, v: path[-1] == "k", ...),
+  "subtype": (nnx.Variable, ...),
+}
+STORAGE = pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+
+
+def same(a, b):
+  """Equal structure and values."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(nnx.to_lojax(a)), jax.tree.leaves(nnx.to_lojax(b)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+# split and merge
+@STORAGE
+@pytest.mark.parametrize("name", FILTERS)
+def test_merge_undoes_split(name, hijax):
+  m = model() if hijax else nnx.to_lojax(model())
+  graphdef, *states = nnx.split(m, *FILTERS[name])
+  assert len(states) == max(1, len(FILTERS[name]))
+  paths = sorted((p for s in states for p in nnx.to_flat_state(s).paths), key=str)
+  assert paths == sorted(PATHS, key=str)
+  for order in (states, states[::-1]):
+    twin = nnx.merge(graphdef, *order)
+    same(twin, m)
+    assert twin.tied is twin.layers[0].tied and twin.layers[1] is nnx.relu and twin.n == 7
+    assert nnx.find_duplicates(twin) == nnx.find_duplicates(m)
+    for path in PATHS[:-1]:
+      a, b = nnx.variables(twin), nnx.variables(m)
+      for key in path:
+        a, b = a[key], b[key]
+      assert a is not b and a.get_raw_value() is b.get_raw_value()
+
+
+def test_the_first_filter_that_matches_takes_a_variable():
+  _, everything, rest = nnx.split(model(), nnx.Variable, ...)
+  assert len(nnx.to_flat_state(everything)) == 6 and nnx.to_flat_state(rest).paths == (("x",),)
+  _, a, b, _ = nnx.split(model(), "first", nnx.Param, ...)
+  assert nnx.to_flat_state(a).paths == (("w",),)
+  assert ("w",) not in nnx.to_flat_state(b).paths
+
+
+def test_writes_to_a_state_reach_the_model_and_the_other_way_round():
+  m = model()
+  graphdef, params, rest = nnx.split(m, nnx.Param, ...)
+  params["layers"][0]["tied"][...] = 9.0
+  m.w[...] = 8.0
+  assert float(m.tied.sum()) == 18.0 and params.w[...].tolist() == [8.0, 8.0]
+  twin = nnx.merge(graphdef, params, rest)
+  twin.w[...] = 7.0
+  assert m.w[...].tolist() == [7.0, 7.0]
+
+
+def test_the_variables_of_a_state_are_handles_of_their_own():
+  m = model()
+  state = nnx.state(m)
+  assert state.w is not m.w
+  state.w.set_metadata(tag="other")
+  assert m.w.tag == "first"
+  assert nnx.variables(m).w is m.w
+
+
+def test_lojax_states_are_independent_values():
+  m = nnx.to_lojax(model())
+  graphdef, state = nnx.split(m)
+  state.w[...] = 9.0
+  assert m.w[...].tolist() == [1.0, 1.0]
+  assert nnx.merge(graphdef, state).w[...].tolist() == [9.0, 9.0]
+
+
+def test_split_refuses_filters_that_do_not_cover():
+  with pytest.raises(FilterError) as error:
+    nnx.split(model(), nnx.BatchStat)
+  assert str(error.value) == (
+    "the filters do not cover everything\n"
+    "  got: nothing matches .layers[0].tied, .layers[0].w, .layers[2], .table.k, .w and 1 more\n"
+    "  fix: add a filter, or `...` as the last one for all the rest"
+  )
+  with pytest.raises(FilterError) as error:
+    nnx.split(model(), ..., nnx.Param)
+  assert str(error.value) == (
+    "`...` matches all that is left, so it comes last\n"
+    "  got: `...` as filter 1 of 2\n"
+    "  fix: move it to the end"
+  )
+
+
+def test_merge_refuses_states_that_do_not_fit():
+  graphdef, params, rest = nnx.split(model(), nnx.Param, ...)
+  with pytest.raises(TreeMismatchError) as error:
+    nnx.merge(graphdef, params)
+  assert str(error.value) == (
+    "the states do not fit the GraphDef\n"
+    "  got: no value for .stat, .x\n"
+    "  fix: pass all the states that nnx.split returned, in any order"
+  )
+  params["layers"][0]["new"] = param()
+  with pytest.raises(TreeMismatchError, match=r"got: no place for \.layers\[0\]\.new\n"):
+    nnx.merge(graphdef, params, rest)
+
+
+def test_merge_takes_arrays_and_a_later_state_wins():
+  graphdef, state = nnx.split(model())
+  twin = nnx.merge(graphdef, state, nnx.State({"w": nnx.Param(jnp.zeros(2))}))
+  assert twin.w[...].tolist() == [0.0, 0.0]
+  pure = jax.tree.map(lambda v: v[...] if isinstance(v, nnx.Variable) else v, state,
+                      is_leaf=lambda v: isinstance(v, nnx.Variable))  # fmt: skip
+  twin = nnx.merge(graphdef, pure)
+  assert twin.w.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+  "root",
+  [
+    param,
+    lambda: jnp.ones(2),
+    lambda: [param(), {"a": Node(w=param())}],
+    lambda: (lambda v: {"a": v, "b": [v]})(param()),
+    lambda: nnx.state(model()),
+    lambda: nnx.List([param(), 3]),
+    lambda: nnx.Dict(a=param(), b="x"),
+    lambda: Node(),
+    lambda: Node(n=1),
+    lambda: {},
+  ],
+  ids=["variable", "array", "pytree", "shared", "state", "list", "dict", "empty", "static", "{}"],
+)
+def test_any_pytree_is_split_and_merged(root):
+  x = root()
+  same(nnx.merge(*nnx.split(x)), x)
+  same(nnx.clone(x), x)
+  assert nnx.find_duplicates(nnx.clone(x)) == nnx.find_duplicates(x)
+
+
+def test_split_and_merge_inside_plain_jit_write_the_callers_cells():
+  m = model()
+  graphdef, params, rest = nnx.split(m, nnx.Param, ...)
+
+  @jax.jit
+  def step(graphdef, params, rest):
+    twin = nnx.merge(graphdef, params, rest)
+    twin.tied[...] += 1
+    twin.stat[...] = twin.layers[0].tied.sum()
+    return nnx.split(nnx.to_lojax(twin), nnx.BatchStat, ...)[1]
+
+  out = step(graphdef, params, rest)
+  assert m.tied[...].tolist() == [6.0, 6.0] and float(m.stat) == float(out.stat) == 12.0
+
+
+def test_a_graphdef_is_static_under_jit():
+  m, traces = model(), []
+
+  @jax.jit
+  def f(graphdef, state):
+    traces.append(1)
+    return nnx.merge(graphdef, state).w.sum()
+
+  f(*nnx.split(m))
+  f(*nnx.split(nnx.clone(m)))
+  m.n = 8
+  f(*nnx.split(m))
+  assert len(traces) == 2
+
+
+# state and variables
+def test_state_leaves_out_what_no_filter_matches():
+  m = model()
+  assert nnx.to_flat_state(nnx.state(m)).paths == PATHS
+  assert nnx.to_flat_state(nnx.state(m, nnx.BatchStat)).paths == (("stat",),)
+  a, b = nnx.state(m, nnx.BatchStat, "first")
+  assert list(a) == ["stat"] and list(b) == ["w"]
+  assert len(nnx.state(m, None)) == 0
+  assert nnx.to_flat_state(nnx.variables(m)).paths == PATHS[:-1]
+
+
+def test_parameter_paths_are_those_of_flax_nnx():
+  flax = pytest.importorskip("flax.nnx", reason="flax is the oracle here")
+
+  def build(lib):
+    class Block(lib.Module):
+      def __init__(self, rngs):
+        self.conv = lib.Conv(1, 2, (3, 3), rngs=rngs)
+        self.norm = lib.BatchNorm(2, rngs=rngs)
+        self.layers = lib.List([lib.Linear(2, 2, rngs=rngs), lib.LayerNorm(2, rngs=rngs)])
+        self.table = lib.Dict({"e": lib.Embed(3, 2, rngs=rngs)})
+        self.seq = lib.Sequential(lib.Linear(2, 3, rngs=rngs), jax.nn.relu)
+        self.tied = self.seq.layers[0]
+
+    m = Block(lib.Rngs(0))
+    return {
+      kind.__name__: [(p, np.asarray(v[...])) for p, v in lib.to_flat_state(lib.state(m, kind))]
+      for kind in (lib.Param, lib.BatchStat)
+    }
+
+  got, want = build(nnx), build(flax)
+  for kind, pairs in want.items():
+    assert [p for p, _ in got[kind]] == [p for p, _ in pairs]
+    for (path, a), (_, b) in zip(got[kind], pairs, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=str(path))
+
+
+# clone
+@STORAGE
+def test_a_clone_has_cells_of_its_own_or_shares_them(hijax):
+  m = model() if hijax else nnx.to_lojax(model())
+  twin, alias = nnx.clone(m), nnx.clone(m, variables=False)
+  same(twin, m)
+  assert twin.tied is twin.layers[0].tied and alias.tied is alias.layers[0].tied
+  twin.w[...] = 9.0
+  assert m.w[...].tolist() == [1.0, 1.0]
+  alias.w[...] = 9.0
+  assert m.w[...].tolist() == ([9.0, 9.0] if hijax else [1.0, 1.0])
+  twin.layers.append(3)
+  assert len(m.layers) == 3
+
+
+# update
+@STORAGE
+def test_update_writes_in_place(hijax):
+  m = model() if hijax else nnx.to_lojax(model())
+  w, x = m.w, jnp.full(3, 2.0)
+  other = jax.tree.map(lambda v: v * 10, nnx.to_lojax(nnx.state(model())))
+  nnx.update(m, other)
+  assert m.w is w and w[...].tolist() == [10.0, 10.0]
+  assert m.tied is m.layers[0].tied and m.tied[...].tolist() == [50.0, 50.0]
+  assert m.x.tolist() == [10.0] * 3 and isinstance(m.x, jax.Array)
+  nnx.update(m, {"w": [3, 4], "x": x}, nnx.State({"w": jnp.full(2, 5.0)}))
+  assert w[...].tolist() == [5.0, 5.0] and m.x.tolist() == [2.0] * 3
+  nnx.update(m, {"layers": {2: 7.0}})
+  assert m.layers[2][...].tolist() == [7.0, 7.0]
+
+
+def test_update_with_the_models_own_state_changes_nothing():
+  m = model()
+  want = nnx.clone(m)
+  nnx.update(m, nnx.state(m))
+  nnx.update(m, nnx.variables(m))
+  same(m, want)
+
+
+def test_update_of_a_variable_and_of_a_list():
+  v = param()
+  nnx.update(v, jnp.full(2, 3.0))
+  assert v[...].tolist() == [3.0, 3.0]
+  layers = nnx.List([param(), Node(w=param())])
+  nnx.update(layers, {0: jnp.zeros(2), 1: {"w": jnp.zeros(2)}, 2: param(9.0)})
+  assert [float(layers[i].sum()) for i in (0, 2)] == [0.0, 18.0]
+  assert layers[1].w[...].tolist() == [0.0, 0.0]
+
+
+def test_update_adds_what_the_object_does_not_have():
+  m = model()
+  nnx.update(m, {"new": param(9.0), "table": {"more": param(8.0)}, "arr": jnp.ones(1)})
+  assert m.new[...].tolist() == [9.0, 9.0] and m.table["more"][...].tolist() == [8.0, 8.0]
+  assert m.arr.tolist() == [1.0]
+  assert len(jax.tree.leaves(m)) == len(PATHS) + 3
+
+
+@pytest.mark.parametrize(
+  ("bad", "error", "message"),
+  [
+    ({"w": jnp.ones(5)}, ShapeMismatchError, r"at:  Node\.w "),
+    ({"nope": {"deep": jnp.ones(1)}}, TreeMismatchError, r"at:  \.nope\.deep"),
+    ({"w": {"deep": jnp.ones(1)}}, TreeMismatchError, r"at:  \.w\.deep"),
+    ({"layers": {3: param(), 5: param()}}, TreeMismatchError, r"at:  \.layers\[5\]"),
+  ],
+  ids=["shape", "no parent", "below a variable", "gap in a list"],
+)
+def test_an_update_that_fails_writes_nothing(bad, error, message):
+  m = model()
+  want = nnx.clone(m)
+  with pytest.raises(error, match=message):
+    nnx.update(m, {"stat": 7.0, "table": {"k": 0.0}, "aaa": param(), **bad})
+  same(m, want)
+
+
+# pop
+def test_pop_removes_and_returns():
+  m = model()
+  stats = nnx.pop(m, nnx.BatchStat)
+  assert list(stats) == ["stat"] and not hasattr(m, "stat")
+  params, rest = nnx.pop(m, "first", nnx.Param)
+  assert nnx.to_flat_state(params).paths == (("w",),)
+  assert len(nnx.to_flat_state(rest)) == 4
+  assert not hasattr(m, "tied") and not hasattr(m.layers[0], "tied")
+  assert list(m.layers)[1:] == [nnx.relu] and dict(m.table) == {"n": 3}
+  assert len(jax.tree.leaves(m)) == 1
+  assert len(nnx.pop(m, nnx.Param)) == 0
+
+
+def test_pop_needs_a_filter():
+  with pytest.raises(FilterError) as error:
+    nnx.pop(model())
+  assert str(error.value) == (
+    "nnx.pop takes at least one filter\n"
+    "  got: no filter\n"
+    "  fix: say what is meant: nnx.pop(model, nnx.Intermediate), or `...` for everything"
+  )
+
+
+def test_pop_of_neighbours_in_a_list_removes_all():
+  m = Node(l=[param(), nnx.BatchStat(0.0), param(), param(), "x", nnx.BatchStat(1.0)])
+  nnx.pop(m, nnx.Param)
+  assert [type(x) for x in m.l] == [nnx.BatchStat, str, nnx.BatchStat]
+  assert [float(v) for v in list(m.l)[::2]] == [0.0, 1.0]
+
+
+def test_copies_of_a_state_are_independent_mappings():
+  state = nnx.state(model())
+  twin = copy.copy(state)
+  twin["new"] = 1
+  assert "new" not in state

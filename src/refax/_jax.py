@@ -145,7 +145,7 @@ def ref_effects(jaxpr: Any) -> tuple[set[Any], set[Any]]:
 
 
 def discharge(closed_jaxpr: Any) -> Any:
-  """A jaxpr whose Refs are all local, as a pure one: reads and writes become values that are passed.
+  """A jaxpr whose Refs are all local, as a pure one: reads and writes become values.
 
   Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
   has branches with state that differentiate and batch, and says exactly what depends on a batch.

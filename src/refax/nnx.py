@@ -80,6 +80,7 @@ from refax.transforms.abstract import eval_shape, make_jaxpr
 from refax.transforms.accumulate import accumulate_grads
 from refax.transforms.autodiff import DiffState, grad, jvp, value_and_grad, vjp
 from refax.transforms.axes import Carry, StateAxes
+from refax.transforms.checks import checkify
 from refax.transforms.control import cond, switch
 from refax.transforms.effect import (
   Effects,
@@ -94,6 +95,7 @@ from refax.transforms.loops import fori_loop, scan, while_loop
 from refax.transforms.mapping import vmap
 from refax.transforms.random import fork_rngs, split_rngs
 from refax.transforms.remat import checkpoint, remat
+from refax.transforms.sharding import shard_map
 
 __all__ = [
   "All",
@@ -143,6 +145,7 @@ __all__ = [
   "assert_no_writes",
   "avg_pool",
   "celu",
+  "checkify",
   "checkpoint",
   "clone",
   "cond",
@@ -195,6 +198,7 @@ __all__ = [
   "reseed",
   "scan",
   "selu",
+  "shard_map",
   "sigmoid",
   "silu",
   "soft_sign",

@@ -50,7 +50,7 @@ def _as_key(key: Any, tag: str) -> jax.Array:
   """A typed key, from a seed, a typed key, or raw key data."""
   if isinstance(key, Variable):
     key = key.get_value()
-  dtype = getattr(key, "dtype", None)
+  dtype = None if isinstance(key, Pytree) else getattr(key, "dtype", None)
   if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
     return key
   if isinstance(key, int) or (dtype is not None and jnp.issubdtype(dtype, jnp.integer)):
@@ -184,7 +184,11 @@ class Rngs(Pytree, _Samplers):
     elif default is not None:
       rngs = {"default": default, **rngs}
     for tag, key in rngs.items():
-      setattr(self, tag, RngStream(key.key if isinstance(key, RngStream) else key, tag=tag))
+      if not isinstance(key, RngStream):
+        key = RngStream(key, tag=tag)
+      elif key.tag != tag:  # from its next key: no key is used twice
+        key = RngStream(key(), tag=tag)
+      setattr(self, tag, key)
 
   def _stream(self, name: str) -> RngStream:
     streams = self.__dict__

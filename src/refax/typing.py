@@ -27,7 +27,7 @@ def describe(x: Any) -> str:
   >>> describe(jnp.ones((2, 3)))
   'float32[2,3]'
   """
-  if hasattr(x, "shape") and hasattr(x, "dtype"):
+  if isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype"):
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
   return type(x).__name__
 

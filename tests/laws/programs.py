@@ -121,17 +121,18 @@ def run_functional(program, s, x):
 def _transform_functional(name, bodies, s, x):
   runs = [lambda carry, body=body: run_functional(body, *carry) for body in bodies]
   run, carry = runs[0], (s, x)
-  if name in ("jit", "jit_closure"):
+  kind = name.removeprefix("nnx_").removesuffix("_closure").removesuffix("_carry")
+  if kind == "jit":
     return jax.jit(run)(carry)
-  if name in ("checkpoint", "checkpoint_closure"):
+  if kind == "checkpoint":
     return jax.checkpoint(run)(carry)
-  if name == "scan":
+  if kind == "scan":
     return jax.lax.scan(lambda carry, _: (run(carry), None), carry, None, length=3)[0]
-  if name == "fori":
+  if kind == "fori":
     return jax.lax.fori_loop(0, 2, lambda i, carry: run(carry), carry)
-  if name == "cond":
+  if kind == "cond":
     return jax.lax.cond(x.sum() > 0, *runs, carry)
-  assert name == "switch"
+  assert kind == "switch"
   return jax.lax.switch(s["count"] % 2, runs, carry)
 
 
@@ -147,48 +148,82 @@ def run_stateful(program, net, x):
 
 
 def _transform_stateful(name, bodies, net, x):
-  runs = [lambda x, body=body: run_stateful(body, net, x) for body in bodies]  # net by closure
-  run = runs[0]
-  if name == "jit":
-    return jax.jit(lambda net, x: run_stateful(bodies[0], net, x))(net, x)
-  if name == "jit_closure":
-    return jax.jit(run)(x)
-  if name == "checkpoint":
-    return jax.checkpoint(lambda net, x: run_stateful(bodies[0], net, x))(net, x)
-  if name == "checkpoint_closure":
-    return jax.checkpoint(run)(x)
-  if name == "scan":
-    return jax.lax.scan(lambda x, _: (run(x), None), x, None, length=3)[0]
-  if name == "fori":
-    return jax.lax.fori_loop(0, 2, lambda i, x: run(x), x)
-  if name == "cond":
-    return jax.lax.cond(x.sum() > 0, *runs, x)
-  assert name == "switch"
-  return jax.lax.switch(net.count[...] % 2, runs, x)
+  by_argument = [lambda net, x, body=body: run_stateful(body, net, x) for body in bodies]
+  by_closure = [lambda x, body=body: run_stateful(body, net, x) for body in bodies]
+  transform = NNX if name.startswith("nnx_") else PLAIN
+  return transform[name.removeprefix("nnx_")](by_argument, by_closure, net, x)
 
+
+PLAIN = {
+  "jit": lambda f, g, net, x: jax.jit(f[0])(net, x),
+  "jit_closure": lambda f, g, net, x: jax.jit(g[0])(x),
+  "checkpoint": lambda f, g, net, x: jax.checkpoint(f[0])(net, x),
+  "checkpoint_closure": lambda f, g, net, x: jax.checkpoint(g[0])(x),
+  "scan": lambda f, g, net, x: jax.lax.scan(lambda x, _: (g[0](x), None), x, None, length=3)[0],
+  "fori": lambda f, g, net, x: jax.lax.fori_loop(0, 2, lambda i, x: g[0](x), x),
+  "cond": lambda f, g, net, x: jax.lax.cond(x.sum() > 0, *g, x),
+  "switch": lambda f, g, net, x: jax.lax.switch(net.count[...] % 2, g, x),
+}
+
+
+def _with_net(f):
+  """A step whose carry holds the Module too."""
+
+  def step(carry):
+    net, x = carry
+    return net, f(net, x)
+
+  return step
+
+
+NNX = {
+  "jit": lambda f, g, net, x: nnx.jit(f[0])(net, x),
+  "jit_closure": lambda f, g, net, x: nnx.jit(g[0])(x),
+  "checkpoint": lambda f, g, net, x: nnx.remat(f[0])(net, x),
+  "checkpoint_closure": lambda f, g, net, x: nnx.remat(g[0])(x),
+  "scan": lambda f, g, net, x: nnx.scan(
+    lambda x, net: f[0](net, x), in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=3
+  )(x, net),
+  "scan_closure": lambda f, g, net, x: nnx.scan(
+    g[0], in_axes=(nnx.Carry,), out_axes=nnx.Carry, length=3
+  )(x),
+  "scan_carry": lambda f, g, net, x: nnx.scan(
+    _with_net(f[0]), in_axes=(nnx.Carry,), out_axes=nnx.Carry, length=3
+  )((net, x))[1],
+  "fori": lambda f, g, net, x: nnx.fori_loop(0, 2, lambda i, c: _with_net(f[0])(c), (net, x))[1],
+  "fori_closure": lambda f, g, net, x: nnx.fori_loop(0, 2, lambda i, x: g[0](x), x),
+  "cond": lambda f, g, net, x: nnx.cond(x.sum() > 0, *f, net, x),
+  "cond_closure": lambda f, g, net, x: nnx.cond(x.sum() > 0, *g, x),
+  "switch": lambda f, g, net, x: nnx.switch(net.count % 2, f, net, x),
+}
 
 ONE_BODY = ("jit", "jit_closure", "checkpoint", "checkpoint_closure", "scan", "fori")
 TWO_BODIES = ("cond", "switch")
+NNX_ONE_BODY = tuple("nnx_" + name for name in NNX if not name.startswith(TWO_BODIES))
+NNX_TWO_BODIES = tuple("nnx_" + name for name in NNX if name.startswith(TWO_BODIES))
 
 
-def programs(depth: int = 3) -> st.SearchStrategy:
-  """Programs whose transforms nest up to `depth` deep."""
+def uses(program, names) -> bool:
+  """Whether a program has a step of one of these sorts."""
+  return any(name in names or any(uses(b, names) for b in bodies) for name, bodies in program)
+
+
+def programs(depth: int = 3, *, transforms: str = "plain") -> st.SearchStrategy:
+  """Programs whose transforms nest up to `depth` deep.
+
+  The transforms are `plain` ones, `straight` ones (plain, without branches), `nnx` ones, or `mixed`
+  (`straight` and `nnx`).
+  """
   simple = st.sampled_from(sorted(SIMPLE)).map(Step)
+  ones = {"nnx": NNX_ONE_BODY, "mixed": ONE_BODY + NNX_ONE_BODY}.get(transforms, ONE_BODY)
+  twos = {"plain": TWO_BODIES, "straight": ()}.get(transforms, NNX_TWO_BODIES)
 
   def block(inner):
-    one = st.builds(
-      lambda name, body: Step(name, (body,)),
-      st.sampled_from(ONE_BODY),
-      inner,
-    )
-    two = st.builds(
-      lambda name, a, b: Step(name, (a, b)),
-      st.sampled_from(TWO_BODIES),
-      inner,
-      inner,
-    )
-    # Branches are rarer: JAX refuses state in them under grad and vmap, and that proves little.
-    steps = st.one_of(simple, simple, one, one, one, two)
+    one = st.builds(lambda name, body: Step(name, (body,)), st.sampled_from(ones), inner)
+    steps = [simple, simple, one, one, one]
+    if twos:
+      steps.append(st.builds(lambda n, a, b: Step(n, (a, b)), st.sampled_from(twos), inner, inner))
+    steps = st.one_of(*steps)
     return st.lists(steps, min_size=1, max_size=3).map(tuple)
 
   body = st.lists(simple, min_size=1, max_size=3).map(tuple)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from refax.core.filters import Filter, Predicate, to_predicate
 from refax.core.flatten import LEAF, REGION, GraphDef
@@ -69,7 +70,7 @@ class StateAxes:
 
 def is_axis(x: Any) -> bool:
   """Whether `x` is one axis, not a tree of them."""
-  return x is None or x is Carry or isinstance(x, int | StateAxes)
+  return x is None or x is Carry or isinstance(x, int | StateAxes | PartitionSpec)
 
 
 def assign(
@@ -150,7 +151,7 @@ def argument_axes(inputs: Any, in_axes: Any, positional: int, *, default: Any) -
     TreeMismatchError: the axes do not fit the arguments, or one Variable gets two.
   """
   entries = inputs.arguments
-  prefixes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * positional
+  prefixes = (in_axes,) * positional if is_axis(in_axes) else tuple(in_axes)
   if len(prefixes) != positional:
     got = f"{len(prefixes)} axes for {positional} positional arguments"
     raise TreeMismatchError.axes("in_axes", "", got)

@@ -181,7 +181,7 @@ def transaction(*objects: Any) -> Iterator[Transaction]:
     jax.tree.map(_saved, x._cell) if isinstance(x, Variable) else None for x in inputs.leaves
   ]
   cells = [x._cell if isinstance(x, Variable) else None for x in inputs.leaves]
-  definitions = [x._def if isinstance(x, Variable) else None for x in inputs.leaves]
+  definitions: list[Any] = [getattr(x, "_def", None) for x in inputs.leaves]
   entries = [list(node._entries()) for node in inputs.objects]
   try:
     yield Transaction()

@@ -132,7 +132,7 @@ class _Mapped:
       {key: closure_axes[key] for key in sorted(staged.closures_written)},
     )
     run = self._vmap(
-      lambda values, closures: tuple(staged.run(values, closures)),
+      self._run,
       in_axes=([axes[i] for i in range(len(values))], closure_axes),
       out_axes=out_axes,
     )
@@ -150,6 +150,10 @@ class _Mapped:
     after = {key: closed[key](x) if key in closed else x for key, x in after.items()}
     write_closures(refs, after)
     return self.inputs.commit(Outputs(written, outputs.fresh, spec))
+
+  def _run(self, values: list[Any], closures: dict[int, Any]) -> tuple[Outputs, dict[int, Any]]:
+    result = self.staged.run(values, closures)
+    return result.outputs, result.closures
 
   def _broadcast(self, value: Any) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.size, *jnp.shape(x))), value)

@@ -1,9 +1,9 @@
 """stage: a function of objects, traced once into a pure function of values.
 
 State goes in and comes out as arrays, so any JAX transform may be applied to it, also those that
-refuse Refs (a branch under `jax.grad`, a scan carry). Inside, Variables are hijax where the caller's
-are: their cells are Refs that live in the trace. What is written is read off the jaxpr, and state
-that the function reaches by closure is found there too.
+refuse Refs (a branch under `jax.grad`, a scan carry). Inside, Variables are hijax where those of
+the caller are: their cells are Refs that live in the trace. What is written is read off the jaxpr,
+and state that the function reaches by closure is found there too.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,99 @@
+"""nnx.shard_map: a function of one shard of arrays and of state, on every device of a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from refax._jax import is_tracer
+from refax.transforms.axes import argument_axes, assign
+from refax.transforms.lift import Inputs, Outputs
+from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+
+
+def shard_map(
+  f: Callable | None = None,
+  *,
+  mesh: Any,
+  in_specs: Any,
+  out_specs: Any,
+  check_vma: bool = True,
+) -> Any:
+  """Run a function on each shard of its arguments, as `jax.shard_map`.
+
+  Args:
+    f: a function of Modules, Variables and arrays; without it, a decorator is returned.
+    mesh: the mesh of devices.
+    in_specs: for each positional argument a `PartitionSpec`, or `nnx.StateAxes` with one for each
+      filter. State is written back with the same layout; state by closure is replicated.
+    out_specs: the same for what `f` returns.
+    check_vma: as in `jax.shard_map`.
+
+  Returns:
+    A function like `f` on whole arrays.
+
+  Raises:
+    TreeMismatchError: the specs do not fit the arguments.
+
+  >>> from refax import nnx; import jax, jax.numpy as jnp
+  >>> from jax.sharding import AxisType, PartitionSpec as P
+  >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+  >>> run = nnx.shard_map(
+  ...   lambda model, x: model(x), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+  ... )
+  >>> run(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.ones((4, 2))).shape
+  (4, 3)
+  """
+  if f is None:
+    return lambda f: shard_map(
+      f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+    )
+
+  @functools.wraps(f)
+  def wrapper(*args: Any) -> Any:
+    inputs = Inputs.of(args, {})
+    values = values_of(inputs)
+    found_specs = argument_axes(inputs, in_specs, len(args), default=PartitionSpec())
+    specs = [found_specs[i] for i in range(len(values))]
+    shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
+    found: list[Staged] = []
+
+    def stage(values):
+      found.append(Staged(f, inputs, values))
+      return ()
+
+    jax.eval_shape(shard(stage, in_specs=(specs,), out_specs=()), values)
+    staged = found[0]
+    refs, closures = read_closures([staged])
+    spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
+    leaves = [*inputs.leaves, *staged.outputs.fresh]
+    fresh = assign(out_specs, spec.graphdef.root, spec.graphdef, leaves, "out_specs")
+    out = Outputs(
+      [specs[i] for i in spec.written],
+      [fresh.get(len(values) + i, PartitionSpec()) for i in range(len(staged.outputs.fresh))],
+      spec,
+    )
+    after = {key: PartitionSpec() for key in sorted(staged.closures_written)}
+    run = shard(
+      lambda v, c: tuple(staged.run(v, c)),
+      in_specs=(specs, {key: PartitionSpec() for key in closures}),
+      out_specs=(out, after),
+    )
+    everywhere = _put(list(closures.values()), [PartitionSpec()] * len(closures), mesh)
+    outputs, after = run(_put(values, specs, mesh), dict(zip(closures, everywhere, strict=True)))
+    write_closures(refs, after)
+    return inputs.commit(outputs)
+
+  return wrapper
+
+
+def _put(values: list[Any], specs: list[Any], mesh: Any) -> list[Any]:
+  """Lay arrays out on the mesh: the buffer of a Variable is committed to where it is."""
+
+  def put(value: Any, spec: Any) -> Any:
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: x if is_tracer(x) else jax.device_put(x, sharding), value)
+
+  return list(map(put, values, specs))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
+from jax.extend.core import get_opaque_trace_state, subjaxprs
 from jax.extend.source_info_util import register_exclusion
 
 # JAX's errors and profiles name the user's line, not the line of Refax that it came through.
@@ -96,9 +96,13 @@ def read_cell(ref: jax.Ref) -> jax.Array:
   """The value of `ref`, as an array that no later step can donate.
 
   Private when eager: copies the buffer `ref._refs._buf` instead of dispatching `ref[...]`.
+
+  In a trace, the value has no tangent, and says so: a Ref made under `jax.jvp` or `jax.checkpoint`
+  gives zeros that are not known to be zero, and a guard could not tell them from a gradient.
   """
   if is_tracer(ref) or not no_trace_active():
-    return ref[...]
+    value = ref[...]
+    return jax.lax.stop_gradient(value) if jnp.issubdtype(ref.dtype, jnp.inexact) else value
   return ref._refs._buf.copy()  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -117,10 +121,11 @@ def write_cell(ref: jax.Ref, value: jax.Array) -> None:
   )
 
 
-def peek_cell(ref: jax.Ref) -> jax.Array | None:
-  """The buffer of a concrete `ref`, for looking at its sharding and printing, or None."""
-  if is_tracer(ref) or _private() is None:
-    return None
+def peek_cell(ref: jax.Ref) -> jax.Array:
+  """The value of a concrete `ref`, for printing: also while JAX traces, without a traced read."""
+  if _private() is None:
+    with jax.ensure_compile_time_eval():
+      return ref[...]
   return ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -150,12 +155,24 @@ def discharge(closed_jaxpr: Any) -> Any:
   Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
   has branches with state that differentiate and batch, and says exactly what depends on a batch.
   Falls back to the jaxpr as it is: right too, but JAX refuses such branches, aloud.
+
+  Discharging lowers the bodies of stateful loops and branches, which inlines custom derivatives
+  (`jax.nn.relu`, a user's `custom_vjp`, our guard against lost gradients): a pure jaxpr that has
+  lost one is not used.
   """
   if _private() is None:
     return closed_jaxpr
   try:
     from jax._src.state.discharge import discharge_state
 
-    return discharge_state(closed_jaxpr)
+    pure = discharge_state(closed_jaxpr, lower=False)
   except (ImportError, NotImplementedError, TypeError):
     return closed_jaxpr
+  same = _custom_rules(pure.jaxpr) == _custom_rules(closed_jaxpr.jaxpr)
+  return pure if same else closed_jaxpr
+
+
+def _custom_rules(jaxpr: Any) -> int:
+  """How many calls with custom derivatives a jaxpr holds, at any depth."""
+  inner = sum(_custom_rules(sub) for sub in subjaxprs(jaxpr))
+  return inner + sum(eqn.primitive.name.startswith("custom_") for eqn in jaxpr.eqns)

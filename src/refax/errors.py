@@ -150,11 +150,21 @@ class TreeMismatchError(RefaxError, ValueError):
     )
 
   @classmethod
-  def carry(cls, function: str, was: Any, now: Any):
+  def carry(cls, function: str, was: Any, now: Any, at: str = ""):
     return cls(
       f"{function} must return a carry like the one that it got",
+      at=at,
       got=f"{now}, from a carry {was}",
       fix="return the same structure, shapes and dtypes; change state through its Variables",
+    )
+
+  @classmethod
+  def rule(cls, function: str, want: Any, got: Any):
+    return cls(
+      f"{function} of a custom_vjp returns another structure than it must",
+      got=f"{got}, expected {want}",
+      fix="fwd returns (out, residuals), with out as the function returns it; bwd returns a tuple "
+      "with a gradient for each argument",
     )
 
   @classmethod
@@ -166,12 +176,37 @@ class TreeMismatchError(RefaxError, ValueError):
     )
 
   @classmethod
+  def no_boolean(cls, function: str, got: str):
+    return cls(
+      f"the condition of {function} must return one boolean",
+      got=got,
+      fix="return a scalar such as x < 3",
+    )
+
+  @classmethod
   def axes(cls, what: str, path: str, axes: Any):
     return cls(
       f"{what} do not fit",
       at=path,
       got=f"{axes}",
       fix="give an int, None, nnx.StateAxes, or a tuple with one of these for each argument",
+    )
+
+  @classmethod
+  def no_size(cls, function: str, axes: str, option: str):
+    return cls(
+      f"{function} does not know how often to run",
+      got=f"in_axes={axes}, and no {option}",
+      fix=f"map an argument over an axis, or pass {option}=",
+    )
+
+  @classmethod
+  def varies(cls, path: str):
+    return cls(
+      "a result differs along the mapped axis, and out_axes has no axis for it",
+      at=f"{path or 'the result'}",
+      got="out_axes=None",
+      fix="give it an axis in out_axes, or reduce it inside the function",
     )
 
   @classmethod
@@ -312,6 +347,16 @@ class SharedWriteError(RefaxError, RuntimeError):
       "(for Rngs: rngs.split(n))",
     )
 
+  @classmethod
+  def mapped(cls, at: Any):
+    return cls(
+      "a Variable that all elements of nnx.vmap share is written with values that differ",
+      at=at,
+      got="a write to a Variable that came by closure or with the axis None",
+      fix="give it an axis (nnx.StateAxes; for Rngs: rngs.split(n)), or say how the values become "
+      'one: reduce={nnx.BatchStat: "mean"}',
+    )
+
 
 class DifferentiatedWriteError(RefaxError, TypeError):
   """A write through which a gradient would flow, and be lost."""
@@ -390,6 +435,18 @@ class RngKeyError(RefaxError, ValueError):
     )
 
 
+class MissingRuleError(RefaxError, AttributeError):
+  """A function without the derivative that it announced."""
+
+  @classmethod
+  def vjp(cls, function: str):
+    return cls(
+      f"{function} has no derivative yet",
+      got="a call of an nnx.custom_vjp without fwd and bwd",
+      fix=f"call {function}.defvjp(fwd, bwd) first",
+    )
+
+
 class UnwantedWriteError(RefaxError, RuntimeError):
   """A function that must not write state would write it."""
 
@@ -404,7 +461,12 @@ class UnwantedWriteError(RefaxError, RuntimeError):
 
 
 class NonFiniteError(RefaxError, ArithmeticError):
-  """A value that must be finite is not."""
+  """A value that must be finite is not.
+
+  >>> from refax import nnx
+  >>> issubclass(nnx.NonFiniteError, ArithmeticError)
+  True
+  """
 
   @classmethod
   def value(cls, value: Any):

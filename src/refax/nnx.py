@@ -82,6 +82,7 @@ from refax.transforms.autodiff import DiffState, grad, jvp, value_and_grad, vjp
 from refax.transforms.axes import Carry, StateAxes
 from refax.transforms.checks import checkify
 from refax.transforms.control import cond, switch
+from refax.transforms.custom import custom_vjp
 from refax.transforms.effect import (
   Effects,
   Transaction,
@@ -149,6 +150,7 @@ __all__ = [
   "checkpoint",
   "clone",
   "cond",
+  "custom_vjp",
   "data",
   "effects",
   "elu",

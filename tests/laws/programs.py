@@ -49,6 +49,26 @@ def initial_state(key: jax.Array, lead: tuple[int, ...] = ()) -> dict[str, jax.A
   }
 
 
+@jax.custom_vjp
+def doubled(x):
+  """The sine, with twice its derivative: a custom rule that gets lost shows in the gradient."""
+  return jnp.sin(x)
+
+
+doubled.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (2 * g * jnp.cos(x),))
+
+
+@jax.custom_jvp
+def tripled(x):
+  """The sine, with three times its derivative."""
+  return jnp.sin(x)
+
+
+@tripled.defjvp
+def _(primals, tangents):
+  return jnp.sin(primals[0]), 3 * jnp.cos(primals[0]) * tangents[0]
+
+
 # Simple steps: how each reads `x` and the state `s` (arrays), and what it gives back.
 def _linear(x, s):
   return jnp.tanh(x * s["w"]), {}
@@ -66,6 +86,14 @@ def _read_count(x, s):
   return x * (1 + 0.1 * s["count"]), {}
 
 
+def _custom_vjp(x, s):
+  return doubled(x * s["w"]), {}
+
+
+def _custom_jvp(x, s):
+  return tripled(x + 0.1 * s["stat"]), {}
+
+
 def _write_stat(x, s):
   return x, {"stat": 0.5 * s["stat"] + jnp.sin(x)}
 
@@ -79,7 +107,8 @@ def _write_count(x, s):
 
 
 _STEPS = (
-  _linear, _read_stat, _read_memory, _read_count, _write_stat, _write_memory, _write_count
+  _linear, _custom_vjp, _custom_jvp, _read_stat, _read_memory, _read_count,
+  _write_stat, _write_memory, _write_count,
 )  # fmt: skip
 SIMPLE = {f.__name__[1:]: f for f in _STEPS}
 DETACHED = ("stat", "count")

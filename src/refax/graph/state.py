@@ -141,7 +141,13 @@ jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _
 
 
 class FlatState(Sequence):
-  """(path, leaf) pairs of a State, sorted by path."""
+  """(path, leaf) pairs of a State, sorted by path.
+
+  >>> from refax import nnx
+  >>> flat = nnx.to_flat_state(nnx.State({"a": {"b": 1}, "c": 2}))
+  >>> flat.paths, flat.leaves
+  ((('a', 'b'), ('c',)), (1, 2))
+  """
 
   __slots__ = ("_items",)
 

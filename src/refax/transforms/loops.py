@@ -160,20 +160,35 @@ def _loop(
   conds = [Staged(c, inputs, values) for c in conditions]
   if any(c.written or c.closures_written for c in conds):
     raise TreeMismatchError.condition("nnx.while_loop")
+  for cond in conds:
+    _condition(cond)
   refs, closures = read_closures([staged, *conds])
   step = lambda state, given=None: carry.after(
     state, staged.run(carry.values(values, state, given or {}), closures | state.closures)
   )
-  test = lambda c: (
-    lambda state: unwrap(
-      c.run(carry.values(values, state, {}), closures | state.closures).outputs.fresh[0]
-    )
-  )
+
+  def test(cond: Staged) -> Callable:
+    def run(state: _State) -> Any:
+      current = carry.values(values, state, {})
+      fresh = cond.run(current, closures | state.closures).outputs.fresh
+      return unwrap([*current, *fresh][_condition(cond)])
+
+    return run
+
   last = run([test(c) for c in conds], step, carry.start(values, closures))
   write_closures(refs, last.closures)
   fresh = [carry.final(i, last) for i in range(len(staged.outputs.fresh))]
   spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
   return inputs.commit(Outputs([last.cells[i] for i in spec.written], fresh, spec))
+
+
+def _condition(cond: Staged) -> int:
+  """The leaf that a condition returns, a new one or a Variable that it got."""
+  graphdef = cond.outputs.spec.graphdef
+  if graphdef.root[0] != LEAF:
+    got = difference([], signature(graphdef.root, graphdef))[1]
+    raise TreeMismatchError.no_boolean("nnx.while_loop", got)
+  return graphdef.root[1]
 
 
 class _State(NamedTuple):
@@ -203,10 +218,10 @@ class _Carry:
 
   def _link(self, before: tuple, after: tuple, what: str) -> None:
     graphs = self.staged.inputs.graphdef, self.staged.outputs.spec.graphdef
-    was, now = _signature(before, graphs[0]), _signature(after, graphs[1])
-    leaves = [_leaf_indices(e, g) for e, g in zip((before, after), graphs, strict=True)]
+    was, now = signature(before, graphs[0]), signature(after, graphs[1])
+    leaves = [leaf_indices(e, g) for e, g in zip((before, after), graphs, strict=True)]
     if was != now:
-      raise TreeMismatchError.carry(what, *_difference(was, now))
+      raise TreeMismatchError.carry(what, *difference(was, now))
     for i, out in zip(*leaves, strict=True):
       known = out < self.count
       if out != i and (known or i in self.written):
@@ -264,13 +279,30 @@ def _stage_carried(
       if all(map(_same_type, jax.tree.leaves(was), jax.tree.leaves(now))):
         continue
       weak = all(getattr(x, "weak_type", False) for x in jax.tree.leaves(was))
-      if attempt or not weak or jnp.shape(was) != now.shape:
-        raise TreeMismatchError.carry(what, describe(was), describe(now))
+      if attempt or not weak or not _widens(was, now):
+        path = path_str(inputs.graphdef.paths[i][2:])
+        raise TreeMismatchError.carry(what, describe(was), describe(now), path)
       changed[i] = jnp.asarray(was, now.dtype)
     if not changed:
       return staged, carry, values
     values = [changed.get(i, v) for i, v in enumerate(values)]
   raise AssertionError("the second attempt returns or raises")
+
+
+def _widens(was: Any, now: Any) -> bool:
+  """Whether a weakly typed number like `was` becomes an array like `now`, as JAX promotes."""
+  return jnp.shape(was) == now.shape and jnp.result_type(was, now) == now.dtype
+
+
+def _first(value: Any, axis: int) -> Any:
+  """A slice of a value, for its shape and dtype: there may be none."""
+
+  def first(x: Any) -> Any:
+    if jnp.shape(x)[axis]:
+      return jnp.take(x, 0, axis)
+    return jax.lax.full(jnp.shape(jnp.moveaxis(x, axis, 0))[1:], 0, x.dtype)
+
+  return jax.tree.map(first, value)
 
 
 def _same_type(a: Any, b: Any) -> bool:
@@ -290,10 +322,9 @@ class _Scan:
       raise TreeMismatchError.sizes("nnx.scan", {"length": length, "the arguments": size})
     self.length = length if size is None else size
     if self.length is None:
-      raise TreeMismatchError.axes("in_axes", "", f"{in_axes!r}, and no length")
-    first = lambda axis, x: jax.tree.map(lambda a: jnp.take(a, 0, axis), x)
+      raise TreeMismatchError.no_size("nnx.scan", repr(in_axes), "length")
     slices = jax.eval_shape(
-      lambda xs: {i: first(axis, xs[i]) for i, axis in self.sliced.items()},
+      lambda xs: {i: _first(xs[i], axis) for i, axis in self.sliced.items()},
       {i: values[i] for i in self.sliced},
     )
     prefixes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
@@ -309,7 +340,7 @@ class _Scan:
 
   def _pairs(self, before: list[tuple], out_axes: Any, staged: Staged) -> list:
     """(entry on the way in, on the way out) of what is carried; the rest of `f`'s results aside."""
-    parts = _out_parts(out_axes, staged.outputs.spec.graphdef.root)
+    parts = out_parts(out_axes, staged.outputs.spec.graphdef.root)
     after = [entry for prefix, entry in parts if prefix is Carry]
     self.results = [(prefix, entry) for prefix, entry in parts if prefix is not Carry]
     if len(before) != len(after):
@@ -361,14 +392,14 @@ class _Scan:
     return fresh
 
 
-def _out_parts(out_axes: Any, root: tuple) -> list[tuple[Any, tuple]]:
+def out_parts(out_axes: Any, root: tuple, what: str = "out_axes") -> list[tuple[Any, tuple]]:
   """(prefix, entry) of each part of what a function returns: the whole, or a tuple's elements."""
   if not isinstance(out_axes, tuple | list):
     return [(out_axes, root)]
   children = root[1].children() if root[0] == REGION else []
   if len(children) != len(out_axes):
     got = f"{len(out_axes)} axes for {len(children) or 'one'} result(s)"
-    raise TreeMismatchError.axes("out_axes", "", got)
+    raise TreeMismatchError.axes(what, "", got)
   parts, entries = [], list(root[2])
   for prefix, treedef in zip(out_axes, children, strict=True):
     mine, entries = entries[: treedef.num_leaves], entries[treedef.num_leaves :]
@@ -377,11 +408,12 @@ def _out_parts(out_axes: Any, root: tuple) -> list[tuple[Any, tuple]]:
   return parts
 
 
-def _leaf_indices(entry: tuple, graphdef: GraphDef) -> list[int]:
+def leaf_indices(entry: tuple, graphdef: GraphDef) -> list[int]:
+  """The leaves below an entry, in order."""
   return [e[1] for _, e in graphdef.walk(entry) if e[0] == LEAF]
 
 
-def _signature(entry: tuple, graphdef: GraphDef) -> list[tuple]:
+def signature(entry: tuple, graphdef: GraphDef) -> list[tuple]:
   """The structure below an entry, without the numbers of its leaves and nodes."""
   signature = []
   for path, (sort, *rest) in graphdef.walk(entry):
@@ -393,7 +425,7 @@ def _signature(entry: tuple, graphdef: GraphDef) -> list[tuple]:
   return signature
 
 
-def _difference(was: list[tuple], now: list[tuple]) -> tuple[str, str]:
+def difference(was: list[tuple], now: list[tuple]) -> tuple[str, str]:
   """The first place where two structures differ, in words."""
   names = lambda s: [f"{path} {what[-1]}".strip() for path, _, what in s]
   pairs = itertools.zip_longest(names(was), names(now), fillvalue="nothing there")

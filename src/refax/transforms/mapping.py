@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.filters import Filter, to_predicate
-from refax.errors import SharedWriteError, TreeMismatchError
-from refax.transforms.axes import argument_axes, assign, size_of
+from refax.core.flatten import LEAF
+from refax.errors import InvalidArgumentError, SharedWriteError, TreeMismatchError
+from refax.transforms.axes import Carry, argument_axes, assign, size_of
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 from refax.typing import path_str
@@ -52,7 +53,8 @@ def vmap(
 
   Raises:
     SharedWriteError: a shared Variable is written with values that differ.
-    TreeMismatchError: axes do not fit the arguments, or their sizes differ.
+    TreeMismatchError: axes do not fit the arguments or the results, or their sizes differ.
+    InvalidArgumentError: `reduce` names a policy that does not exist.
 
   >>> from refax import nnx; import jax.numpy as jnp
   >>> ensemble = nnx.vmap(lambda rngs: nnx.Linear(2, 3, rngs=rngs))(nnx.Rngs(0).split(5))
@@ -79,6 +81,12 @@ def vmap(
   return wrapper
 
 
+def _policy(name: Any) -> Callable[[jax.Array], jax.Array]:
+  if name not in REDUCTIONS:
+    raise InvalidArgumentError.value("nnx.vmap", "reduce", name, '"mean", "sum" or "first"')
+  return REDUCTIONS[name]
+
+
 class _Mapped:
   """One call of a mapped function."""
 
@@ -88,11 +96,13 @@ class _Mapped:
     self.inputs = Inputs.of(args, kwargs)
     self.values = values_of(self.inputs)
     self.axes = argument_axes(self.inputs, in_axes, len(args), default=0)
+    if Carry in self.axes.values():
+      raise TreeMismatchError.axes("in_axes of nnx.vmap", "", f"{in_axes!r}")
     self.size = axis_size or size_of(self.axes, self.values, self._name, "nnx.vmap")
     if self.size is None:
-      raise TreeMismatchError.axes("in_axes", "", f"{in_axes!r}, which maps nothing")
+      raise TreeMismatchError.no_size("nnx.vmap", repr(in_axes), "axis_size")
     self.out_axes = out_axes
-    self.reduce = [(to_predicate(k), REDUCTIONS[v]) for k, v in (reduce or {}).items()]
+    self.reduce = [(to_predicate(k), _policy(v)) for k, v in (reduce or {}).items()]
     self._vmap = functools.partial(
       jax.vmap, axis_name=axis_name, axis_size=self.size, spmd_axis_name=spmd_axis_name
     )
@@ -127,22 +137,12 @@ class _Mapped:
     closure_axes = {key: 0 if key in closed else None for key in closures}
     closures = {k: self._broadcast(v) if k in closed else v for k, v in closures.items()}
     spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
-    out_axes = (
-      Outputs([axes[i] for i in spec.written], self._fresh_axes(spec), spec),
-      {key: closure_axes[key] for key in sorted(staged.closures_written)},
-    )
-    run = self._vmap(
-      self._run,
-      in_axes=([axes[i] for i in range(len(values))], closure_axes),
-      out_axes=out_axes,
-    )
-    try:
-      outputs, after = run(values, closures)
-    except ValueError as error:
-      origin = self._refused(str(error), spec)
-      if origin is None:
-        raise
-      raise SharedWriteError.vmap(origin) from error
+    places = [(("written", i), axes[i], values[i]) for i in spec.written]
+    fresh = enumerate(zip(self._fresh_axes(spec), staged.outputs.fresh, strict=True))
+    places += [(("fresh", i), axis, x) for i, (axis, x) in fresh]
+    wanted = sorted(staged.closures_written)
+    places += [(("closure", key), closure_axes[key], closures[key]) for key in wanted]
+    outputs, after = self._mapped(places, values, axes, closures, closure_axes)
     written = [
       jax.tree.map(shared[i], x) if i in shared else x
       for i, x in zip(spec.written, outputs.written, strict=True)
@@ -151,9 +151,30 @@ class _Mapped:
     write_closures(refs, after)
     return self.inputs.commit(Outputs(written, outputs.fresh, spec))
 
-  def _run(self, values: list[Any], closures: dict[int, Any]) -> tuple[Outputs, dict[int, Any]]:
-    result = self.staged.run(values, closures)
-    return result.outputs, result.closures
+  def _mapped(self, places: list, values: list, axes: dict, closures: dict, closure_axes: dict):
+    """Run it under `jax.vmap`; `places` says of each result what it is, its axis, and its like."""
+    flat = [(place, axis) for place, axis, like in places for _ in jax.tree.leaves(like)]
+    trees: list[Any] = []
+
+    def run(values, closures):
+      leaves, tree = jax.tree.flatten(tuple(self.staged.run(values, closures)))
+      trees.append(tree)
+      return leaves
+
+    mapped = self._vmap(
+      run,
+      in_axes=([axes[i] for i in range(len(values))], closure_axes),
+      out_axes=[axis for _, axis in flat],
+    )
+    try:
+      leaves = mapped(values, closures)
+    except ValueError as error:
+      # JAX found that a result without an axis differs along it, and says which result.
+      found = re.search(r"at vmap out_axes\[(\d+)\]", str(error))
+      if found is None:
+        raise
+      raise self._refused(*flat[int(found[1])][0]) from error
+    return trees[0].unflatten(leaves)
 
   def _broadcast(self, value: Any) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.size, *jnp.shape(x))), value)
@@ -168,17 +189,15 @@ class _Mapped:
     variable = self.staged.closure_variable(key)
     return next((r for predicate, r in self.reduce if predicate((), variable)), None)
 
-  def _refused(self, message: str, spec: OutputSpec) -> Any:
-    """The shared Variable whose final value JAX found to differ along the axis, if it is one.
-
-    JAX names the place in what `run` returns: (Outputs(written, fresh), closures).
-    """
-    if found := re.search(r"out_axes\[0\]\[<flat index 0>\]\[(\d+)\]", message):
-      return self.inputs.leaves[spec.written[int(found[1])]]._def.origin
-    if found := re.search(r"out_axes\[1\]\[(\d+)\]", message):
-      variable = self.staged.closure_variable(int(found[1]))
-      return variable._def.origin if variable is not None else "(a Ref that came by closure)"
-    return None
+  def _refused(self, sort: str, key: int) -> Exception:
+    """The error for a result that differs along the axis and has none."""
+    if sort == "fresh":
+      leaf = (LEAF, len(self.inputs.leaves) + key)
+      places = self.staged.outputs.spec.graphdef.walk()
+      return TreeMismatchError.varies(path_str(next(p for p, entry in places if entry == leaf)))
+    variable = self.inputs.leaves[key] if sort == "written" else self.staged.closure_variable(key)
+    origin = variable._def.origin if variable is not None else "(a Ref that came by closure)"
+    return SharedWriteError.mapped(origin)
 
   def _fresh_axes(self, spec: OutputSpec) -> list[Any]:
     """The axis of each new leaf; state that an argument gained is mapped along axis 0."""

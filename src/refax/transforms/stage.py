@@ -15,7 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from refax import _jax
 from refax.core.observe import observe
-from refax.core.storage import as_array
+from refax.core.storage import as_array, needs_guard
 from refax.core.variable import Variable
 from refax.errors import AliasError
 from refax.transforms.lift import Entered, Inputs, Outputs
@@ -47,7 +47,8 @@ class Staged:
       frame = inputs.enter(entered(inputs, values))
       args, kwargs = frame.args
       outputs = frame.collect(fn(*args, **kwargs))
-      finals = {i: x.get_value() for i, x in enumerate(frame.leaves) if frame.is_local(i)}
+      local = [i for i in range(len(frame.leaves)) if frame.is_local(i)]
+      finals = {i: jax.tree.map(lambda ref: ref[...], frame.leaves[i]._cell) for i in local}
       return finals, outputs
 
     with observe() as self._observed:
@@ -119,10 +120,16 @@ class Staged:
     flat = map(jnp.asarray, jax.tree.leaves((list(values), mine)))
     results, after = self._pure_tree.unflatten(jaxpr_as_fun(self._pure)(*flat))
     finals, outputs = self._tree.unflatten(results)
+    finals, after = jax.tree.map(_without_tangent, (finals, after))
     given = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
     spec = outputs.spec._replace(written=tuple(written))
     outputs = Outputs([given.get(i, values[i]) for i in written], outputs.fresh, spec)
     return Result(outputs, {key: after.get(key, closures[key]) for key in sorted(wanted)})
+
+
+def _without_tangent(x: Any) -> Any:
+  """The final value of a Ref carries none; under some transforms JAX makes it explicit zeros."""
+  return jax.lax.stop_gradient(x) if needs_guard(x) else x
 
 
 def entered(inputs: Inputs, values: Sequence[Any]) -> dict[int, Entered]:

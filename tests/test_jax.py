@@ -1,0 +1,227 @@
+"""The private paths of `_jax` and their public fallbacks behave the same."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from refax import _jax, nnx
+
+SCENARIO = """
+import copy, re
+import jax, jax.numpy as jnp, optax
+from refax import _jax, nnx
+
+def scenario():
+  out = []
+  v = nnx.Variable(jnp.arange(3.0))
+  read = v[...]
+  v[...] = read * 2
+  v[1] = 7.0
+  v += 1
+  out += [read, v[...], v.shape, str(v.dtype), v.nbytes]
+  jax.jit(lambda v: v.set_value(v * 2))(v)
+  given = jnp.ones(3)
+  v[...] = given
+  nnx.jit(lambda v: v.set_value(v + 1))(v)
+  out += [v[...], given, repr(v)]
+  d = nnx.Variable({"a": jnp.zeros(2), "k": jax.random.key(0)})
+  d["a"] += 1
+  d["k"] = jax.random.key(3)
+  out += [d["a"], jax.random.key_data(d["k"])]
+  try:
+    v[...] = jnp.ones(5)
+  except ValueError as error:
+    out.append(str(error).split("\\n")[2])
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.linear = nnx.Linear(2, 3, rngs=rngs)
+      self.norm = nnx.BatchNorm(3, rngs=rngs)
+      self.dropout = nnx.Dropout(0.5, rngs=rngs)
+      self.tied = self.linear.kernel
+    def __call__(self, x):
+      return self.dropout(self.norm(self.linear(x)))
+
+  net = Net(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param)
+  x = jnp.arange(8.0).reshape(4, 2)
+
+  def step(net, optimizer):
+    loss, grads = nnx.value_and_grad(lambda net: (net(x) ** 2).mean())(net)
+    optimizer.update(net, grads)
+    return loss
+
+  for run in (step, jax.jit(step), nnx.jit(step)):
+    out.append(run(net, optimizer))
+  net = copy.deepcopy(net)
+  stack = nnx.to_hijax(jax.vmap(lambda r: nnx.to_lojax(Net(r)))(nnx.Rngs(1).split(2)))
+  jax.lax.scan(lambda c, n: (c, n.norm.mean.set_value(n.norm.mean + 1)), 0, stack)
+  jax.vmap(lambda n: n.linear.bias.set_value(5.0))(stack)
+  out += [nnx.state(stack), nnx.split(net)[1], repr(net)]
+  return [x[...] if isinstance(x, nnx.Variable) else x
+          for x in jax.tree.leaves(out, is_leaf=lambda x: isinstance(x, nnx.Variable))]
+"""
+PRINTED = """
+import numpy as np
+def show(x):
+  if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  return str(x) if isinstance(x, (str, int)) else str(np.round(np.asarray(x), 4).tolist())
+print(_jax._private() is None)
+shown = repr([show(x) for x in scenario()])
+print(re.sub("0x[0-9a-f]+", "0x", shown))  # addresses of functions
+"""
+
+
+def run(**environment):
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+  result = subprocess.run(
+    [sys.executable, "-c", SCENARIO + PRINTED], env=env, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr[-3000:]
+  public, values = result.stdout.strip().split("\n")
+  return public == "True", values
+
+
+def test_the_public_fallback_does_the_same_in_a_process_of_its_own():
+  private, public = run(), run(REFAX_PUBLIC_JAX="1")
+  assert (private[0], public[0]) == (False, True)
+  assert private[1] == public[1]
+
+
+def test_the_private_path_works_on_this_jax():
+  assert _jax._private() is not None
+  assert _jax.no_trace_active()
+  assert not jax.jit(lambda x: x * _jax.no_trace_active())(1.0)
+
+
+@pytest.fixture(params=["private", "public"])
+def either(request, monkeypatch):
+  """Both paths."""
+  if request.param == "public":
+    monkeypatch.setattr(_jax, "_private", lambda: None)
+  return request.param
+
+
+def test_cells_are_made_read_and_written(either):
+  ref = _jax.new_cell(jnp.arange(3.0))
+  assert _jax.is_ref(ref) and not _jax.is_tracer(ref) and not _jax.is_ref(jnp.ones(1))
+  first = _jax.read_cell(ref)
+  _jax.write_cell(ref, jnp.full(3, 5.0, jnp.float32))
+  assert first.tolist() == [0.0, 1.0, 2.0]
+  assert _jax.read_cell(ref).tolist() == ref[...].tolist() == [5.0] * 3
+  jax.jit(lambda ref: ref.__setitem__(..., ref[...] * 2))(ref)
+  assert _jax.read_cell(ref).tolist() == [10.0] * 3
+  assert first.tolist() == [0.0, 1.0, 2.0]
+  assert _jax.peek_cell(ref).tolist() == [10.0] * 3
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "bfloat16", "float32", "complex64", "key"])
+def test_cells_of_any_dtype(either, dtype):
+  x = jax.random.split(jax.random.key(0), 2) if dtype == "key" else jnp.ones(2, dtype)
+  ref = _jax.new_cell(x.copy())
+  for _ in range(2):
+    _jax.write_cell(ref, _jax.read_cell(ref))
+    jax.jit(lambda ref: ref.__setitem__(..., ref[...]))(ref)
+  got = _jax.read_cell(ref)
+  assert got.dtype == x.dtype
+  if dtype == "key":
+    got, x = jax.random.key_data(got), jax.random.key_data(x)
+  np.testing.assert_array_equal(got, x)
+
+
+def test_cells_made_in_both_ways_are_one_type_to_jit(monkeypatch):
+  traces = []
+
+  @jax.jit
+  def f(ref):
+    traces.append(1)
+    ref[...] += 1
+
+  f(_jax.new_cell(jnp.ones(2)))
+  with monkeypatch.context() as m:
+    m.setattr(_jax, "_private", lambda: None)
+    ref = _jax.new_cell(jnp.ones(2))
+    f(ref)
+  assert len(traces) == 1 and ref[...].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("via", ["jit", "grad", "vmap", "eval_shape"])
+def test_cells_inside_a_trace(either, via):
+  def f(x):
+    ref = _jax.new_cell(jnp.float32(2.0))
+    _jax.write_cell(ref, _jax.read_cell(ref) * 3)
+    return x * _jax.read_cell(ref)
+
+  got = {
+    "jit": lambda: jax.jit(f)(2.0),
+    "grad": lambda: 2 * jax.grad(f)(2.0),
+    "vmap": lambda: jax.vmap(f)(jnp.full(1, 2.0))[0],
+    "eval_shape": lambda: jax.eval_shape(f, 2.0),
+  }[via]()
+  assert got.shape == () and (via == "eval_shape" or float(got) == 12.0)
+
+
+def test_a_concrete_cell_written_under_a_trace_is_written_when_it_runs(either):
+  v = nnx.Variable(jnp.zeros(2))
+
+  @jax.jit
+  def f(x):
+    v[...] += x
+    return v[...]
+
+  assert f(1.0).tolist() == [1.0, 1.0] and f(2.0).tolist() == [3.0, 3.0]
+  assert v[...].tolist() == [3.0, 3.0]
+
+
+def test_training_is_the_same_on_both_paths(either):
+  net = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
+  x = jnp.arange(4.0).reshape(2, 2)
+  for jit in (lambda f: f, jax.jit, nnx.jit):
+    step = jit(lambda n, o: o.update(n, nnx.grad(lambda n: n(x).sum())(n)) and None)
+    step(net, optimizer)
+  want = nnx.Linear(2, 1, rngs=nnx.Rngs(0)).kernel - 0.3 * x.sum(0)[:, None]
+  np.testing.assert_allclose(net.kernel, want, rtol=1e-5)
+  assert int(optimizer.step) == 3
+
+
+def test_printing_shows_the_value_and_is_no_traced_read(either):
+  v = nnx.Variable(jnp.arange(2))
+  assert "value=Array([0, 1], dtype=int32)" in repr(v)
+  seen = []
+
+  @jax.jit
+  def f(x):
+    seen.append(repr(v))
+    return x
+
+  assert not jax.make_jaxpr(f)(1.0).effects
+  assert "value=Array([0, 1], dtype=int32)" in seen[0]
+  assert "Linear( # Param: 9 (36 B)" in repr(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+
+
+def test_the_trace_state_tells_traces_apart():
+  outside = _jax.trace_state()
+  assert outside == _jax.trace_state()
+  inside = []
+  jax.jit(lambda x: inside.append((_jax.trace_state(), _jax.trace_state())) or x)(1.0)
+  assert inside[0][0] == inside[0][1] != outside
+  assert _jax.trace_state() == outside
+
+
+def test_reads_and_writes_of_a_jaxpr_are_found():
+  def f(a, b, c, d):
+    a[...] = b[...] * 2
+    c[...] += 1
+
+  jaxpr = jax.make_jaxpr(f)(*(_jax.new_cell(jnp.float32(1)) for _ in range(4))).jaxpr
+  reads, writes = _jax.ref_effects(jaxpr)
+  a, b, c, _ = jaxpr.invars
+  assert reads & set(jaxpr.invars) >= {b, c} and writes & set(jaxpr.invars) == {a, c}

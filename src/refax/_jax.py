@@ -129,6 +129,26 @@ def peek_cell(ref: jax.Ref) -> jax.Array:
   return ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def cells(refs: list[jax.Ref]) -> list[Any]:
+  """What holds the buffers of concrete Refs: private, `ref._refs`.
+
+  `take` and `put` have no public fallback of their own: only who runs eagerly by `no_trace_active`,
+  which is never true without the private path, may use them.
+  """
+  return [ref._refs for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def take(cells: list[Any]) -> list[jax.Array]:
+  """The buffers themselves, to be donated or read by one call: private, `ref._refs._buf`."""
+  return [cell._buf for cell in cells]
+
+
+def put(cells: list[Any], buffers: list[jax.Array]) -> None:
+  """Install the buffers that a call returned for those that it was given by `take`."""
+  for cell, buffer in zip(cells, buffers, strict=True):
+    cell._buf = buffer
+
+
 def is_batched_write_refusal(error: Exception) -> bool:
   """Whether JAX refused a write under `jax.vmap` to a Ref that it does not map.
 
@@ -147,6 +167,25 @@ def ref_effects(jaxpr: Any) -> tuple[set[Any], set[Any]]:
   effects = [e for e in effects if hasattr(e, "input")]
   reads = {e.input for e in effects if type(e).__name__ != "WriteEffect"}
   return reads, {e.input for e in effects if type(e).__name__ != "ReadEffect"}
+
+
+def written_invars(closed_jaxpr: Any) -> set[int]:
+  """The positions of the inputs of a jaxpr that are Refs which it writes."""
+  _, writes = ref_effects(closed_jaxpr.jaxpr)
+  return {i for i, var in enumerate(closed_jaxpr.jaxpr.invars) if var in writes}
+
+
+def only_refs_are_effects(closed_jaxpr: Any) -> bool:
+  """Whether a jaxpr does nothing but compute, read and write Refs: no printing, no callbacks."""
+  return all(
+    hasattr(e, "input") or type(e).__name__ == "InternalMutableArrayEffect"
+    for e in closed_jaxpr.effects
+  ) and not _calls_back(closed_jaxpr.jaxpr)
+
+
+def _calls_back(jaxpr: Any) -> bool:
+  here = any("callback" in eqn.primitive.name for eqn in jaxpr.eqns)
+  return here or any(map(_calls_back, subjaxprs(jaxpr)))
 
 
 def discharge(closed_jaxpr: Any) -> Any:

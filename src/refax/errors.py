@@ -133,17 +133,17 @@ class TreeMismatchError(RefaxError, ValueError):
   @classmethod
   def sow(cls, module: str, name: str, kind: type, old: Any):
     return cls(
-      f"the attribute is not a {kind.__name__} that could take the value",
+      f"the attribute is no {kind.__name__} that could take the value",
       at=f"{module}.{name}",
       got=f"{type(old).__name__}",
       fix="sow under another name, or remove the attribute (nnx.pop)",
     )
 
   @classmethod
-  def branches(cls, index: int, first: Any, other: Any):
+  def branches(cls, index: int, first: Any, other: Any, at: str = ""):
     return cls(
       "all branches must return the same structure, and change their arguments in the same way",
-      at=f"branch {index}",
+      at=f"{at or 'the result'} of branch {index}",
       got=f"{other}, and {first} from branch 0",
       fix="return values of the same structure, shapes and dtypes from each branch; "
       "add attributes in all branches or before",
@@ -154,7 +154,7 @@ class TreeMismatchError(RefaxError, ValueError):
     return cls(
       f"{function} must return a carry like the one that it got",
       at=at,
-      got=f"{now}, from a carry {was}",
+      got=f"{now}, the carry that it got has {was}",
       fix="return the same structure, shapes and dtypes; change state through its Variables",
     )
 

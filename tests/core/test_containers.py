@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 import pickle
 
 import jax
@@ -51,7 +52,7 @@ def test_an_assigned_list_is_the_same_object():
   layers = nnx.List([param()])
   m = Node(a=layers, b=layers)
   assert m.a is layers and m.b is layers
-  assert nnx.find_duplicates(m) == [[("a",), ("b",)], [("a", 0), ("b", 0)]] or m.a is m.b
+  assert nnx.find_duplicates(m) == [[("a",), ("b",)]]
 
 
 # List
@@ -82,8 +83,8 @@ OPERATIONS = {
   "slice": lambda x: list(x[1:3]),
   "iter": lambda x: [i * 2 for i in x],
   "reversed": lambda x: list(reversed(x)),
-  "add": lambda x: list(x + [5]),
-  "radd": lambda x: list([5] + x),
+  "add": lambda x: list(operator.add(x, [5])),
+  "radd": lambda x: list(operator.add([5], x)),
   "equal": lambda x: (x == [1, 2, 3, 4], x == [1], x != [1]),
   "bool": lambda x: bool(x),
   "out of range": lambda x: x[9],

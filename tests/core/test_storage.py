@@ -168,14 +168,11 @@ def test_a_write_under_vmap_to_a_variable_that_is_not_mapped_is_refused(jit):
   assert float(v) == 0.0
 
 
-def test_a_write_under_vmap_of_what_is_the_same_for_all_passes():
-  v = nnx.Variable(0.0)
-
-  def f(x):
-    v[...] = v + 2.0
-    return x * v
-
-  assert jax.vmap(f)(jnp.arange(3.0)).tolist() == [0.0, 2.0, 4.0]
+def test_a_value_that_is_the_same_for_all_is_read_under_vmap_and_not_written():
+  v = nnx.Variable(2.0)
+  assert jax.vmap(lambda x: x * v)(jnp.arange(3.0)).tolist() == [0.0, 2.0, 4.0]
+  with pytest.raises(SharedWriteError):
+    jax.vmap(lambda x: (v.set_value(v + 2.0), x)[1])(jnp.arange(3.0))
   assert float(v) == 2.0
 
 

@@ -176,6 +176,8 @@ def test_methods_and_properties_of_the_array_are_the_variables():
   assert float(v.sum()) == float(X.sum())
   assert v.astype(jnp.int32).dtype == jnp.int32
   assert v.reshape(-1).shape == (3,)
+  assert v.tolist() == [[1.5], [2.0], [3.0]] and v.tobytes() == X.tobytes()
+  assert v.devices() == v[...].devices() and v.block_until_ready().shape == (3, 1)
   assert (v.shape, v.dtype, v.ndim, v.size, v.nbytes) == ((3, 1), jnp.float32, 2, 3, 12)
   assert v.sharding == v[...].sharding
 

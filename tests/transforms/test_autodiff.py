@@ -283,6 +283,16 @@ def test_a_write_to_what_is_differentiated_is_refused(hijax):
   assert plain(grads) == {"w": [1.0, 1.0]} and float(m.inner.s) == 2.0
 
 
+def test_a_helper_under_plain_jit_that_a_loss_used_returns_writable_models_afterwards():
+  """`jax.jit` keeps the structure of its first trace, so the mark must not outlive the loss."""
+  m = Node(w=param(3.0))
+  twice = jax.jit(lambda m: jax.tree.map(lambda x: 2 * x, m))
+  assert plain(nnx.grad(lambda m: twice(m).w.sum())(m)) == {"w": [2.0, 2.0]}
+  out = twice(nnx.to_lojax(m))
+  out.w[...] = 0.0
+  assert plain(out.w) == [0.0, 0.0]
+
+
 def test_a_clone_or_copy_of_what_is_differentiated_may_be_written():
   m = Node(w=param(3.0))
 

@@ -117,6 +117,11 @@ class List(_Container, MutableSequence, Generic[A]):
       return List(map(_kept, self._items[index]))
     return _kept(self._items[index])
 
+  def _set_items(self, items: Any) -> None:
+    super()._set_items(items)
+    for i, item in enumerate(items):
+      adopt(self, i, item, moved=True)
+
   def __setitem__(self, index, value) -> None:
     items = list(self._items)
     if isinstance(index, slice):

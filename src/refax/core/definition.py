@@ -55,17 +55,39 @@ class Origin:
     return f"{self.path()}  ({self.kind}, created at {file}:{self.line})"
 
 
+class Differentiation:
+  """The time while a function is differentiated: what it selects cannot be written until the end.
+
+  The mark ends by itself, for `jax.jit` hands out the definitions of a first trace later on.
+  """
+
+  __slots__ = ("_runs",)
+
+  def __init__(self):
+    self._runs = False
+
+  def __enter__(self) -> "Differentiation":
+    self._runs = True
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._runs = False
+
+  def __bool__(self) -> bool:
+    return self._runs
+
+
 class VariableDef:
   """The static half of a Variable: its metadata. Equality ignores what is only for messages.
 
-  `selected` marks a Variable that is being differentiated, so that a write to it is an error even
-  in a nested transform. It takes no part in equality either: inside a loss, the parameters must
-  still `jax.tree.map` together with those of another model.
+  `selected` is true while the Variable is being differentiated, so that a write to it is an error
+  even in a nested transform. It takes no part in equality either: inside a loss, the parameters
+  must still `jax.tree.map` together with those of another model.
   """
 
   __slots__ = ("items", "metadata", "origin", "selected", "_hash")
 
-  def __init__(self, metadata: dict[str, Any], origin: Origin, selected: bool = False):
+  def __init__(self, metadata: dict[str, Any], origin: Origin, selected: Any = False):
     for name, value in metadata.items():
       try:
         hash(value)
@@ -77,9 +99,9 @@ class VariableDef:
     self.origin = origin
     self.selected = selected
 
-  def as_selected(self) -> "VariableDef":
+  def as_selected(self, differentiation: Differentiation) -> "VariableDef":
     """The same, for a Variable that is being differentiated."""
-    return VariableDef(self.metadata, self.origin, selected=True)
+    return VariableDef(self.metadata, self.origin, selected=differentiation)
 
   def elsewhere(self) -> "VariableDef":
     """The same, for a Variable with a cell of its own in another object."""

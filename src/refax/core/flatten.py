@@ -300,16 +300,22 @@ def fill(node: Node, entries: tuple, value: Callable[[tuple], Any]) -> None:
     adopt(node, key, child)
 
 
-def adopt(parent: Node, key: Any, child: Any) -> None:
-  """Note where `child` lives, if it has no living home: error messages name the path."""
+def adopt(parent: Node, key: Any, child: Any, *, moved: bool = False) -> None:
+  """Note where `child` lives, if it has no living home: error messages name the path.
+
+  With `moved`, a child that lives in `parent` already gets this key.
+  """
+
+  def settles(owner: weakref.ref | None) -> bool:
+    old = None if owner is None else owner()
+    return old is None or (moved and old is parent)
+
   if isinstance(child, Variable):
     origin = child._def.origin
-    if origin.owner is None or origin.owner() is None:
+    if settles(origin.owner):
       origin.owner, origin.name = weakref.ref(parent), key
-  elif isinstance(child, Node):
-    owner = child._pytree.home[0]
-    if owner is None or owner() is None:
-      child._pytree.home = (weakref.ref(parent), key)
+  elif isinstance(child, Node) and settles(child._pytree.home[0]):
+    child._pytree.home = (weakref.ref(parent), key)
 
 
 def region_paths(treedef: Any) -> list[Path]:

@@ -28,13 +28,14 @@ def is_array_like(x: Any) -> bool:
   return is_array(x) or isinstance(x, NUMBERS)
 
 
-def as_array(x: Any, *, copy: bool = True) -> jax.Array:
-  """`x` as a JAX array with a dtype of its own.
+def as_array(x: Any) -> jax.Array:
+  """`x` as a JAX array with a buffer and a dtype of its own.
 
   Weak types are dropped: JAX >= 0.11 drops them from Refs, and a state that is weak before the
   first step and strong after it compiles twice.
   """
-  x = jnp.array(x, copy=copy) if not isinstance(x, jax.Array) or copy else x
+  if not _jax.is_tracer(x):
+    x = jnp.array(x, copy=True)
   return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 

@@ -27,6 +27,8 @@ from refax.errors import (
 
 A = TypeVar("A")
 _SLOTS = frozenset(("_cell", "_def", "_trace"))
+_OF_CONCRETE_ARRAYS = frozenset(("block_until_ready", "devices", "tobytes", "tolist"))
+"""Methods that arrays have and `jax.Array`, which tracers are too, has not."""
 
 
 class Writes(NamedTuple):
@@ -245,6 +247,7 @@ class Variable(ArrayProtocol, Generic[A]):
   def set_metadata(self, **metadata: Any) -> None:
     """Add to the metadata, or change it."""
     self._check_writable()
+    epoch.bump()  # metadata is part of what jax.jit compiles for
     self._def = VariableDef(
       self._def.metadata | metadata, self._def.origin, selected=self._def.selected
     )
@@ -261,7 +264,8 @@ class Variable(ArrayProtocol, Generic[A]):
       return metadata[name]
     if name == "value":
       raise AttributeError("Variables have no `.value`: read with v[...], write with v[...] = x")
-    if not hasattr(jax.Array, name) and isinstance(self._cell, jax.Array | jax.Ref):
+    known = hasattr(jax.Array, name) or name in _OF_CONCRETE_ARRAYS
+    if not known and isinstance(self._cell, jax.Array | jax.Ref):
       raise AttributeError(f"{type(self).__name__} has no attribute or metadata {name!r}")
     return getattr(self.get_value(), name)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
+from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
 from refax.core.flatten import LEAF, NODE
 from refax.core.variable import Param, Variable
@@ -262,12 +263,13 @@ class _Differentiation:
 
   def run(self, f: Callable, has_aux: bool, values: dict[int, Any]) -> tuple[Any, Outputs]:
     """The function of the selected values that JAX differentiates."""
-    entered = {i: Entered(v, hijax=False, selected=True) for i, v in values.items()}
-    frame = self.inputs.enter(entered | self._local)
-    args, kwargs = frame.args
-    out = f(*args, **kwargs)
-    value, aux = out if has_aux else (out, None)
-    return unwrap(value), frame.collect(aux)
+    with Differentiation() as now:
+      entered = {i: Entered(v, hijax=False, selected=now) for i, v in values.items()}
+      frame = self.inputs.enter(entered | self._local)
+      args, kwargs = frame.args
+      out = f(*args, **kwargs)
+      value, aux = out if has_aux else (out, None)
+      return unwrap(value), frame.collect(aux)
 
   def gradients(self, grads: dict[int, Any]) -> Any:
     """The gradients in the form of the arguments."""

@@ -8,6 +8,7 @@ import jax
 from refax.core.array_protocol import unwrap
 from refax.errors import TreeMismatchError
 from refax.transforms.lift import Inputs
+from refax.transforms.loops import difference, signature
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 from refax.typing import ArrayLike, describe
 
@@ -82,16 +83,33 @@ def _branch(select: Callable, functions: Sequence[Callable], operands: tuple) ->
 
 
 def _check_alike(stages: Sequence[Staged]) -> None:
-  def form(staged: Staged) -> tuple:
-    out = staged.outputs
-    spec = out.spec._replace(written=())
-    return spec, jax.tree.structure(out.fresh), [describe(x) for x in jax.tree.leaves(out.fresh)]
-
-  first = form(stages[0])
   for i, staged in enumerate(stages[1:], start=1):
-    other = form(staged)
-    if other != first:
-      shown = [f"({', '.join(f[2])})" for f in (first, other)]
-      if shown[0] == shown[1]:
-        shown = [f"{f[0].graphdef.root} {f[1]}" for f in (first, other)]
-      raise TreeMismatchError.branches(i, *shown)
+    if _form(staged) != _form(stages[0]):
+      at, first, other = _difference(stages[0], staged)
+      raise TreeMismatchError.branches(i, first, other, at)
+
+
+def _form(staged: Staged) -> tuple:
+  out = staged.outputs
+  return out.spec._replace(written=()), jax.tree.structure(out.fresh), _types(staged)
+
+
+def _types(staged: Staged) -> list[str]:
+  leaves = jax.tree.leaves(staged.outputs.fresh, is_leaf=lambda x: x is None)
+  return ["None" if x is None else describe(x) for x in leaves]
+
+
+def _difference(first: Staged, other: Staged) -> tuple[str, str, str]:
+  """Where two branches differ, and what is there in each."""
+  graphs = [s.outputs.spec.graphdef for s in (first, other)]
+  places = [("", [g.root for g in graphs])]
+  places += [(f"operand {n}", [e, e]) for n, e in enumerate(first.inputs.arguments)]
+  for at, entries in places:
+    was, now = (signature(e, g) for e, g in zip(entries, graphs, strict=True))
+    if was != now:
+      return at, *difference(was, now)
+  types = [_types(s) for s in (first, other)]
+  if len(types[0]) == len(types[1]) and types[0] != types[1]:
+    return "", *(f"({', '.join(t)})" for t in types)
+  names = [f"{len(s.outputs.fresh)} new arrays or Variables" for s in (first, other)]
+  return "", *(names if names[0] != names[1] else ("others", "other operands or metadata"))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
+from refax.core.flatten import fill, resolver
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
 from refax.transforms.lift import Inputs, Outputs
@@ -182,7 +183,6 @@ def transaction(*objects: Any) -> Iterator[Transaction]:
   ]
   cells = [x._cell if isinstance(x, Variable) else None for x in inputs.leaves]
   definitions: list[Any] = [getattr(x, "_def", None) for x in inputs.leaves]
-  entries = [list(node._entries()) for node in inputs.objects]
   try:
     yield Transaction()
   except BaseException:
@@ -192,9 +192,10 @@ def transaction(*objects: Any) -> Iterator[Transaction]:
         for ref, x in zip(jax.tree.leaves(cell), jax.tree.leaves(value), strict=True):
           if _jax.is_ref(ref):
             _jax.write_cell(ref, x)
-    for node, before in zip(inputs.objects, entries, strict=True):
+    value = resolver(inputs.leaves, inputs.objects)
+    for node, (_, entries) in zip(inputs.objects, inputs.graphdef.nodes, strict=True):
       node._clear()
-      node._fill(before)
+      fill(node, entries, value)
       node._structure_changed()
     raise
 

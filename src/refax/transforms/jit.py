@@ -9,6 +9,7 @@ import jax
 
 from refax.core.definition import kind
 from refax.core.flatten import GraphDef
+from refax.transforms.fast import FastCalls, Retraced
 from refax.transforms.lift import Frame, Inputs, Outputs
 
 
@@ -65,6 +66,8 @@ class JitFunction:
     self._fun = fun
     self._static = _resolve(fun, *static)
     self._donated = _resolve(fun, *donated)
+    self._fast = FastCalls()
+    self._may_be_fast = not any((*self._static, *self._donated))
     self._jitted: Any = jax.jit(
       _named(functools.partial(_call, fun), fun), static_argnums=0, donate_argnums=2, **options
     )
@@ -73,8 +76,20 @@ class JitFunction:
     return self if instance is None else functools.partial(self, instance)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    inputs, spec, kept, donated = self._split(args, kwargs)
-    return inputs.commit(self._jitted(spec, kept, donated))
+    may_be_fast = self._may_be_fast and not kwargs
+    entry = self._fast.find(args) if may_be_fast else None
+    if entry is None:
+      inputs, spec, kept, donated = self._split(args, kwargs)
+      if may_be_fast:
+        trace = lambda: self._jitted.trace(spec, kept, donated)
+        entry = self._fast.learn(args, inputs, spec, trace)
+      if entry is None:
+        return inputs.commit(self._jitted(spec, kept, donated))
+    try:
+      return entry(args)
+    except Retraced:
+      self._fast.clear()
+      return self(*args)
 
   def lower(self, *args: Any, **kwargs: Any) -> Any:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
@@ -89,6 +104,7 @@ class JitFunction:
   def clear_cache(self) -> None:
     """Forget all compiled versions."""
     self._jitted.clear_cache()
+    self._fast.clear()
 
   def _split(self, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The inputs, and what the inner jit is called with: a static spec and two lots of leaves."""

@@ -19,6 +19,8 @@ import jax
 
 from refax import _jax
 from refax.core import storage
+from refax.core.definition import Differentiation
+from refax.core.epoch import epoch
 from refax.core.flatten import REGION, GraphDef, Node, Walk, fill, resolver, unflatten
 from refax.core.variable import Variable, VariableDef
 from refax.errors import TraceContextError
@@ -29,7 +31,7 @@ class Entered(NamedTuple):
 
   value: Any
   hijax: bool
-  selected: bool = False
+  selected: Differentiation | None = None
 
 
 class OutputSpec(NamedTuple):
@@ -108,6 +110,7 @@ class Inputs:
       install(self.leaves[index], new)
     for index, definition in spec.redefined:
       self.leaves[index]._def = definition
+      epoch.bump()
     for node, (_, entries) in zip(objects[count:], spec.graphdef.nodes[count:], strict=True):
       fill(node, entries, value)
     for index in changed:
@@ -172,8 +175,8 @@ class Frame:
 
 def enter_variable(cls: type[Variable], definition: VariableDef, entered: Entered) -> Variable:
   """A Variable on a value inside a transform."""
-  if entered.selected:
-    definition = definition.as_selected()
+  if entered.selected is not None:
+    definition = definition.as_selected(entered.selected)
   cell = entered.value
   if entered.hijax:
     cell = jax.tree.map(_jax.new_cell, cell)
@@ -203,7 +206,7 @@ def storable(variable: Variable, value: Any) -> Any:
 
   def own(x: Any) -> Any:
     x = storage.stored(x, variable._def.origin, detached=variable.detached, hijax=True)
-    return x if _jax.is_tracer(x) else storage.as_array(x)
+    return storage.as_array(x)
 
   return jax.tree.map(own, value)
 

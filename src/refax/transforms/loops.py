@@ -427,6 +427,14 @@ def signature(entry: tuple, graphdef: GraphDef) -> list[tuple]:
 
 def difference(was: list[tuple], now: list[tuple]) -> tuple[str, str]:
   """The first place where two structures differ, in words."""
-  names = lambda s: [f"{path} {what[-1]}".strip() for path, _, what in s]
-  pairs = itertools.zip_longest(names(was), names(now), fillvalue="nothing there")
-  return next((a, b) for a, b in pairs if a != b)
+
+  def name(path: str, sort: int, what: tuple) -> str:
+    return path or "one value" if sort == LEAF else f"{path} {what[-1]}".strip()
+
+  pairs = itertools.zip_longest(was, now)
+  old, new = next((a, b) for a, b in pairs if a != b)
+  if new is not None and all(path != new[0] for path, *_ in was):
+    return f"nothing at {new[0]}", name(*new)
+  if old is not None and all(path != old[0] for path, *_ in now):
+    return name(*old), f"nothing at {old[0]}"
+  return name(*old), name(*new)

@@ -12,6 +12,7 @@ from refax import _jax
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import walk_nodes
 from refax.rngs import RngStream
+from refax.transforms.effect import transaction
 
 
 class _Replaced(contextlib.AbstractContextManager):
@@ -20,14 +21,15 @@ class _Replaced(contextlib.AbstractContextManager):
   def __init__(self, tree: Any, replace: Callable[[RngStream], Any], only: Filter):
     self._undo = []
     predicate = to_predicate(only)
-    for path, stream in list(walk_nodes(tree)):
-      if isinstance(stream, RngStream) and predicate(path, stream):
-        key = replace(stream)
-        kept = [(v, v.get_raw_value()) for v in (stream.key, stream.count)]
-        self._undo += kept
-        for variable, value in ((stream.key, key), (stream.count, _zeros(key))):
-          hijax = variable.is_hijax
-          variable.set_raw_value(_jax.new_cell(value) if hijax else value)
+    nodes = [(path, node) for path, node in walk_nodes(tree) if isinstance(node, RngStream)]
+    streams = [stream for path, stream in nodes if predicate(path, stream)]
+    with transaction(streams):  # all of them, or none
+      keys = [replace(stream) for stream in streams]
+    for stream, key in zip(streams, keys, strict=True):
+      self._undo += [(v, v.get_raw_value()) for v in (stream.key, stream.count)]
+      for variable, value in ((stream.key, key), (stream.count, _zeros(key))):
+        hijax = variable.is_hijax
+        variable.set_raw_value(_jax.new_cell(value) if hijax else value)
 
   def __exit__(self, *_) -> None:
     for variable, cell in self._undo:

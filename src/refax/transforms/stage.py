@@ -55,11 +55,11 @@ class Staged:
       self._jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(list(values))
     self._tree = jax.tree.structure(shapes)
     self.finals, self.outputs = shapes  # shapes and dtypes
-    self._find_effects()
+    self._find_effects(values)
     self._find_closures()
     self._purify(values)
 
-  def _find_effects(self) -> None:
+  def _find_effects(self, values: Sequence[Any]) -> None:
     """Which of the caller's Variables, and which Refs by closure, are read and written."""
     jaxpr = self._jaxpr.jaxpr
     # Each Ref is read once more at the end, for its final value: not the function's doing.
@@ -73,6 +73,13 @@ class Staged:
       refs = [source.get(id(next(outvars))) for _ in jax.tree.leaves(final)]
       self.read |= {index} if any(ref in reads for ref in refs) else set()
       self.written |= {index} if any(ref in writes for ref in refs) else set()
+    used = {id(v) for e in own for v in e.invars}
+    invars = iter(jaxpr.invars)
+    for index, value in enumerate(values):  # a lojax Variable is read where its array is used
+      mine = [next(invars) for _ in jax.tree.leaves(value)]
+      leaf = self.inputs.leaves[index]
+      if isinstance(leaf, Variable) and not leaf.is_hijax and any(id(v) in used for v in mine):
+        self.read.add(index)
     consts = list(zip(jaxpr.constvars, self._jaxpr.consts, strict=True))
     self.closures_read = {id(ref) for var, ref in consts if var in reads}
     self.closures_written = {id(ref) for var, ref in consts if var in writes}
@@ -154,4 +161,4 @@ def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Arr
 def write_closures(refs: Closures, values: dict[int, jax.Array]) -> None:
   """Write back state that was reached by closure."""
   for key, value in values.items():
-    _jax.write_cell(refs[key], value if _jax.is_tracer(value) else as_array(value))
+    _jax.write_cell(refs[key], as_array(value))

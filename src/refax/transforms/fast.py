@@ -1,0 +1,206 @@
+"""The steady state of nnx.jit: buffers out of the cells, one donated call, buffers back.
+
+A Ref among the arguments of `jax.jit` costs 13-18 us a call, for it leaves JAX's C++ path. Here the
+trace of a call is compiled as a function of arrays: state that is written is donated and returned,
+state that is only read is neither. Later calls with the same objects, unchanged in structure, go
+straight to it. Whatever is out of the ordinary goes through Refs, the general way.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from refax import _jax, config
+from refax.core.epoch import epoch
+from refax.core.flatten import LEAF, REGION, Node, flatten
+from refax.core.variable import Variable
+from refax.transforms.lift import Inputs, Outputs
+
+LIMIT = 64  # entries of one function; more objects than that are not a steady state
+
+
+class Retraced(Exception):
+  """JAX traces again (another context, sharding, device): the entry does not cover this call."""
+
+
+class FastCalls:
+  """The fast calls of one jitted function.
+
+  An entry is found by the identity of objects and the types of arrays; it holds while the structure
+  epoch stands. What is compiled is found by structure, so that a model that goes back and forth
+  between training and evaluation is compiled twice in all.
+  """
+
+  def __init__(self):
+    self._entries: dict[tuple | None, Entry] = {}
+    self._compiled: dict[tuple, Compiled | None] = {}
+
+  def find(self, args: tuple) -> "Entry | None":
+    """The entry for a call, if there is one that still holds."""
+    if not self._entries or not _is_eager():
+      return None
+    entry = self._entries.get(_key(args))
+    if entry is None or entry.epoch != epoch.value or not entry.is_of(args):
+      return None
+    return entry
+
+  def learn(
+    self, args: tuple, inputs: Inputs, spec: tuple, trace: Callable[[], Any]
+  ) -> "Entry | None":
+    """A new entry for a call, if it is an ordinary one."""
+    key = _key(args)
+    if key is None or not _is_eager() or not _are_ordinary(args, inputs):
+      return None
+    structure = (spec, config.using_hijax(), *map(_signature, inputs.leaves))
+    if structure not in self._compiled:
+      traced = trace()
+      ordinary = _is_ordinary(inputs, traced)
+      self._compiled[structure] = Compiled(inputs, traced) if ordinary else None
+    compiled = self._compiled[structure]
+    if compiled is None:
+      return None
+    if len(self._entries) >= LIMIT:
+      self._entries.clear()
+    forget = lambda _, entries=self._entries: entries.pop(key, None)
+    self._entries[key] = entry = Entry(args, inputs, compiled, forget)
+    return entry
+
+  def clear(self) -> None:
+    """Forget everything."""
+    self._entries.clear()
+    self._compiled.clear()
+
+
+class Compiled:
+  """The donated function of arrays for one structure."""
+
+  def __init__(self, inputs: Inputs, traced: Any):
+    self.written = _jax.written_invars(traced.jaxpr)
+    self.result = _result(traced.out_info)
+    call = self._function([isinstance(x, Variable) for x in inputs.leaves], traced.jaxpr)
+    call.__name__ = traced.fun_name  # what profiles show
+    self.call = jax.jit(call, donate_argnums=0)
+
+  def _function(self, cells: list[bool], closed_jaxpr: Any) -> Any:
+    """The call as a function of arrays; it may be traced once."""
+    traces: list[None] = []
+    run = jaxpr_as_fun(closed_jaxpr)
+
+    def call(written_values, read_values, arrays):
+      if traces:
+        raise Retraced
+      traces.append(None)
+      arrays, states = iter(arrays), (iter(written_values), iter(read_values))
+      flat = [
+        _jax.new_cell(next(states[i not in self.written])) if is_cell else next(arrays)
+        for i, is_cell in enumerate(cells)
+      ]
+      results = run(*flat)
+      return [flat[i][...] for i in sorted(self.written)], results
+
+    return call
+
+
+class Entry:
+  """One call that is known: its objects, and the cells whose buffers go in and come out."""
+
+  def __init__(self, args: tuple, inputs: Inputs, compiled: Compiled, forget: Callable):
+    self.epoch = epoch.value
+    self._compiled = compiled
+    self._objects = [
+      (i, weakref.ref(x, forget)) for i, x in enumerate(args) if isinstance(x, Node | Variable)
+    ]
+    self._arrays = [i for i, x in enumerate(args) if not isinstance(x, Node | Variable)]
+    refs = [(i, x._cell) for i, x in enumerate(inputs.leaves) if isinstance(x, Variable)]
+    self._written = _jax.cells([ref for i, ref in refs if i in compiled.written])
+    self._read = _jax.cells([ref for i, ref in refs if i not in compiled.written])
+
+  def is_of(self, args: tuple) -> bool:
+    """Whether these are the objects of the entry, and not new ones at the same addresses."""
+    return all(ref() is args[i] for i, ref in self._objects)
+
+  def __call__(self, args: tuple) -> Any:
+    """Run; raises Retraced, with nothing done, if JAX would trace again."""
+    new, results = self._compiled.call(
+      _jax.take(self._written), _jax.take(self._read), [args[i] for i in self._arrays]
+    )
+    _jax.put(self._written, new)
+    return self._compiled.result(results)
+
+
+def _is_eager() -> bool:
+  """Whether calls run now, compiled: not inside a trace, and not under `jax.disable_jit`."""
+  return _jax.no_trace_active() and not getattr(jax.config, "jax_disable_jit", False)
+
+
+def _signature(leaf: Any) -> Any:
+  """What a trace depends on, of a Variable or an array."""
+  if isinstance(leaf, Variable):
+    return type(leaf), leaf._def, leaf.shape, leaf.dtype
+  return _type_of(leaf)
+
+
+def _type_of(x: Any) -> Any:
+  """The type that JAX traces an array or number with; None for anything else."""
+  if isinstance(x, jax.Array):
+    return x.shape, x.dtype, x.weak_type
+  if isinstance(x, np.ndarray):
+    return np.ndarray, x.shape, x.dtype
+  return type(x) if type(x) in (bool, int, float, complex) else None
+
+
+def _key(args: tuple) -> tuple | None:
+  """What an entry is found by, or None if an argument is neither an object nor an array."""
+  key: list[Any] = [config.using_hijax()]
+  for x in args:
+    part = id(x) if isinstance(x, Node | Variable) else _type_of(x)
+    if part is None:
+      return None
+    key.append(part)
+  return tuple(key)
+
+
+def _are_ordinary(args: tuple, inputs: Inputs) -> bool:
+  """Whether the arguments are arrays and objects with hijax Variables, each one Ref, only."""
+  arrays = sum(not isinstance(x, Node | Variable) for x in args)
+  cells = [x._cell for x in inputs.leaves if isinstance(x, Variable)]
+  if not cells or len(inputs.leaves) - len(cells) != arrays or not all(map(_jax.is_ref, cells)):
+    return False
+  if any(x._def.selected for x in inputs.leaves if isinstance(x, Variable)):
+    return False
+  # On several devices JAX keeps the layout of a Ref; for arrays the compiler may choose another.
+  if any(len(buffer.sharding.device_set) > 1 for buffer in _jax.take(_jax.cells(cells))):
+    return False
+  return all(_is_cached(x) for x in args if isinstance(x, Node))
+
+
+def _is_ordinary(inputs: Inputs, traced: Any) -> bool:
+  """Whether a call leaves the structure of its arguments, returns arrays, and does nothing else."""
+  out: Outputs = traced.out_info
+  spec = out.spec
+  if spec.redefined or spec.written or spec.graphdef.nodes != inputs.graphdef.nodes:
+    return False
+  if not all(isinstance(x, jax.ShapeDtypeStruct) for x in out.fresh) or _result(out) is None:
+    return False
+  return _jax.only_refs_are_effects(traced.jaxpr) and not any(map(_jax.is_ref, traced.jaxpr.consts))
+
+
+def _is_cached(node: Node) -> bool:
+  """Whether changes below an object reach the structure epoch."""
+  flatten(node)
+  return node._pytree.cache is not None and node._pytree.visited
+
+
+def _result(out: Outputs) -> Any:
+  """The function from the arrays that a call returns to its result, or None if it is not simple."""
+  root, start = out.spec.graphdef.root, out.spec.graphdef.leaf_count - len(out.fresh)
+  if root[0] == LEAF:
+    return (lambda arrays: arrays[root[1] - start]) if root[1] >= start else None
+  if root[0] != REGION or not all(e[0] == LEAF and e[1] >= start for e in root[2]):
+    return None
+  order = [e[1] - start for e in root[2]]
+  return lambda arrays: root[1].unflatten(arrays[i] for i in order)

@@ -1,0 +1,121 @@
+"""nnx.custom_vjp: the user's rule is used, state is written once, misuse is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+from refax.errors import MissingRuleError, TreeMismatchError
+
+X = jnp.array([0.3, 0.4])
+
+
+class Net(nnx.Module):
+  def __init__(self):
+    self.w = nnx.Param(jnp.array([1.0, 2.0]))
+    self.calls = nnx.Variable(0)
+    self.last = nnx.BatchStat(jnp.zeros(2))
+
+
+def make(factor=2.0):
+  """The sine of `w * x`, with `factor` times its gradient."""
+
+  @nnx.custom_vjp
+  def f(net, x):
+    net.calls += 1
+    net.last[...] = x
+    return jnp.sin(net.w * x)
+
+  def fwd(net, x):
+    return f(net, x), (net, x)
+
+  def bwd(residuals, g):
+    net, x = residuals
+    d = factor * g * jnp.cos(net.w * x)
+    return {"w": d * x}, d * net.w
+
+  f.defvjp(fwd, bwd)
+  return f
+
+
+def true_gradients(net, x):
+  return nnx.grad(lambda net, x: jnp.sin(net.w * x).sum(), argnums=(0, 1))(net, x)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jit", "nnx.jit"])
+def test_the_rule_is_used_and_state_is_written_once(jit):
+  f, net = make(), Net()
+  step = jit(lambda net, x: nnx.value_and_grad(lambda n, x: f(n, x).sum(), argnums=(0, 1))(net, x))
+  value, (dnet, dx) = step(net, X)
+  want_net, want_x = true_gradients(net, X)
+  np.testing.assert_allclose(value, jnp.sin(net.w * X).sum(), rtol=1e-6)
+  np.testing.assert_allclose(dnet["w"], 2 * want_net["w"], rtol=1e-6)
+  np.testing.assert_allclose(dx, 2 * want_x, rtol=1e-6)
+  assert int(net.calls) == 1
+  np.testing.assert_array_equal(net.last, X)
+
+
+def test_without_a_gradient_it_is_the_function():
+  f, net = make(), Net()
+  np.testing.assert_allclose(f(net, X), jnp.sin(net.w * X), rtol=1e-6)
+  assert int(net.calls) == 1
+
+
+def test_the_rule_is_used_under_nnx_vmap_scan_remat_and_cond():
+  f = make()
+  mapped = lambda net, xs: nnx.vmap(lambda x: f(net, x), reduce={nnx.BatchStat: "first"})(xs)
+  net = Net()
+  grads = nnx.grad(lambda net: mapped(net, jnp.stack([X, X])).sum())(net)
+  np.testing.assert_allclose(grads["w"], 4 * true_gradients(net, X)[0]["w"], rtol=1e-6)
+
+  for transformed in (
+    lambda net: nnx.scan(lambda t, n: t + f(n, X).sum(), in_axes=(nnx.Carry, None),
+                         out_axes=nnx.Carry, length=3)(0.0, net),
+    lambda net: 3 * nnx.remat(lambda n: f(n, X).sum())(net),
+    lambda net: 3 * nnx.cond(True, lambda n: f(n, X).sum(), lambda n: n.w.sum(), net),
+  ):  # fmt: skip
+    net = Net()
+    grads = nnx.grad(transformed)(net)
+    np.testing.assert_allclose(grads["w"], 6 * true_gradients(net, X)[0]["w"], rtol=1e-6)
+
+
+def test_variables_without_a_gradient_get_zero_and_none_is_zero():
+  f = nnx.custom_vjp(lambda net, x: net.w * x)
+  f.defvjp(lambda net, x: (f(net, x), None), lambda _, g: (None, g * 10))
+  dnet, dx = nnx.grad(lambda net, x: f(net, x).sum(), argnums=(0, 1))(Net(), X)
+  np.testing.assert_array_equal(dnet["w"], [0.0, 0.0])
+  np.testing.assert_array_equal(dx, [10.0, 10.0])
+
+
+def test_nondiff_arguments_are_passed_as_they_are_and_come_first():
+  seen = []
+  f = nnx.custom_vjp(lambda n, x: x * n, nondiff_argnums=(0,))
+  f.defvjp(lambda n, x: (x * n, x), lambda n, x, g: (seen.append(n), (g * n * 10,))[1])
+  np.testing.assert_array_equal(nnx.grad(lambda x: f(3, x).sum())(X), [30.0, 30.0])
+  assert seen == [3]
+
+
+def test_calling_it_before_defvjp_is_an_error():
+  @nnx.custom_vjp
+  def f(x):
+    return x
+
+  with pytest.raises(MissingRuleError, match=r"f has no derivative yet(.|\n)*call f\.defvjp"):
+    f(X)
+
+
+@pytest.mark.parametrize(
+  ("fwd", "bwd", "message"),
+  [
+    (lambda x: x, lambda r, g: (g,), r"what fwd returns do not fit"),
+    (lambda x: ((x, x), None), lambda r, g: (g,), r"fwd of a custom_vjp returns another structure"),
+    (lambda x: (x, None), lambda r, g: g, r"expected a tuple of 1 gradients"),
+    (lambda x: (x, None), lambda r, g: ({"w": g},), r"one for \.w, expected gradients for argu"),
+  ],
+)
+def test_a_rule_of_the_wrong_form_is_named(fwd, bwd, message):
+  f = nnx.custom_vjp(lambda x: x)
+  f.defvjp(fwd, bwd)
+  with pytest.raises(TreeMismatchError, match=message):
+    nnx.grad(lambda x: f(x).sum())(X)

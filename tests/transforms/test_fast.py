@@ -1,0 +1,317 @@
+"""The fast path of nnx.jit is not to be told from the general one, but by its speed."""
+
+import gc
+import threading
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import _jax, nnx
+
+pytestmark = pytest.mark.skipif(
+  not _jax.no_trace_active(), reason="the fast path needs the private API, which is switched off"
+)
+
+
+class Net(nnx.Module):
+  def __init__(self, seed=0):
+    self.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(seed))
+    self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(seed))
+    self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
+    self.calls = nnx.Variable(0)
+
+  def __call__(self, x):
+    self.calls += 1
+    return self.dropout(self.norm(self.linear(x)))
+
+
+X = jax.random.normal(jax.random.key(0), (4, 3))
+
+
+def counted(f):
+  """`nnx.jit(f)`, and a list that grows by one with each trace."""
+  traces = []
+
+  def traced(*args):
+    traces.append(None)
+    return f(*args)
+
+  return nnx.jit(traced), traces
+
+
+def is_fast(jitted, *args):
+  return jitted._fast.find(args) is not None
+
+
+def buffer(variable):
+  return _jax.take(_jax.cells([variable.get_raw_value()]))[0]
+
+
+def assert_same_state(a, b):
+  assert nnx.graphdef(a) == nnx.graphdef(b)
+  for x, y in zip(jax.tree.leaves(nnx.to_lojax(a)), jax.tree.leaves(nnx.to_lojax(b)), strict=True):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x, y = jax.random.key_data(x), jax.random.key_data(y)
+    np.testing.assert_array_equal(x, y)
+
+
+def test_many_steps_equal_those_of_plain_jit_and_are_traced_once():
+  net, twin = Net(), Net()
+  step, traces = counted(lambda net, x: net(x).sum())
+  plain = jax.jit(lambda net, x: net(x).sum())
+  for _ in range(5):
+    np.testing.assert_array_equal(step(net, X), plain(twin, X))
+  assert is_fast(step, net, X)
+  assert_same_state(net, twin)
+  assert len(traces) == 1
+
+
+def test_state_that_is_written_is_donated_and_state_that_is_read_is_kept():
+  net = Net()
+  step, _ = counted(lambda net, x: net(x))
+  step(net, X)
+  written, read = buffer(net.calls), buffer(net.linear.kernel)
+  step(net, X)
+  assert written.is_deleted()
+  assert not read.is_deleted()
+  assert buffer(net.linear.kernel) is read
+
+
+def test_an_array_that_was_read_before_a_step_stays_as_it_was():
+  v = nnx.Variable(jnp.zeros(1000))
+  step, _ = counted(lambda v: v.set_value(v + 1))
+  before = v[...]
+  for _ in range(3):
+    step(v)
+  np.testing.assert_array_equal(before, np.zeros(1000))
+  np.testing.assert_array_equal(v, np.full(1000, 3.0))
+
+
+def test_what_goes_in_or_comes_out_never_shares_a_buffer_with_a_cell():
+  a, b, x = nnx.Variable(jnp.zeros(1000)), nnx.Variable(jnp.ones(1000)), jnp.arange(1000.0)
+  constant = jnp.full(1000, 7.0)
+
+  def write_both(a, b, x):
+    a[...] = x
+    b[...] = x
+
+  def swap(a, b):
+    a[...], b[...] = b[...], a[...]
+
+  def store(a, b):
+    a[...] = constant
+    b[...] = constant
+
+  def old(a):
+    value = a[...]
+    a[...] = value + 1
+    return value
+
+  increment, _ = counted(lambda a: a.set_value(a + 1))
+  read, _ = counted(lambda a: a[...])
+  write_both, swap, store, old = (nnx.jit(f) for f in (write_both, swap, store, old))
+  for _ in range(2):
+    write_both(a, b, x)
+    increment(a)
+    np.testing.assert_array_equal(b, x)
+    swap(a, b)
+    increment(b)
+    np.testing.assert_array_equal(a, x)
+    kept, before = read(a), old(a)
+    increment(a)
+    np.testing.assert_array_equal(kept, x)
+    np.testing.assert_array_equal(before, x)
+    store(a, b)
+    increment(a)
+    np.testing.assert_array_equal(b, constant)
+  np.testing.assert_array_equal(x, np.arange(1000.0))
+  np.testing.assert_array_equal(constant, np.full(1000, 7.0))
+
+
+def test_a_structural_change_is_seen_and_back_and_forth_compiles_twice():
+  net = Net()
+  step, traces = counted(lambda net, x: net(x))
+  assert np.isin(0.0, step(net, X))
+  for _ in range(3):
+    net.eval()
+    assert not np.isin(0.0, step(net, X))
+    net.train()
+    assert np.isin(0.0, step(net, X))
+  assert len(traces) == 2
+  compiled = [c for c in step._fast._compiled.values() if c is not None]
+  assert [c.call._cache_size() for c in compiled] == [1, 1]
+  net.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+  net.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+  assert step(net, X).shape == (4, 2)
+  net.calls = nnx.Variable(10)
+  step(net, X)
+  assert int(net.calls) == 11
+
+
+def test_a_replaced_cell_and_changed_metadata_are_seen():
+  v = nnx.Variable(1.0, scale=2.0)
+  step, traces = counted(lambda v: v * v.scale)
+  assert float(step(v)) == float(step(v)) == 2.0
+  v.set_raw_value(nnx.Variable(5.0).get_raw_value())
+  assert float(step(v)) == 10.0
+  v.set_metadata(scale=3.0)
+  assert float(step(v)) == 15.0
+  assert len(traces) == 2
+
+
+def test_other_shapes_dtypes_objects_and_settings_each_get_their_own_call():
+  step, traces = counted(lambda v, x: (v.set_value(v + 1), v * x)[1])
+  v, w = nnx.Variable(1.0), nnx.Variable(2.0)
+  for _ in range(2):
+    assert step(v, jnp.ones(2)).shape == (2,)
+    assert step(v, jnp.ones(3)).shape == (3,)
+    assert step(v, 2).shape == ()
+    assert step(w, jnp.ones(2)).shape == (2,)
+    assert step(v, np.ones(2, np.int32)).dtype == jnp.float32
+  assert float(v) == 9.0
+  assert float(w) == 4.0
+  assert len(traces) == 4
+  make, _ = counted(lambda v: nnx.Variable(v[...]).is_hijax)
+  assert make(v)
+  with nnx.use_hijax(False):
+    assert not make(v)
+
+
+def test_a_new_object_at_the_address_of_an_old_one_is_not_taken_for_it():
+  step, _ = counted(lambda v: v.set_value(v + 1))
+  for _ in range(50):
+    v = nnx.Variable(0)
+    step(v)
+    step(v)
+    assert int(v) == 2
+    del v
+  gc.collect()
+  assert len(step._fast._entries) <= 1
+
+
+def test_a_model_is_not_kept_alive():
+  net = Net()
+  step, _ = counted(lambda net, x: net(x))
+  step(net, X)
+  step(net, X)
+  alive = weakref.ref(net)
+  del net
+  gc.collect()
+  assert alive() is None
+  assert step._fast._entries == {}
+
+
+def test_another_context_traces_again_and_is_right():
+  v = nnx.Variable(jnp.eye(3))
+  step, traces = counted(lambda v, x: x @ v[...])
+  step(v, X)
+  with jax.default_matmul_precision("highest"):
+    np.testing.assert_allclose(step(v, X), X, rtol=1e-6)
+    np.testing.assert_allclose(step(v, X), X, rtol=1e-6)
+  np.testing.assert_allclose(step(v, X), X, rtol=1e-6)
+  assert len(traces) == 2
+
+
+def test_inside_a_trace_and_without_jit_it_goes_the_general_way():
+  v = nnx.Variable(0.0)
+  step, _ = counted(lambda v, x: (v.set_value(v + x), v[...])[1])
+  step(v, 1.0)
+  assert float(jax.jit(lambda v: step(v, 2.0))(v)) == 3.0
+  np.testing.assert_allclose(
+    jax.lax.scan(lambda _, x: (None, step(v, x)), None, jnp.ones(3))[1], [4.0, 5.0, 6.0]
+  )
+  with jax.disable_jit():
+    assert float(step(v, 1.0)) == 7.0
+    assert float(step(v, 1.0)) == 8.0
+  assert float(step(v, 1.0)) == 9.0
+
+
+@pytest.mark.parametrize("kind", ["callback", "closure", "lojax", "keyword", "returns the model"])
+def test_what_is_out_of_the_ordinary_is_right_too(kind):
+  seen, v, other = [], nnx.Variable(0.0), nnx.Variable(10.0)
+  if kind == "lojax":
+    v = nnx.to_lojax(v)
+
+  def f(v, x=1.0):
+    v[...] += x
+    if kind == "callback":
+      jax.debug.callback(lambda y: seen.append(float(y)), v[...], ordered=True)
+    if kind == "closure":
+      other[...] += 1.0
+    return v if kind == "returns the model" else v[...]
+
+  step = nnx.jit(f)
+  for i in range(1, 4):
+    out = step(v, x=1.0) if kind == "keyword" else step(v)
+    assert float(out) == float(v) == i
+    assert (out is v) == (kind == "returns the model")
+  jax.effects_barrier()
+  assert seen == ([1.0, 2.0, 3.0] if kind == "callback" else [])
+  assert float(other) == (13.0 if kind == "closure" else 10.0)
+
+
+def test_an_error_while_tracing_leaves_the_state_and_the_next_call_works():
+  v = nnx.Variable(jnp.zeros(3))
+
+  def f(v, x):
+    v[...] = v + 1
+    return v @ x
+
+  step = nnx.jit(f)
+  step(v, jnp.ones(3))
+  with pytest.raises(TypeError):
+    step(v, jnp.ones(4))
+  assert v[...].tolist() == [1.0, 1.0, 1.0]
+  assert float(step(v, jnp.ones(3))) == 6.0
+
+
+def test_threads_may_read_one_model_at_once():
+  net = Net()
+  net.eval()
+  predict = nnx.jit(lambda net, x: net.norm(net.linear(x)))
+  want, wrong = predict(net, X), []
+
+  def work():
+    for _ in range(100):
+      if not np.array_equal(predict(net, X), want):
+        wrong.append(True)
+
+  threads = [threading.Thread(target=work) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert wrong == []
+
+
+def test_a_writer_beside_readers_works_or_raises_and_nothing_is_garbage():
+  v = nnx.Variable(jnp.zeros(1000))
+  write = nnx.jit(lambda v: v.set_value(v + 1))
+  read = nnx.jit(lambda v: v + 0)
+  write(v)
+  read(v)
+  wrong = []
+
+  def reader():
+    for _ in range(200):
+      try:
+        value = np.asarray(read(v))
+      except (RuntimeError, ValueError):
+        continue  # the buffer was donated in between: said aloud
+      if not (value == value[0]).all() or value[0] != round(float(value[0])):
+        wrong.append(value)
+
+  def writer():
+    for _ in range(200):
+      write(v)
+
+  threads = [threading.Thread(target=t) for t in (reader, reader, writer)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert wrong == []
+  np.testing.assert_array_equal(v, np.full(1000, 201.0))

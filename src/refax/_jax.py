@@ -196,8 +196,7 @@ def discharge(closed_jaxpr: Any) -> Any:
   Falls back to the jaxpr as it is: right too, but JAX refuses such branches, aloud.
 
   Discharging lowers the bodies of stateful loops and branches, which inlines custom derivatives
-  (`jax.nn.relu`, a user's `custom_vjp`, our guard against lost gradients): a pure jaxpr that has
-  lost one is not used.
+  (`jax.nn.relu`, a user's `custom_vjp`): a pure jaxpr that has lost one is not used.
   """
   if _private() is None:
     return closed_jaxpr

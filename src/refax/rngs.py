@@ -50,7 +50,9 @@ def _as_key(key: Any, tag: str) -> jax.Array:
   """A typed key, from a seed, a typed key, or raw key data."""
   if isinstance(key, Variable):
     key = key.get_value()
-  dtype = None if isinstance(key, Pytree) else getattr(key, "dtype", None)
+  if isinstance(key, Pytree):  # Rngs with a default stream has every attribute
+    raise RngKeyError.value(tag, key)
+  dtype = getattr(key, "dtype", None)
   if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
     return key
   if isinstance(key, int) or (dtype is not None and jnp.issubdtype(dtype, jnp.integer)):

@@ -237,6 +237,34 @@ def uses(program, names) -> bool:
   return any(name in names or any(uses(b, names) for b in bodies) for name, bodies in program)
 
 
+def jax_drops_writes() -> bool:
+  """Whether this JAX has a bug of 0.10: under a gradient, a loop inside a checkpoint inside a loop
+  is removed, and with it what it writes, if its results do not depend on the writes."""
+  ref = jax.new_ref(jnp.zeros((), jnp.int32), kind="no_grad_no_remat")
+
+  def write(x, _):
+    ref[...] += 1
+    return x, None
+
+  inner = jax.checkpoint(lambda x: jax.lax.scan(write, x, length=1)[0])
+  jax.grad(lambda x: jax.lax.scan(lambda x, _: (inner(x), None), x, length=1)[0])(1.0)
+  return int(ref[...]) == 0
+
+
+def is_dropped(program, outside=()) -> bool:
+  """Whether a program has a plain loop inside a checkpoint inside a loop; see above."""
+  for name, bodies in program:
+    kind = "loop" if "scan" in name or "fori" in name else name
+    kind = "checkpoint" if "checkpoint" in kind else kind
+    if name in ("scan", "fori") and outside[-1:] == ("checkpoint",):
+      return True
+    expected = "checkpoint" if outside else "loop"
+    inside = (*outside, kind) if kind == expected and len(outside) < 2 else outside
+    if any(is_dropped(body, inside) for body in bodies):
+      return True
+  return False
+
+
 def programs(depth: int = 3, *, transforms: str = "plain") -> st.SearchStrategy:
   """Programs whose transforms nest up to `depth` deep.
 

@@ -17,6 +17,8 @@ from tests.laws.programs import (
   Step,
   covered,
   initial_state,
+  is_dropped,
+  jax_drops_writes,
   programs,
   run_functional,
   run_stateful,
@@ -133,11 +135,20 @@ def check_ensemble(program):
   assert_close((got, grads["w"][...], net.values()), (want, dw, want_state))
 
 
+def check_two_steps(step, functional, state, x):
+  """Two calls of an `nnx.jit` step, the second by its fast path, and two of the functional twin."""
+  net, twin = Net(state), jax.jit(jax.value_and_grad(functional, has_aux=True))
+  step = nnx.jit(step)
+  for _ in range(2):
+    (want, state), dw = twin(state["w"], state, x)
+    assert_close((*step(net, x), net.values()), (want, dw, state))
+  assert step._fast.find((net, x)) is not None
+
+
 def check_nnx_layers(program):
   """nnx.scan over stacked layers, with nnx.remat, differentiated by nnx.value_and_grad."""
-  state = initial_state(KEY, (LAYERS,))
 
-  def functional(w, x):
+  def functional(w, state, x):
     def body(x, s):
       s, x = jax.checkpoint(lambda s, x: run_functional(program, s, x))(s, x)
       return x, s
@@ -145,37 +156,28 @@ def check_nnx_layers(program):
     y, s = jax.lax.scan(body, x, state | {"w": w})
     return jnp.sin(y).sum(), s
 
-  (want, want_state), dw = jax.jit(jax.value_and_grad(functional, has_aux=True))(state["w"], X)
-  net = Net(state)
-
-  @nnx.jit
   def step(net, x):
     layer = nnx.remat(lambda layer, x: run_stateful(program, layer, x))
     stack = nnx.scan(lambda x, net: layer(net, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-    return nnx.value_and_grad(lambda net: jnp.sin(stack(x, net)).sum())(net)
+    value, grads = nnx.value_and_grad(lambda net: jnp.sin(stack(x, net)).sum())(net)
+    return value, grads["w"][...]
 
-  got, grads = step(net, X)
-  assert_close((got, grads["w"][...], net.values()), (want, dw, want_state))
+  check_two_steps(step, functional, initial_state(KEY, (LAYERS,)), X)
 
 
 def check_nnx_ensemble(program):
-  """nnx.vmap over models that share their counter's start and memory's start, each with a state."""
-  state, xs = initial_state(KEY, (LAYERS,)), jnp.stack([X, X[::-1]])
+  """nnx.vmap over models, each with a state and an input of its own."""
 
-  def functional(w, xs):
+  def functional(w, state, xs):
     s, y = jax.vmap(lambda s, x: run_functional(program, s, x))(state | {"w": w}, xs)
     return jnp.sin(y).sum(), s
 
-  (want, want_state), dw = jax.jit(jax.value_and_grad(functional, has_aux=True))(state["w"], xs)
-  net = Net(state)
-
-  @nnx.jit
   def step(net, xs):
     mapped = nnx.vmap(lambda net, x: run_stateful(program, net, x))
-    return nnx.value_and_grad(lambda net: jnp.sin(mapped(net, xs)).sum())(net)
+    value, grads = nnx.value_and_grad(lambda net: jnp.sin(mapped(net, xs)).sum())(net)
+    return value, grads["w"][...]
 
-  got, grads = step(net, xs)
-  assert_close((got, grads["w"][...], net.values()), (want, dw, want_state))
+  check_two_steps(step, functional, initial_state(KEY, (LAYERS,)), jnp.stack([X, X[::-1]]))
 
 
 CHECKS = {
@@ -194,6 +196,7 @@ CHECKS = {
   "nnx ensemble": (check_nnx_ensemble, programs(depth=2, transforms="mixed")),
   "mixed ensemble": (check_ensemble, programs(depth=2, transforms="mixed")),
 }
+DROPS = jax_drops_writes()
 REFUSALS = (
   "State effect not supported in cond partial-eval",
   "State effect not supported in vmap-of-cond",
@@ -216,6 +219,9 @@ def run(name, examples):
   )
   @given(program=strategy)
   def law(program):
+    if DROPS and is_dropped(program, ("loop", "checkpoint") if "layers" in name else ()):
+      outcomes["dropped by JAX"] += 1
+      return
     try:
       check(program)
     except NotImplementedError as error:

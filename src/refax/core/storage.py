@@ -4,13 +4,13 @@ A cell is a `jax.Ref` (hijax), an array (lojax), or a pytree of either. A write 
 shape and dtype; a value whose gradient would be lost by storing it is refused.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from refax import _jax
 from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
@@ -44,19 +44,20 @@ def needs_guard(x: Any) -> bool:
   return _jax.is_tracer(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _guard(x, origin):
-  """The identity, for values without a tangent; a Ref would drop the tangent in silence."""
-  return x
+def _guard_jvp(primals, tangents, *, origin):
+  if not isinstance(tangents[0], ad.Zero):
+    raise DifferentiatedWriteError.tangent(origin)
+  return _guard.bind(primals[0], origin=origin), tangents[0]
 
 
-def _guard_jvp(origin, primals, tangents):
-  if not isinstance(tangents[0], SymbolicZero):
-    raise DifferentiatedWriteError.tangent(str(origin))
-  return primals[0], tangents[0]
-
-
-_guard.defjvp(_guard_jvp, symbolic_zeros=True)
+# The identity, for values without a tangent: a Ref would drop the tangent in silence. A primitive,
+# and no `jax.custom_jvp`, for it must outlive the lowering of loops (see `_jax.discharge`).
+_guard = Primitive("refax_guard")
+_guard.def_impl(lambda x, *, origin: x)
+_guard.def_abstract_eval(lambda x, *, origin: x)
+ad.primitive_jvps[_guard] = _guard_jvp
+batching.defvectorized(_guard)
+mlir.register_lowering(_guard, lambda ctx, x, *, origin: [x])
 
 
 def stored(x: jax.Array, origin: Any, *, detached: bool, hijax: bool) -> jax.Array:
@@ -65,7 +66,7 @@ def stored(x: jax.Array, origin: Any, *, detached: bool, hijax: bool) -> jax.Arr
     return x
   if detached:
     return jax.lax.stop_gradient(x)
-  return _guard(x, origin) if hijax else x
+  return _guard.bind(x, origin=origin) if hijax else x
 
 
 def fit(value: Any, want: Any, origin: Any) -> jax.Array:

@@ -184,7 +184,9 @@ class _Call:
         path = path_str(next(iter(given)))
         raise TreeMismatchError.rule("bwd", f"gradients for argument {i}", f"one for {path}")
     zeros = {i: jax.tree.map(jnp.zeros_like, v) for i, v in diff.items() if i not in found}
-    like = lambda v, g: jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype).reshape(a.shape), v, g)
+    like = lambda v, g: jax.tree.map(
+      lambda a, b: jnp.asarray(b, a.dtype).reshape(jnp.shape(a)), v, g
+    )
     return zeros | {i: like(diff[i], g) for i, g in found.items() if i in diff}
 
   def _given(self, grad: Any) -> dict[tuple, Any]:

@@ -13,6 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from refax import _jax
+from refax.core.observe import before_write
 from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
 
 NUMBERS = (bool, int, float, complex, np.generic)
@@ -152,6 +153,7 @@ def write_ref(ref: jax.Ref, value: jax.Array, given: Any, origin: Any) -> None:
   """Store `value` in `ref`. What the user gave is copied: a later step donates the buffer."""
   if value is given and not _jax.is_tracer(value):
     value = value.copy()
+  before_write(ref)
   try:
     _jax.write_cell(ref, value)
   except Exception as error:

@@ -15,6 +15,7 @@ from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
 from refax.core.flatten import LEAF, NODE
+from refax.core.observe import undo_on_error
 from refax.core.variable import Param, Variable
 from refax.errors import AliasError, TreeMismatchError
 from refax.graph.split import state
@@ -126,8 +127,9 @@ def value_and_grad(
       transformed = jax.value_and_grad(
         pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
       )
-      (value, outputs), grads = transformed(call.values)
-      aux = call.inputs.commit(outputs)
+      with undo_on_error():
+        (value, outputs), grads = transformed(call.values)
+        aux = call.inputs.commit(outputs)
       return ((value, aux) if has_aux else value), call.gradients(grads)
 
     return wrapper
@@ -161,8 +163,9 @@ def vjp(
   """
   call = _Differentiation(primals, {}, tuple(range(len(primals))), wrt, through)
   pure = functools.partial(call.run, f, has_aux)
-  value, pull, outputs = jax.vjp(pure, call.values, has_aux=True)
-  aux = call.inputs.commit(outputs)
+  with undo_on_error():
+    value, pull, outputs = jax.vjp(pure, call.values, has_aux=True)
+    aux = call.inputs.commit(outputs)
   vjp_fn = lambda cotangent: call.gradients(pull(unwrap(cotangent))[0])
   return (value, vjp_fn, aux) if has_aux else (value, vjp_fn)
 
@@ -201,8 +204,11 @@ def jvp(
   """
   call = _Differentiation(tuple(primals), {}, tuple(range(len(primals))), wrt, through)
   pure = functools.partial(call.run, f, has_aux)
-  value, tangent, outputs = jax.jvp(pure, (call.values,), (call.tangents(tangents),), has_aux=True)
-  aux = call.inputs.commit(outputs)
+  with undo_on_error():
+    value, tangent, outputs = jax.jvp(
+      pure, (call.values,), (call.tangents(tangents),), has_aux=True
+    )
+    aux = call.inputs.commit(outputs)
   return (value, tangent, aux) if has_aux else (value, tangent)
 
 

@@ -36,7 +36,7 @@ def checkify(f: Callable, *, errors: Any = jax_checkify.user_checks) -> Callable
     values = values_of(inputs)
     staged = Staged(f, inputs, values)
     refs, closures = read_closures([staged])
-    run = jax_checkify.checkify(lambda v, c: tuple(staged.run(v, c)), errors)
+    run = jax_checkify.checkify(staged.run_apart, errors)
     error, (outputs, after) = run(values, closures)
     write_closures(refs, after)
     return error, inputs.commit(outputs)

@@ -107,7 +107,7 @@ def _difference(first: Staged, other: Staged) -> tuple[str, str, str]:
   for at, entries in places:
     was, now = (signature(e, g) for e, g in zip(entries, graphs, strict=True))
     if was != now:
-      return at, *difference(was, now)
+      return (at, *difference(was, now))
   types = [_types(s) for s in (first, other)]
   if len(types[0]) == len(types[1]) and types[0] != types[1]:
     return "", *(f"({', '.join(t)})" for t in types)

@@ -440,4 +440,4 @@ def difference(was: list[tuple], now: list[tuple]) -> tuple[str, str]:
     return f"nothing at {new[0]}", name(*new)
   if old is not None and all(path != old[0] for path, *_ in now):
     return name(*old), f"nothing at {old[0]}"
-  return name(*old), name(*new)
+  return (name(*old) if old else "nothing there"), (name(*new) if new else "nothing there")

@@ -77,7 +77,7 @@ def shard_map(
     )
     after = {key: PartitionSpec() for key in sorted(staged.closures_written)}
     run = shard(
-      lambda v, c: tuple(staged.run(v, c)),
+      staged.run_apart,
       in_specs=(specs, {key: PartitionSpec() for key in closures}),
       out_specs=(out, after),
     )

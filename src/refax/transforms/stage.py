@@ -133,6 +133,13 @@ class Staged:
     outputs = Outputs([given.get(i, values[i]) for i in written], outputs.fresh, spec)
     return Result(outputs, {key: after.get(key, closures[key]) for key in sorted(wanted)})
 
+  def run_apart(
+    self, values: list[Any], closures: dict[int, Any]
+  ) -> tuple[Outputs, dict[int, Any]]:
+    """`run` for transforms that take specs: a plain tuple of its results."""
+    result = self.run(values, closures)
+    return result.outputs, result.closures
+
 
 def _without_tangent(x: Any) -> Any:
   """The final value of a Ref carries none; under some transforms JAX makes it explicit zeros."""

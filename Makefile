@@ -23,8 +23,8 @@ train: $(VENV)/.stamp-examples ## read handwritten digits; pictures in out/ (EPO
 test: $(VENV)/.stamp-test ## the tests, without those marked slow (ARGS= for pytest)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.stamp-test ## all tests (ARGS= for pytest)
-	$(PYTEST) $(ARGS)
+test-slow: $(VENV)/.stamp-test ## the tests marked slow
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## ruff's rules and format, types with basedpyright
 	$(BIN)/ruff check .

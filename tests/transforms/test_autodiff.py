@@ -490,3 +490,50 @@ def test_flax_nnx_gives_the_same_gradients():
   assert got[0] == pytest.approx(want[0], rel=1e-6) and got[1] == want[1]
   for a, b in zip(got[2], want[2], strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "value_and_grad"])
+@pytest.mark.parametrize("late", [False, True], ids=["inside", "after"])
+def test_an_eager_derivative_that_raises_leaves_all_state_as_it_was(transform, late):
+  stat, count, w = nnx.BatchStat(jnp.zeros(2)), nnx.Variable(0), nnx.Param(jnp.ones(2))
+  parts = nnx.Variable({"a": jnp.zeros(2)})
+
+  def f(w):
+    stat[...] = w * 2
+    stat[...] = w * 3
+    count[...] += 1
+    parts["a"] = parts["a"] + 1
+    if not late:
+      raise KeyError("from inside")
+    return "not a number"
+
+  calls = {
+    "grad": lambda: nnx.grad(f)(w),
+    "value_and_grad": lambda: nnx.value_and_grad(f)(w),
+    "vjp": lambda: nnx.vjp(f, w),
+    "jvp": lambda: nnx.jvp(f, (w,), (jnp.ones(2),)),
+  }
+  with pytest.raises((KeyError, TypeError)):
+    calls[transform]()
+  np.testing.assert_array_equal(stat, [0.0, 0.0])
+  np.testing.assert_array_equal(parts["a"], [0.0, 0.0])
+  assert int(count) == 0
+  nnx.grad(lambda w: (stat.set_value(w * 2), w.sum())[1])(w)
+  np.testing.assert_array_equal(stat, [2.0, 2.0])
+
+
+def test_gradients_flow_through_state_in_loops_remat_and_branches():
+  memory, w = nnx.Variable(1.0), nnx.Param(3.0)
+
+  def step(m, w):
+    m[...] = m * w
+
+  def loss(w, m):
+    nnx.remat(step)(m, w)
+    nnx.fori_loop(0, 2, lambda i, m: (step(m, w), m)[1], m)
+    nnx.cond(True, step, lambda m, w: None, m, w)
+    return m[...]
+
+  value, grad = nnx.value_and_grad(loss, through=nnx.Variable)(w, memory)
+  assert float(value) == float(memory) == 3.0**4
+  assert float(grad) == 4 * 3.0**3

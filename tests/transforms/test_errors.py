@@ -584,11 +584,6 @@ def swapped(net):
   return net
 
 
-def moved(net):
-  net.old, net.new = net.new, net.new * 2
-  return net
-
-
 CARRIES = {
   "structure": (lambda x: (x, x), 1.0, "", "PyTreeDef((*, *))", "one value"),
   "shape": (lambda x: x[None], X, "", "float32[1,2]", "float32[2]"),
@@ -596,13 +591,6 @@ CARRIES = {
   "attribute": (grown, Net, "", ".extra", "nothing at .extra"),
   "variable": (replaced, Net, ".count", "int32[3]", "int32[]"),
   "static": (counting, lambda: Net(steps=0), "", ".steps 1", ".steps 0"),
-  "array": (
-    moved,
-    lambda: Net(old=jnp.zeros(2), new=jnp.ones(2)),
-    "",
-    "another array of the carry in its place",
-    ".old",
-  ),
   "swap": (
     swapped,
     lambda: Net(other=nnx.Variable(1)),

@@ -503,3 +503,18 @@ def test_models_without_variables():
     return m
 
   assert float(nnx.fori_loop(0, 4, step, m).a) == 8.0
+
+
+def test_array_attributes_may_move_in_a_carry():
+  def step(m):
+    m.a, m.b = m.b, m.a + m.b
+    return m
+
+  class Fibonacci(nnx.Module):
+    def __init__(self):
+      self.a, self.b = jnp.array(0.0), jnp.array(1.0)
+
+  m = Fibonacci()
+  out = nnx.scan(step, in_axes=(nnx.Carry,), out_axes=nnx.Carry, length=5)(m)
+  assert out is m
+  assert (float(m.a), float(m.b)) == (5.0, 8.0)

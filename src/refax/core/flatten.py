@@ -161,45 +161,42 @@ class Walk:
     self.cacheable = True
     self._leaf_index: dict[int, int] = {}
     self._node_index: dict[int, int] = {}
-    self._seeded_arrays: dict[int, list[int]] = {}
 
   @classmethod
-  def seeded(cls, leaves: list[Any], objects: list[Node]) -> "Walk":
+  def seeded(cls, graphdef: GraphDef, leaves: list[Any], objects: list[Node]) -> "Walk":
     """A walk that knows these leaves and nodes by their indices, and describes the nodes anew.
 
-    Arrays are known only as attributes of these nodes: an array that a function returns is new.
+    Variables and nodes are known wherever they are; any other leaf only where it was.
     """
     walk = cls()
     walk.leaves, walk.objects, walk.nodes = list(leaves), list(objects), [None] * len(objects)
     for i, leaf in enumerate(leaves):
       if isinstance(leaf, Variable):
         walk._leaf_index[identity(leaf)] = i
-      elif isinstance(leaf, jax.Array):
-        walk._seeded_arrays.setdefault(id(leaf), []).append(i)
     walk._node_index = {id(node): i for i, node in enumerate(objects)}
     for i, node in enumerate(objects):
-      walk.nodes[i] = walk._describe(node)
-    walk._seeded_arrays = {}
+      walk.nodes[i] = walk._describe(node, dict(graphdef.nodes[i][1]))
     return walk
 
   def graphdef(self, root: tuple) -> GraphDef:
     return GraphDef(root, tuple(self.nodes), len(self.leaves))
 
-  def entry(self, value: Any) -> tuple:
-    """The entry for a piece of data, and with it everything below."""
+  def entry(self, value: Any, before: tuple | None = None) -> tuple:
+    """The entry for a piece of data, and with it everything below; `before` if it had one."""
     if isinstance(value, Variable):
       return (LEAF, self._leaf(identity(value), value))
     if isinstance(value, Node):
       return (NODE, self._node(value))
     leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Node | Variable))
     if value is None or (len(leaves) == 1 and leaves[0] is value):
-      known = self._seeded_arrays.get(id(value))
-      if known:
-        return (LEAF, known.pop(0) if len(known) > 1 else known[0])
+      if before is not None and before[0] == LEAF and self.leaves[before[1]] is value:
+        return before
       self.leaves.append(value)
       return (LEAF, len(self.leaves) - 1)
     self.cacheable = self.cacheable and _tracked(value)
-    return (REGION, treedef, tuple(map(self.entry, leaves)))
+    same = before is not None and before[0] == REGION and before[1] == treedef
+    children = before[2] if before is not None and same else [None] * len(leaves)
+    return (REGION, treedef, tuple(map(self.entry, leaves, children)))
 
   def value(self, entry: tuple) -> Any:
     """The Variable, array or Node that an entry stands for; None for the other sorts."""
@@ -223,9 +220,10 @@ class Walk:
     self.nodes[index] = self._describe(node)
     return index
 
-  def _describe(self, node: Node) -> tuple:
+  def _describe(self, node: Node, before: dict[Any, tuple] | None = None) -> tuple:
+    before = before or {}
     entries = tuple(
-      (key, self.entry(value) if dynamic else (STATIC, kind(value), value))
+      (key, self.entry(value, before.get(key)) if dynamic else (STATIC, kind(value), value))
       for key, value, dynamic in node._entries()
     )
     return type(node), entries

@@ -130,8 +130,14 @@ class Variable(ArrayProtocol, Generic[A]):
     elif isinstance(cell, jax.Array):
       value = cell
     else:
-      value = jax.tree.map(lambda c: _jax.read_cell(c) if _jax.is_ref(c) else c, cell)
+      value = jax.tree.map(self._read_part, cell)
     return value if index is ... else value[unwrap(index)]
+
+  def _read_part(self, cell: Any) -> Any:
+    if not _jax.is_ref(cell):
+      return cell
+    note(self, cell)
+    return _jax.read_cell(cell)
 
   def set_value(self, value: A | Any, *, index: Any = ...) -> None:
     """Write the value, or its part at `index`; the shape and dtype stay those of the cell.

@@ -99,7 +99,7 @@ def _types(staged: Staged) -> list[str]:
   return ["None" if x is None else describe(x) for x in leaves]
 
 
-def _difference(first: Staged, other: Staged) -> tuple[str, str, str]:
+def _difference(first: Staged, other: Staged) -> tuple[str, ...]:
   """Where two branches differ, and what is there in each."""
   graphs = [s.outputs.spec.graphdef for s in (first, other)]
   places = [("", [g.root for g in graphs])]

@@ -35,7 +35,8 @@ class Effects(NamedTuple):
 def effects(f: Callable) -> Callable[..., Effects]:
   """Which Variables does a function read, and which does it write? Without running it.
 
-  A write that keeps a part of the old value counts as a read too.
+  A write that keeps a part of the old value counts as a read too; an argument of a nested `nnx`
+  transform counts as read as a whole.
 
   Args:
     f: a function of Modules, Variables and arrays.

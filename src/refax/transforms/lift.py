@@ -134,6 +134,7 @@ class Frame:
   """The arguments of a lifted call as the function sees them."""
 
   def __init__(self, graphdef: GraphDef, leaves: list[Any]):
+    self._graphdef = graphdef
     self.leaves = leaves
     self.args, self.objects = unflatten(graphdef, leaves)
     self._cells = [x._cell if isinstance(x, Variable) else None for x in leaves]
@@ -146,7 +147,7 @@ class Frame:
 
   def collect(self, out: Any) -> Outputs:
     """What the function returned and did to its arguments, as a pytree of arrays."""
-    walk = Walk.seeded(self.leaves, self.objects)
+    walk = Walk.seeded(self._graphdef, self.leaves, self.objects)
     root = walk.entry(out)
     count = len(self.leaves)
     written = [i for i in range(count) if self._is_written(i)]

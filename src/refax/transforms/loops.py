@@ -223,13 +223,9 @@ class _Carry:
     if was != now:
       raise TreeMismatchError.carry(what, *difference(was, now))
     for i, out in zip(*leaves, strict=True):
-      known = out < self.count
-      if out != i and (known or i in self.written):
-        leaf = self.staged.inputs.leaves[i]
-        if isinstance(leaf, Variable):
-          raise TreeMismatchError.carry(what, leaf._def.origin, "another Variable in its place")
-        path = path_str(graphs[0].paths[i][2:])
-        raise TreeMismatchError.carry(what, path, "another array of the carry in its place")
+      if out != i and (out < self.count or i in self.written):
+        origin = self.staged.inputs.leaves[i]._def.origin
+        raise TreeMismatchError.carry(what, origin, "another Variable in its place")
       if out != i:
         self.links[i] = out
 

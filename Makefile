@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format docs clean
+.PHONY: help train test test-slow bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help: ## show these targets
@@ -25,6 +25,9 @@ test: $(VENV)/.stamp-test ## the tests, without those marked slow (ARGS= for pyt
 
 test-slow: $(VENV)/.stamp-test ## the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
+
+bench: $(VENV)/.stamp-test ## how long a call takes, beside JAX by hand and Flax
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/.stamp-lint ## ruff's rules and format, types with basedpyright
 	$(BIN)/ruff check .

@@ -203,7 +203,7 @@ REFUSALS = (
 )
 
 
-def run(name, examples):
+def run(name, examples, record_property):
   """Check programs. What JAX refuses aloud (a plain branch with state, under grad or vmap) counts
   as refused; `nnx` transforms are never refused."""
   check, strategy = CHECKS[name]
@@ -231,19 +231,22 @@ def run(name, examples):
       outcomes["equal"] += 1
 
   law()
-  print(f"{name}: {dict(outcomes)}, steps run so far: {dict(covered)}")
+  steps = ", ".join(f"{step} {n}" for step, n in sorted(covered.items()))
+  programs_run = f"{sum(outcomes.values())} programs {dict(outcomes)} of {name}"
+  record_property("programs", f"{programs_run}; steps: {steps}")  # conftest prints it
+  covered.clear()
   assert outcomes["equal"] >= examples // 3
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_stateful_program_equals_its_functional_twin(name):
-  run(name, 6)
+def test_a_stateful_program_equals_its_functional_twin(name, record_property):
+  run(name, 6, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_many_stateful_programs_equal_their_functional_twins(name):
-  run(name, 40)
+def test_many_stateful_programs_equal_their_functional_twins(name, record_property):
+  run(name, 40, record_property)
 
 
 @pytest.mark.parametrize("name", ["cond", "switch"])

@@ -288,3 +288,21 @@ def test_gradients_through_a_map_of_shared_parameters_add_up():
   loss = lambda w: nnx.vmap(lambda w, x: w * x**2, in_axes=(None, 0))(w, jnp.arange(4.0)).sum()
   assert float(nnx.grad(loss)(w)) == 14.0
   assert float(nnx.grad(lambda w: nnx.vmap(lambda x: w * x**2)(jnp.arange(4.0)).sum())(w)) == 14.0
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_shared_random_streams_draw_other_numbers_for_each_element_if_asked(closure):
+  rngs, x = nnx.Rngs(0), jnp.zeros(3)
+
+  def draw(reduce):
+    if closure:
+      return nnx.vmap(lambda x: x + rngs.normal(), reduce=reduce)(x)
+    mapped = nnx.vmap(lambda rngs, x: x + rngs.normal(), in_axes=(None, 0), reduce=reduce)
+    return mapped(rngs, x)
+
+  key = jax.random.key_data(rngs.default.key[...])
+  same, one, two = draw(None), draw({nnx.RngKey: "split"}), draw({nnx.RngKey: "split"})
+  assert len(set(same.tolist())) == 1
+  assert len({*one.tolist(), *two.tolist()}) == 6
+  assert int(rngs.default.count) == 3
+  np.testing.assert_array_equal(jax.random.key_data(rngs.default.key[...]), key)

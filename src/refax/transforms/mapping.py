@@ -10,16 +10,18 @@ import jax.numpy as jnp
 
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import LEAF
+from refax.core.variable import Variable
 from refax.errors import InvalidArgumentError, SharedWriteError, TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, size_of
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
-from refax.typing import path_str
+from refax.typing import Path, path_str
 
 REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "mean": lambda x: jnp.mean(x, axis=0, dtype=x.dtype),
   "sum": lambda x: jnp.sum(x, axis=0, dtype=x.dtype),
   "first": lambda x: x[0],
+  "split": lambda x: x[0],  # of keys, which are split on the way in; nothing writes them
 }
 
 
@@ -46,7 +48,8 @@ def vmap(
     spmd_axis_name: as in `jax.vmap`.
     reduce: for Variables that are shared (axis None, or by closure) and written with values that
       differ along the axis: `"mean"`, `"sum"` or `"first"` for each filter. Without it, such a
-      write is an error.
+      write is an error. And `{nnx.RngKey: "split"}`, for random streams that are shared: each
+      element draws other numbers, where it would draw the same.
 
   Returns:
     A function like `f` on batches.
@@ -81,10 +84,11 @@ def vmap(
   return wrapper
 
 
-def _policy(name: Any) -> Callable[[jax.Array], jax.Array]:
+def _policy(name: Any) -> str:
   if name not in REDUCTIONS:
-    raise InvalidArgumentError.value("nnx.vmap", "reduce", name, '"mean", "sum" or "first"')
-  return REDUCTIONS[name]
+    wanted = ", ".join(f'"{known}"' for known in REDUCTIONS)
+    raise InvalidArgumentError.value("nnx.vmap", "reduce", name, f"one of {wanted}")
+  return name
 
 
 class _Mapped:
@@ -98,9 +102,10 @@ class _Mapped:
     self.axes = argument_axes(self.inputs, in_axes, len(args), default=0)
     if Carry in self.axes.values():
       raise TreeMismatchError.axes("in_axes of nnx.vmap", "", f"{in_axes!r}")
-    self.size = axis_size or size_of(self.axes, self.values, self._name, "nnx.vmap")
-    if self.size is None:
+    size = axis_size or size_of(self.axes, self.values, self._name, "nnx.vmap")
+    if size is None:
       raise TreeMismatchError.no_size("nnx.vmap", repr(in_axes), "axis_size")
+    self.size: int = size
     self.out_axes = out_axes
     self.reduce = [(to_predicate(k), _policy(v)) for k, v in (reduce or {}).items()]
     self._vmap = functools.partial(
@@ -127,15 +132,13 @@ class _Mapped:
     """Run it and commit."""
     staged = self.staged
     refs, closures = read_closures([staged])
-    shared = {i: r for i in sorted(staged.written) if (r := self._reduction(i)) is not None}
-    closed = {
-      k: r for k in staged.closures_written if (r := self._closure_reduction(k)) is not None
-    }
+    shared = {i: p for i in range(len(self.values)) if (p := self._policy_of(i, staged.written))}
+    closed = {k: p for k in closures if (p := self._closure_policy(k, staged.closures_written))}
     values, axes = list(self.values), dict(self.axes)
-    for i in shared:
-      values[i], axes[i] = self._broadcast(values[i]), 0
+    for i, policy in shared.items():
+      values[i], axes[i] = self._spread(values[i], policy), 0
     closure_axes = {key: 0 if key in closed else None for key in closures}
-    closures = {k: self._broadcast(v) if k in closed else v for k, v in closures.items()}
+    closures |= {key: self._spread(closures[key], policy) for key, policy in closed.items()}
     spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
     places = [(("written", i), axes[i], values[i]) for i in spec.written]
     fresh = enumerate(zip(self._fresh_axes(spec), staged.outputs.fresh, strict=True))
@@ -144,10 +147,10 @@ class _Mapped:
     places += [(("closure", key), closure_axes[key], closures[key]) for key in wanted]
     outputs, after = self._mapped(places, values, axes, closures, closure_axes)
     written = [
-      jax.tree.map(shared[i], x) if i in shared else x
+      jax.tree.map(REDUCTIONS[shared[i]], x) if i in shared else x
       for i, x in zip(spec.written, outputs.written, strict=True)
     ]
-    after = {key: closed[key](x) if key in closed else x for key, x in after.items()}
+    after = {k: REDUCTIONS[closed[k]](x) if k in closed else x for k, x in after.items()}
     write_closures(refs, after)
     return self.inputs.commit(Outputs(written, outputs.fresh, spec))
 
@@ -176,18 +179,26 @@ class _Mapped:
       raise self._refused(*flat[int(found[1])][0]) from error
     return trees[0].unflatten(leaves)
 
-  def _broadcast(self, value: Any) -> Any:
+  def _spread(self, value: Any, policy: str) -> Any:
+    """A shared value as one for each element."""
+    if policy == "split":
+      return jax.random.split(value, self.size)
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.size, *jnp.shape(x))), value)
 
-  def _reduction(self, index: int) -> Callable | None:
-    if self.axes[index] is not None:
-      return None
+  def _policy_of(self, index: int, written: set[int]) -> str | None:
     path, leaf = self.inputs.graphdef.paths[index], self.inputs.leaves[index]
-    return next((r for predicate, r in self.reduce if predicate(path, leaf)), None)
+    if self.axes[index] is not None or not isinstance(leaf, Variable):
+      return None
+    return self._choose(path, leaf, index in written)
 
-  def _closure_reduction(self, key: int) -> Callable | None:
+  def _closure_policy(self, key: int, written: set[int]) -> str | None:
     variable = self.staged.closure_variable(key)
-    return next((r for predicate, r in self.reduce if predicate((), variable)), None)
+    return None if variable is None else self._choose((), variable, key in written)
+
+  def _choose(self, path: Path, variable: Variable, is_written: bool) -> str | None:
+    """The policy for a shared Variable, if it makes a difference."""
+    policy = next((p for predicate, p in self.reduce if predicate(path, variable)), None)
+    return policy if is_written or policy == "split" else None
 
   def _refused(self, sort: str, key: int) -> Exception:
     """The error for a result that differs along the axis and has none."""

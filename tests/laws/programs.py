@@ -153,6 +153,14 @@ def _transform_functional(name, bodies, s, x):
   kind = name.removeprefix("nnx_").removesuffix("_closure").removesuffix("_carry")
   if kind == "jit":
     return jax.jit(run)(carry)
+  if kind == "checkify":
+    return run(carry)
+  if kind == "grad":  # a step along the gradient of the body
+    s, dx = _gradient(lambda x: run((s, x)), x)
+    return s, x + 0.1 * dx
+  if kind == "vmap":  # two inputs, and the state that the first of them leaves
+    s, xs = jax.vmap(lambda x: run((s, x)))(jnp.stack([x, -x]))
+    return jax.tree.map(lambda a: a[0], s), xs.mean(0)
   if kind == "checkpoint":
     return jax.checkpoint(run)(carry)
   if kind == "scan":
@@ -163,6 +171,15 @@ def _transform_functional(name, bodies, s, x):
     return jax.lax.cond(x.sum() > 0, *runs, carry)
   assert kind == "switch"
   return jax.lax.switch(s["count"] % 2, runs, carry)
+
+
+def _gradient(run, x):
+  def total(x):
+    s, y = run(x)
+    return jnp.sin(y).sum(), s
+
+  dx, s = jax.grad(total, has_aux=True)(x)
+  return s, dx
 
 
 def run_stateful(program, net, x):
@@ -221,6 +238,14 @@ NNX = {
   )((net, x))[1],
   "fori": lambda f, g, net, x: nnx.fori_loop(0, 2, lambda i, c: _with_net(f[0])(c), (net, x))[1],
   "fori_closure": lambda f, g, net, x: nnx.fori_loop(0, 2, lambda i, x: g[0](x), x),
+  "checkify": lambda f, g, net, x: nnx.checkify(f[0])(net, x)[1],
+  "grad": lambda f, g, net, x: x + 0.1 * nnx.grad(lambda x: jnp.sin(g[0](x)).sum())(x),
+  "vmap": lambda f, g, net, x: nnx.vmap(f[0], in_axes=(None, 0), reduce={...: "first"})(
+    net, jnp.stack([x, -x])
+  ).mean(0),
+  "vmap_closure": lambda f, g, net, x: nnx.vmap(g[0], reduce={...: "first"})(
+    jnp.stack([x, -x])
+  ).mean(0),
   "cond": lambda f, g, net, x: nnx.cond(x.sum() > 0, *f, net, x),
   "cond_closure": lambda f, g, net, x: nnx.cond(x.sum() > 0, *g, x),
   "switch": lambda f, g, net, x: nnx.switch(net.count % 2, f, net, x),

@@ -35,9 +35,9 @@ def counted(f):
   """`nnx.jit(f)`, and a list that grows by one with each trace."""
   traces = []
 
-  def traced(*args):
+  def traced(*args, **kwargs):
     traces.append(None)
-    return f(*args)
+    return f(*args, **kwargs)
 
   return nnx.jit(traced), traces
 
@@ -160,6 +160,28 @@ def test_a_replaced_cell_and_changed_metadata_are_seen():
   v.set_metadata(scale=3.0)
   assert float(step(v)) == 15.0
   assert len(traces) == 2
+
+
+def test_keywords_and_trees_of_arrays_are_ordinary():
+  net, other = Net(), nnx.Variable(0.0)
+  step, traces = counted(lambda net, batch, *, other, scale: (
+    other.set_value(other + scale), {"y": net(batch["x"]) * scale, "pair": batch["pair"]}
+  )[1])  # fmt: skip
+  batch = {"x": X, "pair": (jnp.ones(2), np.zeros(3))}
+  for i in range(1, 4):
+    out = step(net, batch, scale=2.0, other=other)
+    assert sorted(out) == ["pair", "y"]
+    assert out["y"].shape == (4, 3)
+    assert [p.shape for p in out["pair"]] == [(2,), (3,)]
+    assert float(other) == 2.0 * i
+    assert int(net.calls) == i
+  assert step._fast.find((net, batch, other, 2.0), ("other", "scale")) is not None
+  assert step._fast.find((net, {"x": X}, other, 2.0), ("other", "scale")) is None
+  assert step._fast.find((net, batch, 2.0, other), ("other", "scale")) is None
+  assert len(traces) == 1
+  nested = nnx.jit(lambda trees: trees["net"](X))
+  assert nested({"net": net}).shape == (4, 3)  # an object inside a tree goes the general way
+  assert int(net.calls) == 4
 
 
 def test_other_shapes_dtypes_objects_and_settings_each_get_their_own_call():

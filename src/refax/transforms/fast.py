@@ -39,20 +39,25 @@ class FastCalls:
     self._entries: dict[tuple | None, Entry] = {}
     self._compiled: dict[tuple, Compiled | None] = {}
 
-  def find(self, args: tuple) -> "Entry | None":
-    """The entry for a call, if there is one that still holds."""
+  def find(self, args: tuple, names: tuple[str, ...] = ()) -> "Entry | None":
+    """The entry for a call, if there is one that still holds; `names` are of the last arguments."""
     if not self._entries or not _is_eager():
       return None
-    entry = self._entries.get(_key(args))
+    entry = self._entries.get(_key(args, names))
     if entry is None or entry.epoch != epoch.value or not entry.is_of(args):
       return None
     return entry
 
   def learn(
-    self, args: tuple, inputs: Inputs, spec: tuple, trace: Callable[[], Any]
+    self,
+    args: tuple,
+    names: tuple[str, ...],
+    inputs: Inputs,
+    spec: tuple,
+    trace: Callable[[], Any],
   ) -> "Entry | None":
     """A new entry for a call, if it is an ordinary one."""
-    key = _key(args)
+    key = _key(args, names)
     if key is None or not _is_eager() or not _are_ordinary(args, inputs):
       return None
     structure = (spec, config.using_hijax(), *map(_signature, inputs.leaves))
@@ -94,7 +99,7 @@ class Compiled:
       if traces:
         raise Retraced
       traces.append(None)
-      arrays, states = iter(arrays), (iter(written_values), iter(read_values))
+      arrays, states = iter(jax.tree.leaves(arrays)), (iter(written_values), iter(read_values))
       flat = [
         _jax.new_cell(next(states[i not in self.written])) if is_cell else next(arrays)
         for i, is_cell in enumerate(cells)
@@ -153,20 +158,27 @@ def _type_of(x: Any) -> Any:
   return type(x) if type(x) in (bool, int, float, complex) else None
 
 
-def _key(args: tuple) -> tuple | None:
-  """What an entry is found by, or None if an argument is neither an object nor an array."""
-  key: list[Any] = [config.using_hijax()]
+def _key(args: tuple, names: tuple[str, ...]) -> tuple | None:
+  """What an entry is found by, or None if an argument holds more than arrays, or is no object."""
+  key: list[Any] = [config.using_hijax(), names]
   for x in args:
-    part = id(x) if isinstance(x, Node | Variable) else _type_of(x)
+    part = id(x) if isinstance(x, Node | Variable) else _type_of(x) or _types_of(x)
     if part is None:
       return None
     key.append(part)
   return tuple(key)
 
 
+def _types_of(tree: Any) -> Any:
+  """The types of a pytree of arrays; None if it holds anything else, or nothing."""
+  leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Node | Variable))
+  types = tuple(map(_type_of, leaves))
+  return (treedef, types) if types and all(types) else None
+
+
 def _are_ordinary(args: tuple, inputs: Inputs) -> bool:
   """Whether the arguments are arrays and objects with hijax Variables, each one Ref, only."""
-  arrays = sum(not isinstance(x, Node | Variable) for x in args)
+  arrays = len(jax.tree.leaves([x for x in args if not isinstance(x, Node | Variable)]))
   cells = [x._cell for x in inputs.leaves if isinstance(x, Variable)]
   if not cells or len(inputs.leaves) - len(cells) != arrays or not all(map(_jax.is_ref, cells)):
     return False

@@ -76,20 +76,21 @@ class JitFunction:
     return self if instance is None else functools.partial(self, instance)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    may_be_fast = self._may_be_fast and not kwargs
-    entry = self._fast.find(args) if may_be_fast else None
+    names = tuple(sorted(kwargs))
+    values = (*args, *(kwargs[name] for name in names)) if names else args
+    entry = self._fast.find(values, names) if self._may_be_fast else None
     if entry is None:
       inputs, spec, kept, donated = self._split(args, kwargs)
-      if may_be_fast:
+      if self._may_be_fast:
         trace = lambda: self._jitted.trace(spec, kept, donated)
-        entry = self._fast.learn(args, inputs, spec, trace)
+        entry = self._fast.learn(values, names, inputs, spec, trace)
       if entry is None:
         return inputs.commit(self._jitted(spec, kept, donated))
     try:
-      return entry(args)
+      return entry(values)
     except Retraced:
       self._fast.clear()
-      return self(*args)
+      return self(*args, **kwargs)
 
   def lower(self, *args: Any, **kwargs: Any) -> Any:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""

@@ -537,3 +537,19 @@ def test_gradients_flow_through_state_in_loops_remat_and_branches():
   value, grad = nnx.value_and_grad(loss, through=nnx.Variable)(w, memory)
   assert float(value) == float(memory) == 3.0**4
   assert float(grad) == 4 * 3.0**3
+
+
+def test_what_a_nested_transform_wrote_by_closure_is_taken_back_too():
+  count, w = nnx.Variable(0), nnx.Param(jnp.ones(2))
+
+  def increment(x):
+    count[...] += 1
+    return x
+
+  def f(w):
+    nnx.fori_loop(0, 3, lambda i, x: increment(x), w[...])
+    raise KeyError
+
+  with pytest.raises(KeyError):
+    nnx.grad(f)(w)
+  assert int(count) == 0

@@ -15,7 +15,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from refax import _jax
 from refax.core.observe import observe
-from refax.core.storage import as_array, needs_guard
+from refax.core.storage import as_array, needs_guard, write_ref
 from refax.core.variable import Variable
 from refax.errors import AliasError
 from refax.transforms.lift import Entered, Inputs, Outputs
@@ -168,4 +168,4 @@ def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Arr
 def write_closures(refs: Closures, values: dict[int, jax.Array]) -> None:
   """Write back state that was reached by closure."""
   for key, value in values.items():
-    _jax.write_cell(refs[key], as_array(value))
+    write_ref(refs[key], as_array(value), None, "a Variable that came by closure")

@@ -553,3 +553,17 @@ def test_what_a_nested_transform_wrote_by_closure_is_taken_back_too():
   with pytest.raises(KeyError):
     nnx.grad(f)(w)
   assert int(count) == 0
+
+
+def test_what_a_compiled_function_inside_wrote_is_taken_back_too():
+  count, w = nnx.Variable(0), nnx.Param(jnp.ones(2))
+  increment = jax.jit(lambda count: count.set_value(count + 1))
+  increment(count)  # compiled: the next call runs no Python
+
+  def f(w, count):
+    increment(count)
+    raise KeyError
+
+  with pytest.raises(KeyError):
+    nnx.grad(f)(w, count)
+  assert int(count) == 1

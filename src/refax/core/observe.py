@@ -5,8 +5,10 @@ A jaxpr knows the Refs that a function reached by closure, not the Variables the
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import jax
 
 from refax import _jax
 
@@ -34,9 +36,14 @@ def note(variable: Any, ref: Any) -> None:
 
 
 @contextlib.contextmanager
-def undo_on_error() -> Iterator[None]:
-  """If the block raises, concrete Refs that it wrote through Variables hold what they held."""
+def undo_on_error(refs: Iterable[Any]) -> Iterator[None]:
+  """If the block raises, Refs hold what they held: these, and others written through Variables.
+
+  A compiled function inside may write these without that any Variable sees it.
+  """
   outer, log = getattr(_local, "log", None), {}
+  if _jax.no_trace_active():
+    log |= {id(ref): (ref, _jax.read_cell(ref)) for ref in refs}
   _local.log = log
   try:
     yield
@@ -51,7 +58,8 @@ def undo_on_error() -> Iterator[None]:
 
 
 def before_write(ref: Any) -> None:
-  """A Ref is about to be written."""
+  """A Ref is about to be written, now or when what is being traced will run."""
   log = getattr(_local, "log", None)
   if log is not None and id(ref) not in log and not _jax.is_tracer(ref):
-    log[id(ref)] = (ref, ref[...])
+    with jax.ensure_compile_time_eval():
+      log[id(ref)] = (ref, ref[...])

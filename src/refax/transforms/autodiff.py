@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from refax import _jax
 from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
@@ -127,7 +128,7 @@ def value_and_grad(
       transformed = jax.value_and_grad(
         pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
       )
-      with undo_on_error():
+      with undo_on_error(call.state()):
         (value, outputs), grads = transformed(call.values)
         aux = call.inputs.commit(outputs)
       return ((value, aux) if has_aux else value), call.gradients(grads)
@@ -163,7 +164,7 @@ def vjp(
   """
   call = _Differentiation(primals, {}, tuple(range(len(primals))), wrt, through)
   pure = functools.partial(call.run, f, has_aux)
-  with undo_on_error():
+  with undo_on_error(call.state()):
     value, pull, outputs = jax.vjp(pure, call.values, has_aux=True)
     aux = call.inputs.commit(outputs)
   vjp_fn = lambda cotangent: call.gradients(pull(unwrap(cotangent))[0])
@@ -204,7 +205,7 @@ def jvp(
   """
   call = _Differentiation(tuple(primals), {}, tuple(range(len(primals))), wrt, through)
   pure = functools.partial(call.run, f, has_aux)
-  with undo_on_error():
+  with undo_on_error(call.state()):
     value, tangent, outputs = jax.jvp(
       pure, (call.values,), (call.tangents(tangents),), has_aux=True
     )
@@ -276,6 +277,13 @@ class _Differentiation:
       out = f(*args, **kwargs)
       value, aux = out if has_aux else (out, None)
       return unwrap(value), frame.collect(aux)
+
+  def state(self) -> list[Any]:
+    """The Refs of the arguments that are not differentiated: `f` may write them."""
+    leaves = [x for i, x in enumerate(self.inputs.leaves) if i not in self.values]
+    kept = [x._cell for x in leaves if isinstance(x, Variable)]
+    cells = [x for x in jax.tree.leaves(kept) if _jax.is_ref(x)]
+    return [ref for ref in cells if not _jax.is_tracer(ref)]
 
   def gradients(self, grads: dict[int, Any]) -> Any:
     """The gradients in the form of the arguments."""

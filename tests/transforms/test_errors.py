@@ -710,7 +710,7 @@ def test_message_of_an_unknown_reduction():
   assert message(ValueError, run) == (
     "nnx.vmap cannot work with this reduce\n"
     "  got: reduce='median'\n"
-    '  fix: pass "mean", "sum" or "first"'
+    '  fix: pass one of "mean", "sum", "first", "split"'
   )
 
 

@@ -1,7 +1,7 @@
 """Every use of private JAX API, each with why it is needed and what replaces it when it is gone.
 
 Three things of JAX are not public: the buffer behind a `jax.Ref` (an eager read or write through
-JAX's own primitives costs 65-290 us, a copy costs 15), whether any trace is active, and which of
+JAX's own primitives costs 65-290 us, a copy costs 4), whether any trace is active, and which of
 a jaxpr's Refs are written. A probe decides once, at first use, whether the private path works
 on the installed JAX; the public path is always complete. `REFAX_PUBLIC_JAX=1` forces it, and the
 tests run both.
@@ -14,8 +14,19 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state, subjaxprs
-from jax.extend.source_info_util import register_exclusion
+
+try:  # private: `jax.extend`, which has these in public, also imports Pallas: 60 of 80 ms of ours
+  if os.environ.get("REFAX_PUBLIC_JAX") == "1":
+    raise ImportError
+  from jax._src.core import Primitive as Primitive
+  from jax._src.core import get_opaque_trace_state, subjaxprs
+  from jax._src.core import jaxpr_as_fun as jaxpr_as_fun
+  from jax._src.source_info_util import register_exclusion
+except ImportError:
+  from jax.extend.core import Primitive as Primitive
+  from jax.extend.core import get_opaque_trace_state, subjaxprs
+  from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
+  from jax.extend.source_info_util import register_exclusion
 
 # JAX's errors and profiles name the user's line, not the line of Refax that it came through.
 register_exclusion(os.path.dirname(__file__))
@@ -69,6 +80,27 @@ def _committed(x: jax.Array) -> jax.Array:
   return x if getattr(x, "committed", True) else jax.device_put(x, x.sharding)
 
 
+_copy = jax.jit(jnp.copy)
+"""`x.copy()` takes 19 us, a compiled copy 4; both compile once for each shape."""
+
+
+@functools.cache
+def _copy_onto(sharding: Any) -> Any:
+  return jax.jit(jnp.copy, out_shardings=sharding)
+
+
+def copied(x: jax.Array) -> jax.Array:
+  """A copy of a concrete array: a buffer that nobody else knows."""
+  return _copy(x) if no_trace_active() else x.copy()
+
+
+def copied_for_cell(x: jax.Array) -> jax.Array:
+  """A copy of a concrete array, committed to its device, as the buffer of a Ref is."""
+  if getattr(x, "committed", True) or not no_trace_active():
+    return copied(x)
+  return _copy_onto(x.sharding)(x)
+
+
 def no_trace_active() -> bool:
   """Whether code runs eagerly, outside every transform.
 
@@ -103,7 +135,7 @@ def read_cell(ref: jax.Ref) -> jax.Array:
   if is_tracer(ref) or not no_trace_active():
     value = ref[...]
     return jax.lax.stop_gradient(value) if jnp.issubdtype(ref.dtype, jnp.inexact) else value
-  return ref._refs._buf.copy()  # pyright: ignore[reportAttributeAccessIssue]
+  return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def write_cell(ref: jax.Ref, value: jax.Array) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from refax import _jax
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import walk_nodes
 from refax.core.pytree import Pytree
@@ -61,6 +62,15 @@ def _as_key(key: Any, tag: str) -> jax.Array:
     if dtype == jnp.uint32:
       return jax.random.wrap_key_data(jnp.asarray(key))
   raise RngKeyError.value(tag, key)
+
+
+def _advance(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The key of this count, and the next count."""
+  return jax.random.fold_in(key, count), count + 1
+
+
+_advance_now = jax.jit(_advance)
+"""Eager: one call instead of ten; a jaxpr keeps the operations as they are."""
 
 
 class _Samplers:
@@ -136,9 +146,9 @@ class RngStream(Pytree, _Samplers):
 
   def __call__(self) -> jax.Array:
     """The next key."""
-    count = self.count.get_value()
-    key = jax.random.fold_in(self.key.get_value(), count)
-    self.count.set_value(count + 1)
+    advance = _advance_now if _jax.no_trace_active() else _advance
+    key, count = advance(self.key.get_value(), self.count.get_value())
+    self.count.set_value(count)
     return key
 
   def split(self, k: Splits) -> "RngStream":

@@ -6,6 +6,7 @@ rest: numbers, strings, functions), which is part of the structure that JAX comp
 
 import copy as copylib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 converters: dict[type, Callable[[Any], Any]] = {}
 """What a built-in container becomes when it is assigned to an attribute; filled by `containers`."""
+
+
+_PLAIN = frozenset((type(None), bool, int, float, str, type, FunctionType))
+"""Types of values that are static without a closer look."""
 
 
 class Explicit(Generic[T]):
@@ -87,6 +92,8 @@ def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
   Raises:
     StaticAttributeError: it is not data and not hashable.
   """
+  if type(value) in _PLAIN:
+    return value, False
   if isinstance(value, Variable | Node):
     return value, True
   if isinstance(value, Explicit):

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from refax import _jax
@@ -29,14 +28,16 @@ def is_array_like(x: Any) -> bool:
   return is_array(x) or isinstance(x, NUMBERS)
 
 
-def as_array(x: Any) -> jax.Array:
-  """`x` as a JAX array with a buffer and a dtype of its own.
+def as_array(x: Any, hijax: bool = True) -> jax.Array:
+  """`x` as a JAX array with a buffer and a dtype of its own, for a Ref or not.
 
   Weak types are dropped: JAX >= 0.11 drops them from Refs, and a state that is weak before the
   first step and strong after it compiles twice.
   """
-  if not _jax.is_tracer(x):
+  if not isinstance(x, jax.Array):
     x = jnp.array(x, copy=True)
+  elif not _jax.is_tracer(x):
+    x = _jax.copied_for_cell(x) if hijax else _jax.copied(x)
   return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 
@@ -53,7 +54,7 @@ def _guard_jvp(primals, tangents, *, origin):
 
 # The identity, for values without a tangent: a Ref would drop the tangent in silence. A primitive,
 # and no `jax.custom_jvp`, for it must outlive the lowering of loops (see `_jax.discharge`).
-_guard = Primitive("refax_guard")
+_guard = _jax.Primitive("refax_guard")
 _guard.def_impl(lambda x, *, origin: x)
 _guard.def_abstract_eval(lambda x, *, origin: x)
 ad.primitive_jvps[_guard] = _guard_jvp
@@ -68,6 +69,18 @@ def stored(x: jax.Array, origin: Any, *, detached: bool, hijax: bool) -> jax.Arr
   if detached:
     return jax.lax.stop_gradient(x)
   return _guard.bind(x, origin=origin) if hijax else x
+
+
+def is_exact(value: Any, cell: Any) -> bool:
+  """Whether `value` is an array that goes into the cell as it is."""
+  return (
+    isinstance(value, jax.Array)
+    and (isinstance(cell, jax.Array) or _jax.is_ref(cell))
+    and value.dtype == cell.dtype
+    and value.shape == cell.shape
+    and not getattr(value, "weak_type", False)
+    and not _jax.is_ref(value)
+  )
 
 
 def fit(value: Any, want: Any, origin: Any) -> jax.Array:
@@ -152,7 +165,7 @@ def fit_index(old: jax.Array, index: Any, value: Any, origin: Any) -> jax.Array:
 def write_ref(ref: jax.Ref, value: jax.Array, given: Any, origin: Any) -> None:
   """Store `value` in `ref`. What the user gave is copied: a later step donates the buffer."""
   if value is given and not _jax.is_tracer(value):
-    value = value.copy()
+    value = _jax.copied_for_cell(value)
   before_write(ref)
   try:
     _jax.write_cell(ref, value)

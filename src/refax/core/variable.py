@@ -87,7 +87,7 @@ class Variable(ArrayProtocol, Generic[A]):
     def new(leaf):
       if not storage.is_array_like(leaf):
         return leaf
-      leaf = storage.as_array(leaf)
+      leaf = storage.as_array(leaf, hijax)
       leaf = storage.stored(leaf, self._def.origin, detached=self.detached, hijax=hijax)
       return _jax.new_cell(leaf) if hijax else leaf
 
@@ -152,6 +152,12 @@ class Variable(ArrayProtocol, Generic[A]):
 
   def prepare(self, value: Any, *, index: Any = ...) -> "Writes":
     """Check a write and convert its value; `commit` then cannot fail half-way."""
+    cell = self._cell
+    if index is ... and storage.is_exact(value, cell):  # the ordinary case
+      self._check_writable()
+      hijax = _jax.is_ref(cell)
+      new = storage.stored(value, self._def.origin, detached=self.detached, hijax=hijax)
+      return Writes([(cell, new, value)], cell) if hijax else Writes([], new)
     value = jax.tree.map(unwrap, value, is_leaf=is_variable)
     self._check_writable()
     if index is not ...:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from refax import _jax, config
 from refax.core.epoch import epoch
@@ -93,7 +92,7 @@ class Compiled:
   def _function(self, cells: list[bool], closed_jaxpr: Any) -> Any:
     """The call as a function of arrays; it may be traced once."""
     traces: list[None] = []
-    run = jaxpr_as_fun(closed_jaxpr)
+    run = _jax.jaxpr_as_fun(closed_jaxpr)
 
     def call(written_values, read_values, arrays):
       if traces:

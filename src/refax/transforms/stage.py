@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
 
 from refax import _jax
 from refax.core.observe import observe
@@ -103,7 +102,7 @@ class Staged:
     def with_local_refs(flat, closures):
       refs = {key: _jax.new_cell(value) for key, value in closures.items()}
       consts = [refs.get(id(c), c) if _jax.is_ref(c) else c for c in self._jaxpr.consts]
-      results = jaxpr_as_fun(self._jaxpr.replace(consts=consts))(*flat)
+      results = _jax.jaxpr_as_fun(self._jaxpr.replace(consts=consts))(*flat)
       return results, {key: ref[...] for key, ref in refs.items()}
 
     avals = {key: jax.ShapeDtypeStruct(r.shape, r.dtype) for key, r in self.closures.items()}
@@ -125,7 +124,7 @@ class Staged:
     wanted = self.closures_written if closures_written is None else closures_written
     mine = {key: closures[key] for key in self.closures}
     flat = map(jnp.asarray, jax.tree.leaves((list(values), mine)))
-    results, after = self._pure_tree.unflatten(jaxpr_as_fun(self._pure)(*flat))
+    results, after = self._pure_tree.unflatten(_jax.jaxpr_as_fun(self._pure)(*flat))
     finals, outputs = self._tree.unflatten(results)
     finals, after = jax.tree.map(_without_tangent, (finals, after))
     given = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals

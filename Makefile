@@ -26,8 +26,8 @@ test: $(VENV)/.stamp-test ## the tests, without those marked slow (ARGS= for pyt
 test-slow: $(VENV)/.stamp-test ## the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
 
-bench: $(VENV)/.stamp-test ## how long a call takes, beside JAX by hand and Flax
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.stamp-bench ## Refax beside JAX by hand, Flax NNX and Equinox (ARGS="dispatch --rounds 5")
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## ruff's rules and format, types with basedpyright
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ tests run both.
 
 import functools
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -52,9 +53,17 @@ def trace_state() -> Any:
   return get_opaque_trace_state()
 
 
+class _Private(NamedTuple):
+  """What of `jax._src` is used when it behaves as this file expects."""
+
+  core: Any
+  AbstractRef: Any
+  clean: Callable[[], bool]
+
+
 @functools.cache
-def _private() -> Any:
-  """`jax._src.core` when buffers of Refs behave as this file expects, else None.
+def _private() -> _Private | None:
+  """Private JAX, when buffers of Refs behave as this file expects, else None.
 
   The expectation: `Ref(AbstractRef(type, kind), ArrayRefImpl(aval, buffer))` is a Ref that a
   jitted function writes by replacing `ref._refs._buf`. JAX's own `_ref_impl` builds it so.
@@ -70,7 +79,7 @@ def _private() -> Any:
       aval = AbstractRef(jax.typeof(value), kind=CELL_KIND)
       ref = core.Ref(aval, core.ArrayRefImpl(aval, value))
       works = ref._refs._buf is value and core.trace_state_clean() in (True, False)
-    return (core, AbstractRef) if works else None
+    return _Private(core, AbstractRef, core.trace_state_clean) if works else None
   except Exception:
     return None
 
@@ -108,7 +117,7 @@ def no_trace_active() -> bool:
   is no: reads and writes then go through JAX's own operations, which are right everywhere.
   """
   private = _private()
-  return private is not None and private[0].trace_state_clean()
+  return private is not None and private.clean()
 
 
 def new_cell(value: jax.Array) -> jax.Ref:
@@ -116,11 +125,11 @@ def new_cell(value: jax.Array) -> jax.Ref:
 
   Private when eager: builds the Ref as `jax.new_ref` does, without dispatching an operation.
   """
-  if is_tracer(value) or not no_trace_active():
+  private = _private()
+  if private is None or is_tracer(value) or not private.clean():
     return jax.new_ref(value, kind=CELL_KIND)
-  core, AbstractRef = _private()
-  value = _committed(value)
-  aval = AbstractRef(jax.typeof(value), kind=CELL_KIND)
+  core, value = private.core, _committed(value)
+  aval = private.AbstractRef(jax.typeof(value), kind=CELL_KIND)
   return core.Ref(aval, core.ArrayRefImpl(aval, value))
 
 
@@ -164,21 +173,34 @@ def peek_cell(ref: jax.Ref) -> jax.Array:
 def cells(refs: list[jax.Ref]) -> list[Any]:
   """What holds the buffers of concrete Refs: private, `ref._refs`.
 
-  `take` and `put` have no public fallback of their own: only who runs eagerly by `no_trace_active`,
-  which is never true without the private path, may use them.
+  `buffers` and `exchange` have no public fallback of their own: only who runs eagerly by
+  `no_trace_active`, which is never true without the private path, may use them.
   """
   return [ref._refs for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def take(cells: list[Any]) -> list[jax.Array]:
-  """The buffers themselves, to be donated or read by one call: private, `ref._refs._buf`."""
+def buffers(cells: list[Any]) -> list[jax.Array]:
+  """The buffers themselves: private, `ref._refs._buf`. They must not reach the user."""
   return [cell._buf for cell in cells]
 
 
-def put(cells: list[Any], buffers: list[jax.Array]) -> None:
-  """Install the buffers that a call returned for those that it was given by `take`."""
-  for cell, buffer in zip(cells, buffers, strict=True):
+def exchange(call: Any, written: list[Any], read: list[Any], args: list[Any]) -> Any:
+  """Call a compiled function on the buffers of cells, and install those that it returns.
+
+  Args:
+    call: `(buffers to donate, buffers to read, *args) -> (new buffers, result)`, and without the
+      second argument where no cell is only read.
+    written: the cells, by `cells`, whose buffers are donated and replaced.
+    read: the cells whose buffers are only read.
+    args: more arguments.
+  """
+  if read:
+    new, result = call([c._buf for c in written], [c._buf for c in read], *args)
+  else:
+    new, result = call([c._buf for c in written], *args)
+  for cell, buffer in zip(written, new, strict=True):
     cell._buf = buffer
+  return result
 
 
 def is_batched_write_refusal(error: Exception) -> bool:
@@ -205,6 +227,13 @@ def written_invars(closed_jaxpr: Any) -> set[int]:
   """The positions of the inputs of a jaxpr that are Refs which it writes."""
   _, writes = ref_effects(closed_jaxpr.jaxpr)
   return {i for i, var in enumerate(closed_jaxpr.jaxpr.invars) if var in writes}
+
+
+def used_invars(closed_jaxpr: Any) -> set[int]:
+  """The positions of the inputs of a jaxpr that it does anything with."""
+  jaxpr = closed_jaxpr.jaxpr
+  used = {id(x) for eqn in jaxpr.eqns for x in eqn.invars} | set(map(id, jaxpr.outvars))
+  return {i for i, var in enumerate(jaxpr.invars) if id(var) in used}
 
 
 def only_refs_are_effects(closed_jaxpr: Any) -> bool:

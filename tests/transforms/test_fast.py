@@ -47,7 +47,7 @@ def is_fast(jitted, *args):
 
 
 def buffer(variable):
-  return _jax.take(_jax.cells([variable.get_raw_value()]))[0]
+  return _jax.buffers(_jax.cells([variable.get_raw_value()]))[0]
 
 
 def assert_same_state(a, b):
@@ -78,6 +78,35 @@ def test_state_that_is_written_is_donated_and_state_that_is_read_is_kept():
   assert written.is_deleted()
   assert not read.is_deleted()
   assert buffer(net.linear.kernel) is read
+
+
+def test_state_that_is_not_touched_is_not_passed():
+  net, dropout = Net(), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+  dropout.eval()
+  step, _ = counted(lambda net, dropout, x: net(dropout(x)))
+  for _ in range(3):
+    step(net, dropout, X)
+  assert is_fast(step, net, dropout, X)
+  touched = len(step._fast.last._written) + len(step._fast.last._read)
+  assert touched == len(jax.tree.leaves(net))  # the keys and counts of the dropout are left alone
+
+
+def test_the_last_call_is_found_again_and_only_that():
+  net, other = Net(), Net()
+  step, traces = counted(lambda net, x: net(x).sum())
+  twin = Net()
+  want = [float(jax.jit(lambda net, x: net(x).sum())(twin, X)) for _ in range(4)]
+  assert [float(step(net, X)) for _ in range(2)] == want[:2]
+  last = step._fast.last
+  assert last.covers((net, X)) and last.covers((net, X + 1))
+  for args in ((other, X), (net, X[:1]), (net, np.asarray(X)), (net,), (net, X, X), (net, None)):
+    assert not last.covers(args)
+  assert not jax.jit(lambda x: x * last.covers((net, X)))(1.0)  # inside a trace
+  assert float(step(other, X)) == want[0] and float(step(net, x=X)) == want[2]
+  assert float(step(net, X)) == want[3]
+  net.linear.extra = 1
+  assert not last.covers((net, X))
+  assert len(traces) == 2
 
 
 def test_an_array_that_was_read_before_a_step_stays_as_it_was():

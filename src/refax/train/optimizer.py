@@ -57,7 +57,10 @@ class Optimizer(Pytree):
     self.tx = tx
     self.wrt = tuple(wrt) if isinstance(wrt, list) else wrt
     self.step = OptState(jnp.zeros((), jnp.uint32))
-    self.opt_state = data(jax.tree.map(OptState, tx.init(_arrays(state(model, wrt)))))
+    leaves, treedef = jax.tree.flatten(tx.init(_arrays(variables(model, wrt))))
+    for i, leaf in enumerate(leaves):  # one after the other: all copies at once would be a peak
+      leaves[i] = OptState(leaf)
+    self.opt_state = data(treedef.unflatten(leaves))
 
   def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
     """Update the parameters of `model` and the optimizer's own state, in place.

@@ -76,6 +76,12 @@ class JitFunction:
     return self if instance is None else functools.partial(self, instance)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    last = self._fast.last
+    if last is not None and not kwargs and last.covers(args):
+      try:
+        return last.run(args)
+      except Retraced:
+        self._fast.last = None
     names = tuple(sorted(kwargs))
     values = (*args, *(kwargs[name] for name in names)) if names else args
     entry = self._fast.find(values, names) if self._may_be_fast else None
@@ -87,7 +93,7 @@ class JitFunction:
       if entry is None:
         return inputs.commit(self._jitted(spec, kept, donated))
     try:
-      return entry(values)
+      return entry.run(values)
     except Retraced:
       self._fast.clear()
       return self(*args, **kwargs)

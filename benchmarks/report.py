@@ -1,0 +1,85 @@
+"""The table and the chart of what was measured."""
+
+import statistics
+from pathlib import Path
+
+from benchmarks.measure import BASE, ratios
+
+Results = dict[str, dict[str, list[float]]]
+
+
+def tables(results: Results, units: dict[str, str]) -> str:
+  """A table for the cases that share ways of writing them, another for the others."""
+  groups: list[Results] = []
+  for name, numbers in results.items():
+    shared = lambda group, numbers=numbers: set(ways_of(group)) & numbers.keys() - {BASE}
+    group = next(filter(shared, groups), None)
+    if group is None:
+      groups.append(group := {})
+    group[name] = numbers
+  return "\n\n".join(_table(group, units) for group in groups)
+
+
+def _table(results: Results, units: dict[str, str]) -> str:
+  """Rows of cases, columns of ways: absolute numbers of `BASE`, multiples of it for the others."""
+  ways = ways_of(results)
+  lines = ["| " + " | ".join(["", *ways]) + " |", "|---" * (len(ways) + 1) + "|"]
+  for name, numbers in results.items():
+    cells = [_cell(numbers, way, units[name]) for way in ways]
+    lines.append("| " + " | ".join([name, *cells]) + " |")
+  return "\n".join(lines)
+
+
+def ways_of(results: Results) -> list[str]:
+  """All ways, `BASE` first."""
+  ways = dict.fromkeys(way for numbers in results.values() for way in numbers)
+  return sorted(ways, key=lambda way: way != BASE)
+
+
+def _cell(numbers: dict[str, list[float]], way: str, unit: str) -> str:
+  if way not in numbers:
+    return ""
+  if way == BASE:
+    return _absolute(statistics.median(numbers[way]), unit)
+  low, median, high = ratios(numbers, way)
+  return f"{median:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _absolute(number: float, unit: str) -> str:
+  if unit == "bytes":
+    return f"{number / 2**20:.0f} MiB"
+  return next(
+    f"{number * scale:.{0 if number * scale >= 10 else 1}f} {name}"
+    for scale, name in ((1e6, "µs"), (1e3, "ms"), (1, "s"))
+    if number * scale < 1000 or scale == 1
+  )
+
+
+def chart(results: Results, title: str, path: Path) -> None:
+  """Bars of the multiples, a group for each case, on a logarithmic axis."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  ways = [way for way in ways_of(results) if way != BASE]
+  height = 0.8 / len(ways)
+  figure, axes = plt.subplots(figsize=(9, 0.9 + 0.75 * len(results)), layout="constrained")
+  for i, way in enumerate(ways):
+    rows = [(row, numbers) for row, numbers in enumerate(results.values()) if way in numbers]
+    medians = [ratios(numbers, way)[1] for _, numbers in rows]
+    places = [row + (i - (len(ways) - 1) / 2) * height for row, _ in rows]
+    bars = axes.barh(places, [m - 1 for m in medians], height, left=1, label=way)
+    axes.bar_label(bars, [f" {m:.2f} " for m in medians], fontsize=6)
+  axes.set_yticks(range(len(results)), list(results))
+  axes.invert_yaxis()
+  axes.set_xscale("log")
+  axes.axvline(1, color="black", linewidth=0.8)
+  axes.set_xlabel(f"multiples of {BASE}; shorter is better")
+  axes.xaxis.set_major_formatter("{x:g}×")
+  figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+  axes.set_title(title, fontsize=9)
+  axes.margins(x=0.12)
+  axes.spines[["top", "right"]].set_visible(False)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=150)

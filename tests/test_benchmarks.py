@@ -1,0 +1,52 @@
+"""How benchmarks measure and report; what they measure needs other libraries and time."""
+
+import time
+
+import pytest
+
+from benchmarks import report
+from benchmarks.measure import BASE, ratios, rounds_of
+
+
+def test_all_ways_take_turns_and_are_timed():
+  order = []
+
+  def way(name, seconds):
+    def call():
+      order.append(name)
+      time.sleep(seconds)
+
+    return call
+
+  times = rounds_of({BASE: way("hand", 0.03), "ours": way("ours", 0.06)}, rounds=2)
+  assert list(times) == [BASE, "ours"] and all(len(t) == 2 for t in times.values())
+  assert min(times[BASE]) >= 0.03 and min(times["ours"]) >= 0.06
+  last = [a for a, b in zip(order, [None, *order], strict=False) if a != b]
+  assert last[-4:] == ["hand", "ours", "hand", "ours"]
+
+
+def test_ratios_are_taken_round_by_round():
+  numbers = {BASE: [1.0, 10.0, 2.0], "ours": [2.0, 20.0, 6.0]}
+  assert ratios(numbers, "ours") == pytest.approx((2.0, 2.0, 3.0))
+
+
+def test_the_table_shows_what_the_base_takes_and_multiples_of_it():
+  results = {
+    "call": {BASE: [1e-5, 1e-5, 1e-5], "ours": [2e-5, 2e-5, 2e-5]},
+    "memory": {BASE: [2.0**30], "theirs": [2.0**31]},
+  }
+  assert report.tables(results, {"call": "s", "memory": "bytes"}) == (
+    "|  | JAX by hand | ours |\n"
+    "|---|---|---|\n"
+    "| call | 10 µs | 2.00 (2.00–2.00) |\n"
+    "\n"
+    "|  | JAX by hand | theirs |\n"
+    "|---|---|---|\n"
+    "| memory | 1024 MiB | 2.00 (2.00–2.00) |"
+  )
+
+
+def test_the_chart_is_a_picture(tmp_path):
+  results = {"call": {BASE: [1.0, 1.0, 1.0], "ours": [2.0, 2.0, 2.0]}}
+  report.chart(results, "a machine", tmp_path / "chart.png")
+  assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -35,6 +35,7 @@ from refax.graph.state import (
 from refax.graph.storage import to_hijax, to_lojax
 from refax.nn import initializers
 from refax.nn.activations import (
+  PReLU,
   celu,
   elu,
   gelu,
@@ -67,13 +68,35 @@ from refax.nn.activations import (
   swish,
   tanh,
 )
+from refax.nn.attention import MultiHeadAttention
+from refax.nn.batch_norm import BatchNorm
+from refax.nn.cell import GRUCell, RNNCellBase, SimpleCell
 from refax.nn.conv import Conv
+from refax.nn.conv_transpose import ConvTranspose
+from refax.nn.dot_product import dot_product_attention, dot_product_attention_weights
 from refax.nn.dropout import Dropout
+from refax.nn.einsum import Einsum
 from refax.nn.embed import Embed
-from refax.nn.linear import Linear
-from refax.nn.norm import BatchNorm, LayerNorm
+from refax.nn.group_norm import GroupNorm, InstanceNorm
+from refax.nn.linear import Linear, LinearGeneral
+from refax.nn.lora import LoRA, LoRALinear, LoRAParam
+from refax.nn.lstm import LSTMCell, OptimizedLSTMCell
+from refax.nn.mask import combine_masks, make_attention_mask, make_causal_mask
+from refax.nn.norm import LayerNorm, RMSNorm
 from refax.nn.pooling import avg_pool, max_pool, min_pool, pool
+from refax.nn.precision import Precision
+from refax.nn.recurrent import RNN, Bidirectional
+from refax.nn.residual import Residual
+from refax.nn.rope import RoPE, dot_product_attention_with_rope
 from refax.nn.sequential import Sequential
+from refax.nn.stack import Stack
+from refax.nn.transformer import (
+  FeedForward,
+  TransformerBlock,
+  TransformerDecoder,
+  TransformerEncoder,
+)
+from refax.nn.weight_norm import SpectralNorm, WeightNorm
 from refax.rngs import RngCount, RngKey, Rngs, RngState, RngStream, reseed
 from refax.train.optimizer import Optimizer, OptState
 from refax.transforms.abstract import eval_shape, make_jaxpr
@@ -98,49 +121,77 @@ from refax.transforms.random import fork_rngs, split_rngs
 from refax.transforms.remat import checkpoint, remat
 from refax.transforms.sharding import shard_map
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it first
   "All",
   "Any",
   "BatchNorm",
   "BatchStat",
+  "Bidirectional",
   "Cache",
   "Carry",
   "Conv",
+  "ConvTranspose",
   "Dict",
   "DiffState",
   "Dropout",
   "Effects",
+  "Einsum",
   "Embed",
   "Everything",
+  "FeedForward",
   "Filter",
   "FlatState",
+  "GRUCell",
   "GraphDef",
+  "GroupNorm",
+  "InstanceNorm",
   "Intermediate",
+  "LSTMCell",
   "LayerNorm",
   "Linear",
+  "LinearGeneral",
   "List",
+  "LoRA",
+  "LoRALinear",
+  "LoRAParam",
   "Module",
+  "MultiHeadAttention",
   "NonFiniteError",
   "Not",
   "Nothing",
   "OfType",
   "OptState",
+  "OptimizedLSTMCell",
   "Optimizer",
+  "PReLU",
   "Param",
   "PathContains",
   "PathIn",
   "Perturbation",
+  "Precision",
   "Pytree",
+  "RMSNorm",
+  "RNN",
+  "RNNCellBase",
+  "Residual",
   "RngCount",
   "RngKey",
   "RngState",
   "RngStream",
   "Rngs",
+  "RoPE",
   "Sequential",
+  "SimpleCell",
+  "SpectralNorm",
+  "Stack",
   "State",
   "StateAxes",
   "Transaction",
+  "TransformerBlock",
+  "TransformerDecoder",
+  "TransformerEncoder",
   "Variable",
+  "WeightNorm",
   "WithTag",
   "accumulate_grads",
   "assert_no_writes",
@@ -149,9 +200,13 @@ __all__ = [
   "checkify",
   "checkpoint",
   "clone",
+  "combine_masks",
   "cond",
   "custom_vjp",
   "data",
+  "dot_product_attention",
+  "dot_product_attention_weights",
+  "dot_product_attention_with_rope",
   "effects",
   "elu",
   "eval_shape",
@@ -182,6 +237,8 @@ __all__ = [
   "log_softmax",
   "logmeanexp",
   "logsumexp",
+  "make_attention_mask",
+  "make_causal_mask",
   "make_jaxpr",
   "map",
   "max_pool",

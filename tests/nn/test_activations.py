@@ -51,3 +51,33 @@ def test_further_arguments_are_passed_on():
   np.testing.assert_array_equal(nnx.softmax(x, axis=0), jax.nn.softmax(x, axis=0))
   np.testing.assert_array_equal(nnx.leaky_relu(x, 0.5), jax.nn.leaky_relu(x, 0.5))
   assert nnx.one_hot(nnx.Variable(1), 3, dtype=jnp.int32).tolist() == [0, 1, 0]
+
+
+def test_prelu_has_a_slope_of_its_own():
+  model, x = nnx.PReLU(0.5), jnp.array([-2.0, 0.0, 3.0])
+  assert model(x).tolist() == [-1.0, 0.0, 3.0]
+  assert model.negative_slope.shape == ()
+  assert model(nnx.Variable(x)).tolist() == [-1.0, 0.0, 3.0]
+  assert float(nnx.PReLU().negative_slope) == pytest.approx(0.01)
+  grads = nnx.grad(lambda model: model(x).sum())(model)
+  assert float(grads["negative_slope"][...]) == -2.0
+
+
+def test_prelu_has_the_dtype_that_is_asked_for():
+  x = jnp.ones(2, jnp.bfloat16)
+  assert nnx.PReLU()(x).dtype == jnp.float32
+  assert nnx.PReLU(dtype=jnp.bfloat16)(x).dtype == jnp.bfloat16
+  assert nnx.PReLU(param_dtype=jnp.bfloat16)(x).dtype == jnp.bfloat16
+  assert nnx.PReLU(negative_slope_metadata={"tag": "s"}).negative_slope.tag == "s"
+  assert nnx.PReLU()(jnp.array([-100, 1])).tolist() == pytest.approx([-1.0, 1.0])
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_prelu_under_transforms(hijax):
+  with nnx.use_hijax(hijax):
+    model = nnx.PReLU(0.25)
+  apply, x = lambda model, x: model(x), jnp.array([-2.0, 0.0, 3.0])
+  transforms = (jax.jit, nnx.jit, nnx.remat, lambda f: jax.vmap(f, (None, 0)))
+  assert [t(apply)(model, x).tolist() for t in transforms] == [[-0.5, 0.0, 3.0]] * 4
+  assert nnx.merge(*nnx.split(model))(x).tolist() == [-0.5, 0.0, 3.0]
+  assert nnx.graphdef(model) == nnx.graphdef(nnx.clone(model))

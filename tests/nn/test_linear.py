@@ -110,3 +110,141 @@ def test_stacked_layers_are_mapped_and_scanned():
 def test_layers_built_alike_have_equal_graphdefs():
   assert nnx.graphdef(linear()) == nnx.graphdef(linear())
   assert nnx.graphdef(linear()) != nnx.graphdef(linear(dtype=jnp.bfloat16))
+
+
+def general(*args, **options):
+  return nnx.LinearGeneral(*args, rngs=nnx.Rngs(0), **options)
+
+
+def test_linear_general_of_one_axis_is_linear():
+  x = jax.random.normal(jax.random.key(0), (4, 2))
+  np.testing.assert_allclose(general(2, 3)(x), linear()(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("axis", "shape", "spec"), [
+  (-1, (2, 5, 6), "abc,cxy->abxy"), (1, (2, 6, 5), "acb,cxy->abxy"), (0, (6, 5), "cb,cxy->bxy"),
+])  # fmt: skip
+def test_linear_general_maps_one_axis_to_two(axis, shape, spec):
+  model = general(6, (3, 4), axis=axis, bias_init=nnx.initializers.ones)
+  x = jax.random.normal(jax.random.key(0), shape)
+  assert (model.kernel.shape, model.bias.shape) == ((6, 3, 4), (3, 4))
+  np.testing.assert_allclose(model(x), jnp.einsum(spec, x, model.kernel[...]) + 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [(0, 2), (2, 0), (-1, -3), (-3, 2)])
+def test_linear_general_takes_axes_in_the_order_of_the_input(axis):
+  model = general((2, 3), 4, axis=axis)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3))
+  want = jnp.einsum("abc,acx->bx", x, model.kernel[...])
+  np.testing.assert_allclose(model(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_axis", [{0: 2, 1: 3}, {1: 3, 0: 2}])
+def test_linear_general_has_weights_for_each_index_of_the_batch_axes(batch_axis):
+  model = general(4, 5, batch_axis=batch_axis, bias_init=nnx.initializers.normal())
+  x = jax.random.normal(jax.random.key(0), (2, 3, 7, 4))
+  kernel, bias = model.kernel[...], model.bias[...]
+  assert (kernel.shape, bias.shape) == ((2, 3, 4, 5), (2, 3, 5))
+  for i in range(2):
+    for j in range(3):
+      want = x[i, j] @ kernel[i, j] + bias[i, j]
+      np.testing.assert_allclose(model(x)[i, j], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch_axis", "fan_in"), [({}, 600), ({0: 5}, 3000)])
+def test_linear_general_is_initialised_for_all_inputs_of_an_output(batch_axis, fan_in):
+  kernel = general((20, 30), (10, 50), axis=(-2, -1), batch_axis=batch_axis).kernel[...]
+  np.testing.assert_allclose(kernel.std(), fan_in**-0.5, rtol=0.01)
+  shapes = []
+
+  def init(key, shape, dtype):
+    shapes.append(shape)
+    return jnp.zeros(shape, dtype)
+
+  general((2, 3), (4, 5), axis=(1, 2), batch_axis={0: 7}, kernel_init=init, bias_init=init)
+  assert shapes == [(42, 20), (140,)]
+
+
+def test_linear_general_without_a_bias_has_one_parameter():
+  model = general(2, (3, 4), use_bias=False)
+  assert model.bias is None
+  assert len(jax.tree.leaves(nnx.state(model))) == 1
+  assert model(jnp.ones((5, 2))).shape == (5, 3, 4)
+
+
+def test_linear_general_passes_options_on():
+  seen = {}
+
+  def dot_general(*args, **kwargs):
+    seen.update(kwargs)
+    return jax.lax.dot_general(*args, **kwargs)
+
+  general(2, 3, dot_general=dot_general, precision="highest")(jnp.ones(2))
+  assert seen == {"precision": "highest"}
+  seen.clear()
+  options = {"dot_general_cls": lambda: dot_general, "preferred_element_type": jnp.float32}
+  general(2, 3, **options)(jnp.ones(2))
+  assert seen == {"precision": None, "preferred_element_type": jnp.float32}
+  model = general(2, 3, kernel_metadata={"tag": "k"}, bias_metadata={"tag": "b"})
+  assert (model.kernel.tag, model.bias.tag) == ("k", "b")
+
+
+@pytest.mark.parametrize(("options", "shape", "lines"), [
+  ({}, (5, 3, 2), [
+    "LinearGeneral maps axes of sizes (2, 3)",
+    "got: an input of shape (5, 3, 2), with (3, 2) on axes (1, 2)",
+    "fix: pass an input with (2, 3) on these axes, or build LinearGeneral with (3, 2)"]),
+  ({"batch_axis": {0: 7}}, (5, 2, 3), [
+    "LinearGeneral has batch axes of sizes (7,)",
+    "got: an input of shape (5, 2, 3), with (5,) on axes (0,)",
+    "fix: pass an input with (7,) on these axes, or build LinearGeneral with (5,)"]),
+  ({"batch_axis": {0: 2}}, (2, 3), [
+    "LinearGeneral cannot map a batch axis",
+    "got: an input of shape (2, 3), with batch axes (0,) and axis=(-2, -1)",
+    "fix: pass an input with more axes, or build LinearGeneral with another axis="]),
+])  # fmt: skip
+def test_linear_general_of_other_sizes_is_refused(options, shape, lines):
+  with pytest.raises(ShapeMismatchError) as error:
+    general((2, 3), 4, axis=(-2, -1), **options)(jnp.ones(shape))
+  text = [line.strip() for line in str(error.value).split("\n")]
+  assert text[1].startswith("at:  LinearGeneral.kernel  (Param, created at test_linear.py")
+  assert [text[0], *text[2:]] == lines
+
+
+def test_linear_general_of_an_input_without_the_axis_is_refused():
+  with pytest.raises(ShapeMismatchError, match=r"LinearGeneral works on axis -2\n  got: .* \(3,\)"):
+    general((2, 3), 4, axis=(-2, -1))(jnp.ones(3))
+
+
+@pytest.mark.parametrize(("args", "options", "got", "fix"), [
+  (((2, 0), 3), {"axis": (0, 1)}, "in_features=0", "an int of at least 1"),
+  ((2, (3, 1.5)), {}, "out_features=1.5", "an int of at least 1"),
+  (((2, 3), 4), {}, "axis=-1", "2 axes, one for each of in_features=(2, 3)"),
+  ((2, 3), {"batch_axis": {1: 4}}, "batch_axis={1: 4}", "leading axes and their sizes: {0: 7}"),
+  ((2, 3), {"batch_axis": {-3: 4}}, "batch_axis={-3: 4}", "leading axes and their sizes"),
+  ((2, 3), {"batch_axis": {0: 0}}, "batch_axis[0]=0", "an int of at least 1"),
+])  # fmt: skip
+def test_linear_general_that_makes_no_sense_is_refused(args, options, got, fix):
+  with pytest.raises(InvalidArgumentError) as error:
+    general(*args, **options)
+  lines = str(error.value).split("\n")
+  assert lines[1] == f"  got: {got}"
+  assert lines[2].startswith(f"  fix: pass {fix}")
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_linear_general_under_transforms(hijax):
+  with nnx.use_hijax(hijax):
+    model = general((2, 3), (4, 5), axis=(-2, -1), batch_axis={0: 7})
+  x = jax.random.normal(jax.random.key(0), (7, 6, 2, 3))
+  apply, want = lambda model, x: model(x), model(x)
+  for transform in (jax.jit, nnx.jit, nnx.remat):
+    np.testing.assert_allclose(transform(apply)(model, x), want, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(nnx.merge(*nnx.split(model))(x), want, rtol=1e-6)
+  layers = nnx.vmap(lambda rngs: nnx.LinearGeneral(2, (3, 4), rngs=rngs))(nnx.Rngs(0).split(3))
+  got = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, jnp.ones((5, 2)))
+  assert got.shape == (3, 5, 3, 4)
+  assert not np.allclose(got[0], got[1])
+  assert nnx.graphdef(general(2, 3, batch_axis={0: 7})) == nnx.graphdef(
+    general(2, 3, batch_axis={0: 7})
+  )

@@ -1,253 +1,197 @@
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from refax import nnx
-from refax.errors import InvalidArgumentError, MissingArgumentError, ShapeMismatchError
+from refax.errors import InvalidArgumentError, ShapeMismatchError
 
-NORMS = [nnx.BatchNorm, nnx.LayerNorm]
+NORMS = [nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm]
 
 
-def data(shape=(8, 3), seed=0, dtype=jnp.float32):
+def data(shape=(4, 5, 6), seed=0, dtype=jnp.float32):
   return jnp.asarray(2 + 3 * np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def batch_norm(size=3, **options):
-  return nnx.BatchNorm(size, rngs=nnx.Rngs(0), **options)
+def build(norm, size=6, **options):
+  if norm is nnx.GroupNorm:
+    options = {"num_groups": 3, **options}
+  return norm(size, rngs=nnx.Rngs(0), **options)
+
+
+def by_hand(norm, x, mask=None):
+  """What a new layer makes of `x`, `[batch, time, feature]`."""
+  x = np.asarray(x, np.float64)
+  shape = x.shape
+  if norm is nnx.GroupNorm:
+    x = x.reshape(*shape[:2], 3, 2)
+  mask = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, shape).reshape(x.shape)
+  axes = {"BatchNorm": (0, 1), "GroupNorm": (1, 3), "InstanceNorm": 1}.get(norm.__name__, 2)
+  mean = 0.0 if norm is nnx.RMSNorm else x.mean(axes, keepdims=True, where=mask)
+  y = (x - mean) / np.sqrt(((x - mean) ** 2).mean(axes, keepdims=True, where=mask))
+  return y.reshape(shape)
+
+
+def close(got, want):
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_batch_norm_gives_each_feature_mean_0_and_variance_1(fast):
-  y = batch_norm(use_fast_variance=fast)(data((64, 3)))
-  np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
-  np.testing.assert_allclose(y.var(0), 1, atol=1e-4)
-
-
-def test_training_moves_the_running_statistics_and_evaluation_uses_them():
-  model, x = batch_norm(momentum=0.5), data()
-  model(x)
-  mean, var = 0.5 * x.mean(0), 0.5 + 0.5 * x.var(0)
-  np.testing.assert_allclose(model.mean, mean, rtol=1e-5)
-  np.testing.assert_allclose(model.var, var, rtol=1e-4)
-  model.eval()
-  y = model(x)
-  np.testing.assert_allclose(y, (x - mean) / jnp.sqrt(var + 1e-5), rtol=1e-4)
-  np.testing.assert_allclose(model.mean, mean, rtol=1e-5)  # left as it was
-  model.train()
-  model(x)
-  assert not np.allclose(model.mean, mean)
-
-
-def test_the_argument_of_the_call_goes_before_the_attribute():
-  model, x = batch_norm(), data()
-  model(x, use_running_average=True)
-  assert not model.mean[...].any()
-  model.eval()
-  model(x, use_running_average=False)
-  assert model.mean[...].any()
-
-
-@pytest.mark.parametrize("hijax", [True, False])
-def test_running_statistics_under_plain_jax_transforms(hijax):
-  with nnx.use_hijax(hijax):
-    model, twin = batch_norm(), batch_norm()
-  x = data()
-  want = twin(x)
-
-  def step(model, x):
-    return model(x), model.mean[...]
-
-  for transform in (jax.jit, lambda f: jax.jit(jax.checkpoint(f))):
-    y, mean = transform(step)(model, x)
-    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
-    if hijax:
-      np.testing.assert_allclose(model.mean, twin.mean, rtol=1e-5)
-      twin(x)
-    else:  # what is assigned inside is local to the trace
-      np.testing.assert_allclose(mean, twin.mean, rtol=1e-5)
-      assert not model.mean[...].any()
-
-
-def test_under_grad_of_checkpoint_the_statistics_move_once_and_the_gradient_is_right():
-  model, x = batch_norm(), data()
-  loss = lambda model, x: (model(x) ** 3).sum()
-  by_hand = lambda x: (((x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)) ** 3).sum()
-  want = jax.grad(by_hand)(x)
-  got = jax.jit(jax.grad(jax.checkpoint(loss), argnums=1))(model, x)
-  np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
-  np.testing.assert_allclose(model.mean, 0.01 * x.mean(0), rtol=1e-4)
-
-
-def test_stacked_batch_norms_are_mapped():
-  models = jax.vmap(lambda rngs: nnx.BatchNorm(3, rngs=rngs))(nnx.Rngs(0).split(2))
-  x = data((2, 8, 3))
-  y = jax.vmap(lambda model, x: model(x))(models, x)
-  assert models.mean.shape == (2, 3)
-  for i in range(2):
-    one = batch_norm()
-    np.testing.assert_allclose(y[i], one(x[i]), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(models.mean[i], one.mean, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_statistics_of_half_precision_are_float32(dtype):
-  model = batch_norm(1, momentum=0.0, param_dtype=dtype, dtype=dtype)
-  x = jnp.ones((4096, 1), dtype).at[0].set(2.0)  # the sum is beyond what the dtype counts
-  assert model(x).dtype == dtype
-  assert model.mean.dtype == model.var.dtype == jnp.float32
-  np.testing.assert_allclose(model.mean, 1 + 1 / 4096, rtol=1e-6)
-
-
-def test_complex_numbers_are_normalized():
-  model = batch_norm(momentum=0.0, param_dtype=jnp.complex64)
-  x = data() + 1j * data(seed=1)
-  y = model(x)
-  np.testing.assert_allclose(y.mean(0), 0, atol=1e-5)
-  np.testing.assert_allclose((jnp.abs(y) ** 2).mean(0), 1, atol=1e-4)
-  assert (model.mean.dtype, model.var.dtype) == (jnp.complex64, jnp.float32)
-  with pytest.raises(ShapeMismatchError, match=r"at:  BatchNorm\.mean(.|\n)*complex64"):
-    batch_norm()(x)
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_new_layer_normalizes_and_no_more(norm, fast):
+  close(build(norm, use_fast_variance=fast)(data()), by_hand(norm, data()))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_what_the_mask_leaves_out_does_not_count(norm):
-  x, axis = data((8, 6)), 0 if norm is nnx.BatchNorm else 1
-  mask = jnp.arange(8)[:, None] < 5 if axis == 0 else jnp.arange(6) < 4
-  model = norm(6, rngs=nnx.Rngs(0))
-  y = model(jnp.where(mask, x, 1e3), mask=mask)
-  kept = x[:5] if axis == 0 else x[:, :4]
-  want = (kept - kept.mean(axis, keepdims=True)) / kept.std(axis, keepdims=True)
-  np.testing.assert_allclose(y[:5] if axis == 0 else y[:, :4], want, rtol=1e-3, atol=1e-4)
+  mask = np.random.default_rng(1).random((4, 5, 6)) < 0.7
+  mask[0] = mask[:, 0] = mask[..., 0] = mask[..., 2] = mask[..., 4] = True  # NaN where none is left
+  y = build(norm)(jnp.where(mask, data(), 1e3), mask=mask)
+  close(np.where(mask, y, 0), np.where(mask, by_hand(norm, data(), mask), 0))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_mask_broadcasts(norm):
+  mask = (np.arange(5) < 3)[:, None]
+  got = build(norm)(data(), mask=mask)
+  close(got, build(norm)(data(), mask=np.broadcast_to(mask, (4, 5, 6))))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_mask_of_numbers_counts_what_is_not_0(norm):
-  mask = jnp.arange(8)[:, None] % 3 + jnp.zeros((8, 3), int).at[:, 0].set(1)
-  got, want = (norm(3, rngs=nnx.Rngs(0))(data(), mask=m) for m in (mask, mask > 0))
+  mask = jnp.asarray(np.random.default_rng(1).integers(0, 3, (4, 5, 6)))
+  got, want = (build(norm)(data(), mask=m) for m in (mask, mask > 0))
   np.testing.assert_array_equal(got, want)
 
 
-def test_batch_norm_over_shards_is_that_of_the_whole_batch():
-  """Also where a mask leaves more in one shard than in another, and in groups of shards."""
-  program = """
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import PartitionSpec as P
-    from refax import nnx
-
-    nnx.use_hijax(False)
-    kind = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((4,), ("i",), axis_types=kind)
-    x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
-    mask = np.arange(8)[:, None] % 3 > 0
-
-    def run(x, mask, groups):
-      def step(x, mask):
-        model = nnx.BatchNorm(3, axis_name="i", axis_index_groups=groups, rngs=nnx.Rngs(0))
-        return model(x, mask=mask), model.var[...][None]
-      specs = dict(in_specs=(P("i"), P("i")), out_specs=(P("i"), P("i")), check_vma=False)
-      return jax.jit(jax.shard_map(step, mesh=mesh, **specs))(x, mask)
-
-    def whole(x, mask):
-      model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-      return model(x, mask=mask), model.var[...]
-
-    for mask in (mask, None):
-      got, var = run(x, mask, None)
-      want, want_var = whole(x, mask)
-      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-      np.testing.assert_allclose(var[3], want_var, rtol=1e-5)
-      got, var = run(x, mask, [[0, 1], [2, 3]])
-      for half in (slice(0, 4), slice(4, 8)):
-        want, _ = whole(x[half], None if mask is None else mask[half])
-        np.testing.assert_allclose(got[half], want, rtol=1e-4, atol=1e-5)
-    print("passed")
-  """
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-  run = subprocess.run(
-    [sys.executable, "-c", textwrap.dedent(program)],
-    env={"PYTHONPATH": ":".join(sys.path), **flags},
-    capture_output=True,
-    text=True,
-  )
-  assert run.stdout == "passed\n", run.stderr
-
-
-def test_layer_norm_over_several_axes():
+@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm])
+def test_statistics_over_several_axes(norm):
   x = data((2, 3, 4))
-  model = nnx.LayerNorm(12, reduction_axes=[-2, -1], feature_axes=(1, 2), rngs=nnx.Rngs(0))
+  model = norm(12, reduction_axes=[-2, -1], feature_axes=(1, 2), rngs=nnx.Rngs(0))
   scale = model.scale[...] = data((12,))
-  want = (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True) * scale.reshape(3, 4)
-  np.testing.assert_allclose(model(x), want, rtol=1e-4, atol=1e-4)
+  mean = 0.0 if norm is nnx.RMSNorm else x.mean((1, 2), keepdims=True)
+  root = jnp.sqrt(((x - mean) ** 2).mean((1, 2), keepdims=True))
+  close(model(x), (x - mean) / root * scale.reshape(3, 4))
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_without_scale_and_bias_there_are_no_parameters(norm):
-  model = norm(3, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+  no_bias = {} if norm is nnx.RMSNorm else {"use_bias": False}
+  model = build(norm, use_scale=False, **no_bias)
   assert model.scale is None
   assert model.bias is None
   assert not jax.tree.leaves(nnx.state(model, nnx.Param))
-  assert model(data()).shape == (8, 3)
+  close(model(data()), by_hand(norm, data()))
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_layer_is_a_pytree_with_hashable_structure(norm):
-  model = norm(3, axis_index_groups=None, rngs=nnx.Rngs(0))
-  x = data()
-  np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(model, x), norm(3, rngs=nnx.Rngs(0))(x),
-                             rtol=1e-4, atol=1e-5)  # fmt: skip
-  assert nnx.graphdef(model) == nnx.graphdef(norm(3, rngs=nnx.Rngs(1)))
+def test_metadata_reaches_the_parameters(norm):
+  bias = {} if norm is nnx.RMSNorm else {"bias_metadata": {"tag": "b"}}
+  model = build(norm, scale_metadata={"tag": "s"}, **bias)
+  assert model.scale.tag == "s"
+  assert norm is nnx.RMSNorm or model.bias.tag == "b"
 
 
-@pytest.mark.parametrize(("norm", "at"), [
-  (nnx.BatchNorm, "BatchNorm.mean  (BatchStat"), (nnx.LayerNorm, "LayerNorm.scale  (Param"),
-])  # fmt: skip
-def test_wrong_features_name_layer_place_axis_and_fix(norm, at):
+@pytest.mark.parametrize("norm", NORMS)
+def test_half_precision_comes_back_and_is_computed_in_float32(norm):
+  x = jnp.full((1, 512, 6), 3.0, jnp.bfloat16).at[:, ::2].set(5.0)
+  y = build(norm, dtype=jnp.bfloat16)(x)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(y.astype(jnp.float32), build(norm)(x.astype(jnp.float32)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_layer_under_transforms(norm, hijax):
+  with nnx.use_hijax(hijax):
+    model = build(norm)
+  apply, want = lambda model, x: model(x), by_hand(norm, data())
+  for transform in (jax.jit, nnx.jit, nnx.remat, jax.checkpoint):
+    close(transform(apply)(model, data()), want)
+  close(nnx.merge(*nnx.split(model))(data()), want)
+  gradient = nnx.grad(lambda model: (model(data()) ** 2).sum())(model)
+  close(gradient["scale"][...], 2 * (want**2).sum((0, 1)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_stacked_layers_are_mapped(norm):
+  models = nnx.vmap(lambda rngs: build(norm))(nnx.Rngs(0).split(3))
+  xs = data((3, 4, 5, 6))
+  got = nnx.vmap(lambda model, x: model(x))(models, xs)
+  close(got, np.stack([by_hand(norm, x) for x in xs]))
+
+
+@pytest.mark.parametrize("norm", [nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm])
+def test_statistics_over_a_mapped_axis(norm):
+  """The parts of an axis, mapped one by one, give what the whole gives."""
+  spatial = norm in (nnx.GroupNorm, nnx.InstanceNorm)
+  x, axis, size = (data((4, 6, 6)), 1, 6) if spatial else (data(), 2, 3)
+  parts = jnp.stack(jnp.split(x, 2, axis))
+  model = build(norm, size, axis_name="parts")
+  got = jax.vmap(lambda x: model(x), axis_name="parts")(parts)
+  close(jnp.concatenate(list(got), axis), by_hand(norm, x))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layers_built_alike_have_equal_graphdefs(norm):
+  groups = [[0, 1], [2, 3]]
+  one, other = (build(norm, axis_index_groups=groups) for _ in range(2))
+  assert nnx.graphdef(one) == nnx.graphdef(other)
+  assert hash(nnx.graphdef(one)) == hash(nnx.graphdef(other))
+  assert nnx.graphdef(one) != nnx.graphdef(build(norm))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_wrong_features_name_layer_place_axis_and_fix(norm):
+  at = "BatchNorm.mean  (BatchStat" if norm is nnx.BatchNorm else f"{norm.__name__}.scale  (Param"
   with pytest.raises(ShapeMismatchError) as error:
-    norm(3, rngs=nnx.Rngs(0))(jnp.ones((2, 5)))
+    build(norm)(jnp.ones((2, 3, 5)))
   lines = str(error.value).split("\n")
-  assert lines[0] == f"{norm.__name__} was built for 3 features"
+  assert lines[0] == f"{norm.__name__} was built for 6 features"
   assert lines[1].startswith(f"  at:  {at}, created at test_norm.py:")
-  assert lines[2] == "  got: an input of shape (2, 5), with 5 on axis 1"
+  assert lines[2] == "  got: an input of shape (2, 3, 5), with 5 on axis 2"
   assert lines[3] == (
-    f"  fix: pass an input with 3 features on axis 1, or build {norm.__name__} with 5"
+    f"  fix: pass an input with 6 features on axis 2, or build {norm.__name__} with 5"
   )
 
 
-def test_an_axis_that_the_input_lacks_is_refused():
-  with pytest.raises(ShapeMismatchError, match=r"BatchNorm works on axis 2\n  got: .* \(8, 3\)"):
-    batch_norm(axis=2)(data())
-  with pytest.raises(ShapeMismatchError, match=r"LayerNorm works on axis -3\n  got: .* \(8, 3\)"):
-    nnx.LayerNorm(3, reduction_axes=(-3, -1), rngs=nnx.Rngs(0))(data())
+@pytest.mark.parametrize(("norm", "options", "axis"), [
+  (nnx.BatchNorm, {"axis": 3}, 3),
+  (nnx.LayerNorm, {"reduction_axes": (-4, -1)}, -4),
+  (nnx.RMSNorm, {"reduction_axes": (-4, -1)}, -4),
+  (nnx.GroupNorm, {"reduction_axes": (3, -1)}, 3),
+  (nnx.InstanceNorm, {"feature_axes": -4}, -4),
+])  # fmt: skip
+def test_an_axis_that_the_input_lacks_is_refused(norm, options, axis):
+  name = norm.__name__
+  with pytest.raises(ShapeMismatchError) as error:
+    build(norm, **options)(data())
+  assert str(error.value) == (
+    f"{name} works on axis {axis}\n  got: an input of shape (4, 5, 6)\n"
+    f"  fix: pass an input that has this axis, or build {name} for another one"
+  )
 
 
-@pytest.mark.parametrize("shape", [(8,), (2, 8, 3), (4, 1)])
+@pytest.mark.parametrize("shape", [(4,), (2, 4, 5, 6), (2, 1)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_mask_that_does_not_broadcast_is_refused(norm, shape):
+  model = build(norm)
+  before = jax.tree.map(jnp.array, nnx.state(nnx.to_lojax(model)))
   with pytest.raises(ShapeMismatchError) as error:
-    norm(3, rngs=nnx.Rngs(0))(data(), mask=jnp.ones(shape, bool))
+    model(data(), mask=jnp.ones(shape, bool))
   assert str(error.value) == (
     f"the mask of {norm.__name__} has to broadcast to the input\n"
-    f"  got: a mask of shape {shape} for an input of shape (8, 3)\n"
+    f"  got: a mask of shape {shape} for an input of shape (4, 5, 6)\n"
     "  fix: give it axes of size 1 where it is to be repeated: mask[:, None]"
   )
+  after = nnx.state(nnx.to_lojax(model))
+  jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_batch_norm_that_was_not_told_its_mode_is_refused():
-  model = batch_norm(use_running_average=None)
-  with pytest.raises(MissingArgumentError, match=r"BatchNorm was not told use_running_average"):
-    model(data())
-  assert model(data(), use_running_average=False).shape == (8, 3)
-
-
-@pytest.mark.parametrize(("options", "got"), [
-  ({"axis": (0, 1)}, r"axis=\(0, 1\)"), ({"momentum": 1.5}, "momentum=1.5"),
-  ({"size": 0}, "num_features=0"),
-])  # fmt: skip
-def test_arguments_that_make_no_sense_are_refused(options, got):
-  with pytest.raises(InvalidArgumentError, match=rf"BatchNorm cannot .*\n  got: {got}\n  fix: "):
-    batch_norm(**options)
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_features_and_no_rngs_are_refused(norm):
+  name = norm.__name__
+  with pytest.raises(InvalidArgumentError, match=rf"{name} cannot .*\n  got: num_features=0"):
+    build(norm, 0)
+  with pytest.raises(InvalidArgumentError, match=rf"{name} cannot .*\n  got: rngs=0"):
+    norm(64, rngs=0)

@@ -103,9 +103,67 @@ def test_layer_norm_equals_linen(shape, axes, feature_axes, input_dtype, options
   assert_twins(model, layer, share_weights(model, layer, x), x)
 
 
-def test_masked_layer_norm_equals_linen():
-  model, layer = nnx.LayerNorm(5, rngs=nnx.Rngs(0)), linen.LayerNorm()
-  x, mask = offset(1, (4, 5)), (normal(2, (4, 5)) > -0.5).at[:, 0].set(True)
+@settings(max_examples=12, deadline=None)
+@given(
+  shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
+  axes=st.sampled_from((-1, -2, 0, (-2, -1), (0, -1))),
+  feature_axes=st.sampled_from((-1, -2, 0, (-2, -1))),
+  input_dtype=FLOATS,
+  options=st.fixed_dictionaries({k: v for k, v in COMMON.items() if k != "use_bias"}),
+)
+def test_rms_norm_equals_linen(shape, axes, feature_axes, input_dtype, options):
+  options = options | {"reduction_axes": axes, "feature_axes": feature_axes}
+  where = (feature_axes,) if isinstance(feature_axes, int) else feature_axes
+  size = math.prod(shape[axis] for axis in where)
+  model = nnx.RMSNorm(size, **options, rngs=nnx.Rngs(0))
+  layer = linen.RMSNorm(**options)
+  x = offset(1, shape, input_dtype)
+  assert_twins(model, layer, share_weights(model, layer, x), x)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+  shape=st.sampled_from(((2, 6), (2, 3, 6), (2, 2, 3, 6))),
+  groups=st.sampled_from((1, 2, 3, 6)),
+  by_size=st.booleans(),
+  axes=st.sampled_from((None, (1, -1))),
+  input_dtype=FLOATS,
+  options=st.fixed_dictionaries(COMMON),
+)
+def test_group_norm_equals_linen(shape, groups, by_size, axes, input_dtype, options):
+  count = {"num_groups": None, "group_size": groups} if by_size else {"num_groups": groups}
+  options = options | count | {"reduction_axes": axes}
+  model = nnx.GroupNorm(6, **options, rngs=nnx.Rngs(0))
+  layer = linen.GroupNorm(**options)
+  x = offset(1, shape, input_dtype)
+  assert_twins(model, layer, share_weights(model, layer, x), x)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+  shape=st.sampled_from(((2, 5, 3), (2, 3, 4, 2))),
+  feature_axes=st.sampled_from((-1, 1, (1, -1))),
+  input_dtype=FLOATS,
+  options=st.fixed_dictionaries(COMMON),
+)
+def test_instance_norm_equals_linen(shape, feature_axes, input_dtype, options):
+  options = options | {"feature_axes": feature_axes}
+  where = (feature_axes,) if isinstance(feature_axes, int) else feature_axes
+  model = nnx.InstanceNorm(math.prod(shape[axis] for axis in where), **options, rngs=nnx.Rngs(0))
+  layer = linen.InstanceNorm(**options)
+  x = offset(1, shape, input_dtype)
+  assert_twins(model, layer, share_weights(model, layer, x), x)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"])
+def test_masked_norms_equal_linen(name, dtype, fast):
+  groups = {"num_groups": 2} if name == "GroupNorm" else {}
+  model = getattr(nnx, name)(4, **groups, use_fast_variance=fast, rngs=nnx.Rngs(0))
+  layer = getattr(linen, name)(**groups, use_fast_variance=fast)
+  x = offset(1, (2, 5, 4), dtype)
+  mask = (normal(2, (2, 5, 4)) > -0.5).at[:, :2].set(True)
   variables = share_weights(model, layer, x)
   ours = lambda model, x: model(x, mask=mask)
   assert_twins(model, layer, variables, x, ours=ours, kwargs={"mask": mask})

@@ -307,6 +307,25 @@ def test_what_an_object_by_argument_gains_is_the_last_step_s():
   close(nnx.pop(m, nnx.Intermediate)["seen"][0], 2.0)
 
 
+@pytest.mark.parametrize("axes", [0, nnx.StateAxes({nnx.Param: 0, ...: 0})], ids=["axis", "filter"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_a_sliced_object_gains_is_stacked(axes, reverse):
+  layers = nnx.vmap(lambda rngs: Node(w=nnx.Param(rngs.normal(()))))(nnx.Rngs(0).split(3))
+
+  def step(x, layer):
+    layer.sow(nnx.Intermediate, "seen", x)
+    layer.last = nnx.Variable(x * 2)
+    return x * layer.w
+
+  run = nnx.scan(step, in_axes=(nnx.Carry, axes), out_axes=nnx.Carry, reverse=reverse)
+  run(1.0, layers)
+  w = layers.w[...]
+  want = [w[1] * w[2], w[2], 1.0] if reverse else [1.0, w[0], w[0] * w[1]]
+  close(layers.last[...], 2 * jnp.array(want))
+  (seen,) = nnx.pop(layers, nnx.Intermediate)["seen"]
+  close(seen, want)
+
+
 @pytest.mark.parametrize("outer", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jax", "nnx"])
 def test_state_by_closure_is_carried(outer):
   m = Node(count=nnx.Variable(0), stat=nnx.BatchStat(1.0))

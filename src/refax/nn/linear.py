@@ -1,6 +1,8 @@
-"""Linear: the affine map."""
+"""Linear and LinearGeneral: affine maps of one axis, and of several."""
 
-from collections.abc import Callable, Mapping
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +12,7 @@ from jax import lax
 
 from refax.core.module import Module
 from refax.core.variable import Param
+from refax.errors import InvalidArgumentError, ShapeMismatchError
 from refax.nn import check, dtypes, initializers
 from refax.rngs import Rngs
 from refax.typing import ArrayLike, Dtype, Initializer, PrecisionLike
@@ -104,3 +107,157 @@ class Linear(Module):
       **{name: value for name, value in wanted.items() if value is not None},
     )
     return y if bias is None else y + bias
+
+
+class LinearGeneral(Module):
+  """Affine map of several axes to several others, with weights for each index of batch axes.
+
+  Args:
+    in_features: sizes of the axes `axis` of the input, in the order in which the input has them.
+    out_features: sizes of the axes that take their place, at the end of the output.
+    axis: the axes to map.
+    batch_axis: leading axes and their sizes, such as `{0: 7}`; each index has its own weights.
+    use_bias: whether to add a bias; without one `bias` is None.
+    dtype: what to compute in; by default what input and parameters promote to.
+    param_dtype: the dtype of the parameters.
+    kernel_init: initializer of the kernel `[*batch, *in_features, *out_features]`; called for a
+      matrix `[batch * inputs, outputs]`.
+    bias_init: initializer of the bias `[*batch, *out_features]`; called for a vector.
+    precision: of the product, as in `jax.lax.dot_general`.
+    promote_dtype: as in `nnx.Linear`.
+    dot_general: the product; by default `jax.lax.dot_general`.
+    dot_general_cls: a function without arguments that makes `dot_general`; goes before it.
+    preferred_element_type: the dtype to accumulate in, as in `jax.lax.dot_general`.
+    rngs: the stream `params` initialises the parameters.
+    kernel_metadata: metadata of the kernel, such as a sharding.
+    bias_metadata: metadata of the bias.
+
+  Raises:
+    InvalidArgumentError: a size or an axis makes no sense, or there are more of one.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> heads = nnx.LinearGeneral(16, (4, 8), rngs=nnx.Rngs(0))
+  >>> heads(jnp.ones((2, 5, 16))).shape
+  (2, 5, 4, 8)
+  >>> nnx.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=nnx.Rngs(0))(jnp.ones((2, 5, 4, 8))).shape
+  (2, 5, 16)
+  """
+
+  def __init__(
+    self,
+    in_features: int | Sequence[int],
+    out_features: int | Sequence[int],
+    *,
+    axis: int | Sequence[int] = -1,
+    batch_axis: Mapping[int, int] = MappingProxyType({}),
+    use_bias: bool = True,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    kernel_init: Initializer = initializers.default_kernel_init,
+    bias_init: Initializer = initializers.zeros,
+    precision: PrecisionLike = None,
+    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+    dot_general: Callable[..., jax.Array] | None = None,
+    dot_general_cls: Callable[[], Callable[..., jax.Array]] | None = None,
+    preferred_element_type: Dtype | None = None,
+    rngs: Rngs,
+    kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+    bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+  ):
+    self.in_features = _sizes("in_features", in_features)
+    self.out_features = _sizes("out_features", out_features)
+    self.axis = tuple(map(operator.index, axis if isinstance(axis, Sequence) else (axis,)))
+    if len(self.axis) != len(self.in_features):
+      want = f"{len(self.in_features)} axes, one for each of in_features={self.in_features}"
+      raise InvalidArgumentError.value("LinearGeneral", "axis", axis, want)
+    self.batch_axis = _batch(batch_axis)
+    batch = tuple(size for _, size in self.batch_axis)
+    rngs = check.streams("LinearGeneral", rngs)
+    # One matrix for all: so the initializers see how many numbers each output is a sum of.
+    inputs, outputs = (*batch, *self.in_features), self.out_features
+    kernel = kernel_init(rngs.params(), (math.prod(inputs), math.prod(outputs)), param_dtype)
+    self.kernel = Param(kernel.reshape(*inputs, *outputs), **kernel_metadata)
+    self.bias: Param[jax.Array] | None = None
+    if use_bias:
+      shape = (*batch, *outputs)
+      bias = bias_init(rngs.params(), (math.prod(shape),), param_dtype)
+      self.bias = Param(bias.reshape(shape), **bias_metadata)
+    self.use_bias = use_bias
+    self.dtype = dtype
+    self.param_dtype = param_dtype
+    self.precision = precision
+    self.promote_dtype = promote_dtype
+    self.dot_general = dot_general
+    self.dot_general_cls = dot_general_cls
+    self.preferred_element_type = preferred_element_type
+
+  def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
+    """Map the axes.
+
+    Args:
+      inputs: an array with axes `axis` of the sizes `in_features`, and `batch_axis` in front.
+      out_sharding: the sharding of the output, where the mesh has explicit axes.
+
+    Returns:
+      `[*batch, ..., *out_features]`: the mapped axes are gone, the others stay in their order.
+
+    Raises:
+      ShapeMismatchError: the axes have other sizes.
+    """
+    x = check.as_input(inputs)
+    batch, axes = self._axes(x)
+    bias = None if self.bias is None else self.bias[...]
+    x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+    dot_general = self.dot_general or lax.dot_general
+    if self.dot_general_cls is not None:
+      dot_general = self.dot_general_cls()
+    contracted = tuple(range(len(batch), len(batch) + len(axes)))
+    # A user's `dot_general` may not know these two: they are passed only where they are wanted.
+    wanted = {"preferred_element_type": self.preferred_element_type, "out_sharding": out_sharding}
+    y = dot_general(
+      x,
+      kernel,
+      ((axes, contracted), (batch, batch)),
+      precision=self.precision,
+      **{name: value for name, value in wanted.items() if value is not None},
+    )
+    if bias is None:
+      return y
+    return y + jnp.expand_dims(bias, tuple(range(len(batch), y.ndim - len(self.out_features))))
+
+  def _axes(self, x: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The batch axes of `x` and those to map, none negative; raises ShapeMismatchError."""
+    batch = check.normalized_axes("LinearGeneral", x, [axis for axis, _ in self.batch_axis])
+    axes = check.normalized_axes("LinearGeneral", x, self.axis)
+    sizes = tuple(size for _, size in self.batch_axis)
+    for what, where, want in (("has batch", batch, sizes), ("maps", axes, self.in_features)):
+      got = tuple(x.shape[axis] for axis in where)
+      if got != want:
+        raise ShapeMismatchError(
+          f"LinearGeneral {what} axes of sizes {want}",
+          at=check.origin(self.kernel),
+          got=f"an input of shape {x.shape}, with {got} on axes {where}",
+          fix=f"pass an input with {want} on these axes, or build LinearGeneral with {got}",
+        )
+    if set(axes) & set(batch):
+      raise ShapeMismatchError(
+        "LinearGeneral cannot map a batch axis",
+        at=check.origin(self.kernel),
+        got=f"an input of shape {x.shape}, with batch axes {batch} and axis={self.axis}",
+        fix="pass an input with more axes, or build LinearGeneral with another axis=",
+      )
+    return batch, axes
+
+
+def _sizes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+  sizes = value if isinstance(value, Sequence) else (value,)
+  return tuple(check.size("LinearGeneral", name, size) for size in sizes)
+
+
+def _batch(batch_axis: Mapping[int, int]) -> tuple[tuple[int, int], ...]:
+  """Batch axes and their sizes, hashable; they have to be the leading axes."""
+  if sorted(batch_axis) != list(range(len(batch_axis))):
+    want = "leading axes and their sizes: {0: 7}, or {0: 7, 1: 3}"
+    raise InvalidArgumentError.value("LinearGeneral", "batch_axis", dict(batch_axis), want)
+  items = sorted(batch_axis.items())
+  return tuple((i, check.size("LinearGeneral", f"batch_axis[{i}]", n)) for i, n in items)

@@ -1,5 +1,7 @@
 """Normalization: inputs of mean 0 and variance 1, then scaled and shifted as is learned.
 
+Here is what all normalizations share, and the two that work on each example's features.
+
 Statistics are computed in float32 or better whatever the dtype of the input. The fast variance is
 `E[|x|^2] - |E[x]|^2`, in one pass over the input; the other one is `E[|x - E[x]|^2]`.
 """
@@ -14,14 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from refax.core.module import Module
-from refax.core.variable import BatchStat, Param
-from refax.errors import InvalidArgumentError, MissingArgumentError
+from refax.core.variable import Param
 from refax.nn import check, dtypes, initializers
 from refax.rngs import Rngs
 from refax.typing import ArrayLike, Dtype, Initializer
 
 
-class _Norm(Module):
+class Norm(Module):
   """What normalizations share: a scale, a bias, and how statistics are computed and applied."""
 
   axis_name: str | None
@@ -35,14 +36,24 @@ class _Norm(Module):
 
   def _statistics(self, x: jax.Array, axes: Sequence[int], mask: Any) -> tuple[Any, Any]:
     """Mean and variance over `axes`, which stay as axes of size 1."""
-    mask = check.mask(type(self).__name__, x, mask)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.promote_types(self.dtype or x.dtype, jnp.float32)))
+    x, mask = self._wide(x, mask)
     if self.use_fast_variance:
       mean, square = self._means((x, _abs_square(x)), axes, mask)
       return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
     (mean,) = self._means((x,), axes, mask)
     (var,) = self._means((_abs_square(x - mean),), axes, mask)
     return mean, var
+
+  def _mean_square(self, x: jax.Array, axes: Sequence[int], mask: Any) -> jax.Array:
+    """Mean of `|x|^2` over `axes`, which stay as axes of size 1."""
+    x, mask = self._wide(x, mask)
+    return self._means((_abs_square(x),), axes, mask)[0]
+
+  def _wide(self, x: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The input in the dtype that statistics are computed in, and a mask that fits it."""
+    mask = check.mask(type(self).__name__, x, mask)
+    dtype = jnp.promote_types(self.dtype or x.dtype, jnp.float32)
+    return x.astype(jnp.promote_types(x.dtype, dtype)), mask
 
   def _means(self, xs: Sequence[jax.Array], axes: Sequence[int], mask: Any) -> Sequence[Any]:
     """Means over `axes` and the mapped axis `axis_name`, with one collective for all of them."""
@@ -71,135 +82,7 @@ class _Norm(Module):
     return y.astype(dtype)
 
 
-class BatchNorm(_Norm):
-  """Normalize each feature over the batch, and keep running statistics for evaluation.
-
-  It is built for training: `model.eval()` switches to the running statistics, `mean` and `var`.
-  In training they move in place: `mean = momentum * mean + (1 - momentum) * batch_mean`.
-
-  Args:
-    num_features: the number of features.
-    use_running_average: whether to normalize with the running statistics and leave them as they
-      are; None to be told at each call.
-    axis: the axis of the features.
-    momentum: how much of the running statistics stays at each step.
-    epsilon: added to the variance.
-    dtype: the dtype of the output; by default what input and parameters promote to.
-    param_dtype: the dtype of the parameters.
-    use_bias: whether to add a bias; without one `bias` is None.
-    use_scale: whether to multiply with a scale; without one `scale` is None.
-    bias_init: initializer of the bias `[num_features]`.
-    scale_init: initializer of the scale `[num_features]`.
-    axis_name: an axis of `jax.vmap` or `jax.shard_map` to take statistics over as well.
-    axis_index_groups: groups of indices of that axis, each with statistics of its own.
-    use_fast_variance: whether to compute the variance in one pass.
-    promote_dtype: as in `nnx.Linear`; decides the dtype of the output.
-    rngs: the stream `params` initialises the parameters.
-    bias_metadata: metadata of the bias.
-    scale_metadata: metadata of the scale.
-
-  Raises:
-    InvalidArgumentError: `num_features`, `axis` or `momentum` makes no sense.
-
-  >>> from refax import nnx; import jax.numpy as jnp
-  >>> norm = nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
-  >>> norm(jnp.array([[1.0], [3.0]])).round(3).tolist(), norm.mean[...].tolist()
-  ([[-1.0], [1.0]], [1.0])
-  >>> norm.eval(); norm(jnp.array([[1.0]])).tolist()
-  [[0.0]]
-  """
-
-  def __init__(
-    self,
-    num_features: int,
-    *,
-    use_running_average: bool | None = False,
-    axis: int = -1,
-    momentum: float = 0.99,
-    epsilon: float = 1e-5,
-    dtype: Dtype | None = None,
-    param_dtype: Dtype = jnp.float32,
-    use_bias: bool = True,
-    use_scale: bool = True,
-    bias_init: Initializer = initializers.zeros,
-    scale_init: Initializer = initializers.ones,
-    axis_name: str | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    use_fast_variance: bool = True,
-    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-    rngs: Rngs,
-    bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-    scale_metadata: Mapping[str, Any] = MappingProxyType({}),
-  ):
-    if not isinstance(axis, int):
-      raise InvalidArgumentError.value("BatchNorm", "axis", axis, "one int")
-    if not 0 <= momentum <= 1:
-      raise InvalidArgumentError.value("BatchNorm", "momentum", momentum, "a number from 0 to 1")
-    self.num_features = check.size("BatchNorm", "num_features", num_features)
-    shape = (self.num_features,)
-    rngs = check.streams("BatchNorm", rngs)
-    self.mean = BatchStat(jnp.zeros(shape, jnp.promote_types(param_dtype, jnp.float32)))
-    self.var = BatchStat(jnp.ones(shape, jnp.finfo(self.mean.dtype).dtype))
-    self.scale = _parameter(use_scale, scale_init, rngs, shape, param_dtype, scale_metadata)
-    self.bias = _parameter(use_bias, bias_init, rngs, shape, param_dtype, bias_metadata)
-    self.use_running_average = use_running_average
-    self.axis = axis
-    self.momentum = momentum
-    self.epsilon = epsilon
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.use_bias = use_bias
-    self.use_scale = use_scale
-    self.axis_name = axis_name
-    self.axis_index_groups = _groups(axis_index_groups)
-    self.use_fast_variance = use_fast_variance
-    self.promote_dtype = promote_dtype
-
-  def __call__(
-    self,
-    x: ArrayLike,
-    use_running_average: bool | None = None,
-    *,
-    mask: ArrayLike | None = None,
-  ) -> jax.Array:
-    """Normalize, and in training update the running statistics.
-
-    Args:
-      x: an array with `num_features` features on its axis `axis`.
-      use_running_average: goes before the attribute, if not None.
-      mask: True where an element is to count in the statistics; broadcasts to `x`.
-
-    Returns:
-      An array of the shape of `x`.
-
-    Raises:
-      MissingArgumentError: `use_running_average` is None in both places.
-      ShapeMismatchError: `x` has other features, or the mask does not broadcast to it.
-    """
-    if use_running_average is None:
-      use_running_average = self.use_running_average
-    if use_running_average is None:
-      raise MissingArgumentError.flag("BatchNorm", "use_running_average")
-    x = check.as_input(x)
-    axes = check.features("BatchNorm", x, (self.axis,), self.num_features, (self.mean,))
-    others = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    if use_running_average:
-      mean, var = (jnp.expand_dims(v[...], others) for v in (self.mean, self.var))
-    else:
-      mean, var = self._statistics(x, others, mask)
-      self._move(self.mean, mean)
-      self._move(self.var, var)
-    return self._normalize(x, mean, var, axes)
-
-  def _move(self, running: BatchStat, new: jax.Array) -> None:
-    """Move a running statistic towards that of the batch."""
-    new = new.reshape(running.shape)
-    if jnp.isrealobj(new):  # float64 into float32, but complex into real is an error
-      new = new.astype(running.dtype)
-    running[...] = self.momentum * running[...] + (1 - self.momentum) * new
-
-
-class LayerNorm(_Norm):
+class LayerNorm(Norm):
   """Normalize each example over its features.
 
   Args:
@@ -254,17 +137,17 @@ class LayerNorm(_Norm):
     self.num_features = check.size("LayerNorm", "num_features", num_features)
     shape = (self.num_features,)
     rngs = check.streams("LayerNorm", rngs)
-    self.scale = _parameter(use_scale, scale_init, rngs, shape, param_dtype, scale_metadata)
-    self.bias = _parameter(use_bias, bias_init, rngs, shape, param_dtype, bias_metadata)
+    self.scale = parameter(use_scale, scale_init, rngs, shape, param_dtype, scale_metadata)
+    self.bias = parameter(use_bias, bias_init, rngs, shape, param_dtype, bias_metadata)
     self.epsilon = epsilon
     self.dtype = dtype
     self.param_dtype = param_dtype
     self.use_bias = use_bias
     self.use_scale = use_scale
-    self.reduction_axes = _axes(reduction_axes)
-    self.feature_axes = _axes(feature_axes)
+    self.reduction_axes = axis_tuple(reduction_axes)
+    self.feature_axes = axis_tuple(feature_axes)
     self.axis_name = axis_name
-    self.axis_index_groups = _groups(axis_index_groups)
+    self.axis_index_groups = group_tuples(axis_index_groups)
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
 
@@ -289,11 +172,95 @@ class LayerNorm(_Norm):
     return self._normalize(x, mean, var, axes)
 
 
+class RMSNorm(Norm):
+  """Divide each example by the root of the mean square of its features; the mean stays.
+
+  As in "Root Mean Square Layer Normalization", Zhang and Sennrich 2019, arXiv:1910.07467.
+
+  Args:
+    num_features: the number of features: the product of the sizes of `feature_axes`.
+    epsilon: added to the mean square.
+    dtype: the dtype of the output; by default what input and parameters promote to.
+    param_dtype: the dtype of the scale.
+    use_scale: whether to multiply with a scale; without one `scale` is None.
+    scale_init: initializer of the scale `[num_features]`.
+    reduction_axes: the axes to take the mean over.
+    feature_axes: the axes that the scale belongs to.
+    axis_name: an axis of `jax.vmap` or `jax.shard_map` to take the mean over as well.
+    axis_index_groups: groups of indices of that axis, each with a mean of its own.
+    use_fast_variance: without effect, for there is no mean to subtract.
+    promote_dtype: as in `nnx.Linear`; decides the dtype of the output.
+    rngs: the stream `params` initialises the scale.
+    scale_metadata: metadata of the scale.
+
+  Raises:
+    InvalidArgumentError: `num_features` is not a positive int.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> norm = nnx.RMSNorm(2, rngs=nnx.Rngs(0))
+  >>> norm(jnp.array([3.0, 3.0])).round(3).tolist()
+  [1.0, 1.0]
+  """
+
+  bias: Param[jax.Array] | None = None
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    epsilon: float = 1e-6,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    use_scale: bool = True,
+    scale_init: Initializer = initializers.ones,
+    reduction_axes: int | Sequence[int] = -1,
+    feature_axes: int | Sequence[int] = -1,
+    axis_name: str | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    use_fast_variance: bool = True,
+    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
+    rngs: Rngs,
+    scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+  ):
+    self.num_features = check.size("RMSNorm", "num_features", num_features)
+    shape = (self.num_features,)
+    rngs = check.streams("RMSNorm", rngs)
+    self.scale = parameter(use_scale, scale_init, rngs, shape, param_dtype, scale_metadata)
+    self.epsilon = epsilon
+    self.dtype = dtype
+    self.param_dtype = param_dtype
+    self.use_scale = use_scale
+    self.reduction_axes = axis_tuple(reduction_axes)
+    self.feature_axes = axis_tuple(feature_axes)
+    self.axis_name = axis_name
+    self.axis_index_groups = group_tuples(axis_index_groups)
+    self.use_fast_variance = use_fast_variance
+    self.promote_dtype = promote_dtype
+
+  def __call__(self, x: ArrayLike, mask: ArrayLike | None = None) -> jax.Array:
+    """Normalize.
+
+    Args:
+      x: an array with `num_features` features on its axes `feature_axes`.
+      mask: True where an element is to count in the mean; broadcasts to `x`.
+
+    Returns:
+      An array of the shape of `x`.
+
+    Raises:
+      ShapeMismatchError: `x` has other features, or the mask does not broadcast to it.
+    """
+    x = check.as_input(x)
+    axes = check.features("RMSNorm", x, self.feature_axes, self.num_features, (self.scale,))
+    reduced = check.normalized_axes("RMSNorm", x, self.reduction_axes)
+    return self._normalize(x, 0.0, self._mean_square(x, reduced, mask), axes)
+
+
 def _abs_square(x: jax.Array) -> jax.Array:
   return lax.square(x.real) + lax.square(x.imag) if jnp.iscomplexobj(x) else lax.square(x)
 
 
-def _parameter(
+def parameter(
   use: bool,
   init: Initializer,
   rngs: Rngs,
@@ -301,14 +268,15 @@ def _parameter(
   dtype: Dtype,
   metadata: Mapping[str, Any],
 ) -> Param[jax.Array] | None:
+  """A Param if it is used: a scale or a bias of a normalization."""
   return Param(init(rngs.params(), shape, dtype), **metadata) if use else None
 
 
-def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
+def axis_tuple(axes: int | Sequence[int]) -> tuple[int, ...]:
   """Axes as a tuple, which is hashable."""
   return tuple(map(operator.index, axes if isinstance(axes, Sequence) else (axes,)))
 
 
-def _groups(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+def group_tuples(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
   """Groups as tuples, which are hashable."""
   return None if groups is None else tuple(map(tuple, groups))

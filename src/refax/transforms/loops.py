@@ -47,7 +47,9 @@ def scan(
 
   Returns:
     A function with the arguments of `f`, that returns what `f` returns: the carry after the last
-    step and stacked results. Mapped state is written back along its axis.
+    step and stacked results. Mapped state is written back along its axis; what a mapped argument
+    gains (an attribute that `sow` adds) is stacked along axis 0, what a shared one gains is that
+    of the last step.
 
   Raises:
     TreeMismatchError: axes do not fit, lengths differ, or the carry changes its structure.
@@ -327,7 +329,8 @@ class _Scan:
       {i: values[i] for i in self.sliced},
     )
     prefixes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
-    before = [e for p, e in zip(prefixes, self.inputs.arguments, strict=False) if p is Carry]
+    self.prefixes = list(zip(prefixes, self.inputs.arguments, strict=False))
+    before = [entry for prefix, entry in self.prefixes if prefix is Carry]
     pairs = functools.partial(self._pairs, before, out_axes)
     what = "the function of nnx.scan"
     self.staged, self.carry, self.values = _stage_carried(
@@ -375,8 +378,9 @@ class _Scan:
 
   def _fresh(self, stacked: dict[int, Any], last: _State, end: int) -> list[Any]:
     """The new leaves: the last carry, and results stacked along their axis, or the last of them."""
-    outputs, axes = self.staged.outputs, {}
+    outputs = self.staged.outputs
     leaves = [*self.inputs.leaves, *outputs.fresh]
+    axes = self._gained_axes(leaves)
     for prefix, entry in self.results:
       axes |= assign(prefix, entry, outputs.spec.graphdef, leaves, "out_axes")
     fresh = []
@@ -389,6 +393,16 @@ class _Scan:
       else:
         fresh.append(move(stacked[i], 0, axis))
     return fresh
+
+  def _gained_axes(self, leaves: list[Any]) -> dict[int, Any]:
+    """Axis 0 for the leaves that sliced arguments have gained: each step had a slice of its own."""
+    axes: dict[int, Any] = {}
+    for prefix, entry in self.prefixes:
+      if prefix is not Carry:
+        graphdef = self.staged.outputs.spec.graphdef
+        found = assign(prefix, entry, graphdef, leaves, "in_axes")
+        axes |= {i: 0 for i, axis in found.items() if isinstance(axis, int)}
+    return axes
 
 
 def out_parts(out_axes: Any, root: tuple, what: str = "out_axes") -> list[tuple[Any, tuple]]:

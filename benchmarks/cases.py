@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from benchmarks import dispatch, mlp, process
+from benchmarks import dispatch, mlp, process, transformer
 from benchmarks.measure import Case
 
 CASES: dict[str, Case] = {
@@ -11,6 +11,7 @@ CASES: dict[str, Case] = {
   "dispatch, 400 Variables": Case(partial(dispatch.dispatch, 400)),
   "train step, depth 4": Case(partial(mlp.train, 4)),
   "train step, depth 32": Case(partial(mlp.train, 32)),
+  "transformer, 4 blocks": Case(partial(transformer.train, 4)),
   "evaluation, depth 4": Case(partial(mlp.evaluate, 4)),
   "evaluation, depth 32": Case(partial(mlp.evaluate, 32)),
   "construction, 64 Linears": Case(partial(mlp.construct, 64)),

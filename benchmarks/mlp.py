@@ -6,15 +6,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx as flax
 
 from benchmarks.dispatch import threaded
 from benchmarks.measure import BASE, Steps
+from benchmarks.training import TX, functional, train_step, train_steps, trained
 from refax import nnx
 
 SIZE, BATCH = 64, 32
-TX = optax.adam(1e-3)
 
 
 def data() -> tuple[jax.Array, jax.Array]:
@@ -45,56 +44,11 @@ def mlp(lib: Any, depth: int) -> Any:
   return MLP(lib.Rngs(0))
 
 
-def train_step(lib: Any) -> Callable:
-  def step(model, optimizer, x, y):
-    loss, grads = lib.value_and_grad(lambda m: ((m(x) - y) ** 2).mean())(model)
-    optimizer.update(model, grads)
-    return loss
-
-  return step
-
-
-def trained(lib: Any, depth: int) -> tuple[Any, Any]:
-  model = mlp(lib, depth)
-  return model, lib.Optimizer(model, TX, wrt=lib.Param)
-
-
-def functional(depth: int) -> tuple[Callable, Any]:
-  """The train step as `(arrays, x, y) -> (arrays, loss)`; objects exist while it is traced."""
-  graphdef, state = nnx.split(nnx.to_lojax(trained(nnx, depth)))
-  leaves, treedef = jax.tree.flatten(state)
-  run = train_step(nnx)
-
-  def step(leaves, x, y):
-    objects = nnx.merge(graphdef, treedef.unflatten(leaves))
-    loss = run(*objects, x, y)
-    return jax.tree.leaves(nnx.split(objects)[1]), loss
-
-  return step, leaves
-
-
 def train(depth: int) -> Steps:
-  x, y = data()
-  by_hand, leaves = functional(depth)
-  fast, plain, flax_jit = (
-    nnx.jit(train_step(nnx)),
-    jax.jit(train_step(nnx)),
-    flax.jit(train_step(flax)),
-  )
-  one, two, three = trained(nnx, depth), trained(nnx, depth), trained(flax, depth)
-  cached = flax.cached_partial(flax.jit(train_step(flax)), *trained(flax, depth))
-  partial = flax.jit_partial(train_step(flax), *trained(flax, depth), graph=False)
+  steps = train_steps(lambda lib: mlp(lib, depth), *data())
   donating = eqx.filter_jit(equinox_step, donate="all-except-first")
   equinox = lambda state, batch: donating(batch, state)
-  return {
-    BASE: threaded(jax.jit(by_hand, donate_argnums=0), leaves, x, y),
-    "Refax nnx.jit": lambda: fast(*one, x, y),
-    "Refax, jax.jit": lambda: plain(*two, x, y),
-    "Flax nnx.jit": lambda: flax_jit(*three, x, y),
-    "Flax cached_partial": lambda: cached(x, y),
-    "Flax jit_partial": lambda: partial(x, y),
-    "Equinox filter_jit": threaded(equinox, equinox_trained(depth), (x, y)),
-  }
+  return steps | {"Equinox filter_jit": threaded(equinox, equinox_trained(depth), data())}
 
 
 def evaluate(depth: int) -> Steps:
@@ -159,8 +113,9 @@ def construct(n: int) -> Steps:
 def compile_step(depth: int) -> Steps:
   """Tracing and compiling a train step, from nothing."""
   x, y = data()
-  by_hand, leaves = functional(depth)
-  ours, theirs = trained(nnx, depth), trained(flax, depth)
+  build = lambda lib: mlp(lib, depth)
+  by_hand, leaves = functional(build)
+  ours, theirs = trained(nnx, build), trained(flax, build)
   state = equinox_trained(depth)
 
   def afresh(compile_it: Callable[[], Any]) -> Callable[[], Any]:

@@ -10,8 +10,11 @@ RefaxError
 ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
 ├── AliasError                (ValueError)   one cell in two places that must be apart
 ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
+├── MissingHyperparamError    (KeyError)     a hyper-parameter that an optimizer does not keep
 ├── RngKeyError               (ValueError)   neither a seed nor a PRNG key
 ├── MissingArgumentError      (TypeError)    a layer that was not told what it needs
+├── CheckpointFormatError     (ValueError)   a file that breaks the rules of its format
+├── CheckpointMismatchError   (ValueError)   a file that does not fit the model
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
@@ -234,6 +237,15 @@ class TreeMismatchError(RefaxError, ValueError):
       fix="compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with",
     )
 
+  @classmethod
+  def averages(cls, path: str, got: str):
+    return cls(
+      "the model does not have the structure of the averages",
+      at=path,
+      got=got,
+      fix="pass the model that the EMA was built for, or build an EMA for this one",
+    )
+
 
 class FilterError(RefaxError, ValueError):
   """Filters that do not cover what they split, or that make no sense."""
@@ -422,6 +434,24 @@ class MissingRngError(RefaxError, AttributeError, KeyError):
     )
 
 
+class MissingHyperparamError(RefaxError, KeyError):
+  """A hyper-parameter that an optimizer does not keep in its state."""
+
+  @classmethod
+  def name(cls, name: str, known: list[str], count: int):
+    if count > 1:
+      return cls(
+        f"several transformations have a hyper-parameter {name!r}",
+        got=f"optimizer.hyperparams[{name!r}] with {count} of that name",
+        fix="read and write their Variables in optimizer.opt_state",
+      )
+    return cls(
+      f"no hyper-parameter {name!r}",
+      got=f"an Optimizer with {', '.join(known) or 'none in its state'}",
+      fix="build the transformation by optax.inject_hyperparams(optax.adam)(learning_rate=...)",
+    )
+
+
 class RngKeyError(RefaxError, ValueError):
   """Something that is no seed and no PRNG key."""
 
@@ -486,6 +516,105 @@ class MissingArgumentError(RefaxError, TypeError):
       f"{layer} was not told {name}",
       got="None, both when it was built and when it was called",
       fix=f"pass {name}=True or False, or call model.train() / model.eval()",
+    )
+
+  @classmethod
+  def keyword(cls, metric: str, name: str, given: list[str], at: Any):
+    return cls(
+      f"{metric} was not given {name}",
+      at=at,
+      got=f"the keyword arguments {', '.join(given)}" if given else "no keyword argument",
+      fix=f"call update({name}=...), or build {metric} with another argname",
+    )
+
+
+class CheckpointFormatError(RefaxError, ValueError):
+  """A file of tensors that breaks the rules of its format."""
+
+  @classmethod
+  def file(cls, path: Any, problem: str):
+    return cls(
+      "this is no safetensors file, or it is damaged",
+      at=path,
+      got=problem,
+      fix="download or save it again; nothing has been loaded",
+    )
+
+  @classmethod
+  def midway(cls, path: Any, problem: str, loaded: int):
+    return cls(
+      "the file could not be read to its end",
+      at=path,
+      got=f"{problem}, after {loaded} tensors",
+      fix="do not change a file while it is loaded; what comes first in the model is already "
+      "written, and `with nnx.transaction(model):` would undo that",
+    )
+
+
+class CheckpointMismatchError(RefaxError, ValueError):
+  """A file of tensors does not fit the model; nothing has been loaded."""
+
+  @classmethod
+  def table(cls, path: Any, rows: list[tuple[str, str, str, str, str]]):
+    head = ("in the file", "in the model", "the file has", "the model has", "what to do")
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [
+      "    " + "  ".join(f"{cell:{n}}" for cell, n in zip(row, widths, strict=True)).rstrip()
+      for row in (head, *rows)
+    ]
+    number = "one mismatch" if len(rows) == 1 else f"{len(rows)} mismatches"
+    return cls(
+      "the file does not fit the model; nothing has been loaded",
+      at=path,
+      got="\n".join([number, *lines]),
+      fix="the last column says it for each tensor",
+    )
+
+
+class ExportError(RefaxError, ValueError):
+  """A function that cannot be exported, or an exported one that is called in another way."""
+
+  @classmethod
+  def argument(cls, index: int, got: str):
+    return cls(
+      "an argument of nnx.export is an object with state, or arrays",
+      at=f"argument {index}",
+      got=got,
+      fix="pass Modules and Variables as arguments of their own, and arrays in others",
+    )
+
+  @classmethod
+  def closure(cls, origin: Any):
+    return cls(
+      "an exported function reaches all state by its arguments",
+      at=origin,
+      got="a Variable that came by closure",
+      fix="pass the object that holds it as an argument: nnx.export(f, model, x)",
+    )
+
+  @classmethod
+  def result(cls, got: str):
+    return cls(
+      "an exported function returns arrays, and leaves the structure of its arguments",
+      got=got,
+      fix="return x[...] for a Variable; create caches and other attributes before the export",
+    )
+
+  @classmethod
+  def call(cls, name: str, problem: str):
+    return cls(
+      f"{name} was exported for other arguments",
+      got=problem,
+      fix="pass arrays of the shapes and dtypes of the export, or export it with others",
+    )
+
+  @classmethod
+  def folder(cls, path: Any, problem: str):
+    return cls(
+      "this folder holds no exported function, or it is damaged",
+      at=path,
+      got=problem,
+      fix="export and save it again",
     )
 
 

@@ -33,6 +33,8 @@ from refax.graph.state import (
   to_pure_dict,
 )
 from refax.graph.storage import to_hijax, to_lojax
+from refax.io.export import ExportedFunction, export, load_exported
+from refax.io.safetensors import load_safetensors, save_safetensors
 from refax.nn import initializers
 from refax.nn.activations import (
   PReLU,
@@ -98,6 +100,12 @@ from refax.nn.transformer import (
 )
 from refax.nn.weight_norm import SpectralNorm, WeightNorm
 from refax.rngs import RngCount, RngKey, Rngs, RngState, RngStream, reseed
+from refax.train import metrics
+from refax.train.ema import EMA, EMAState
+from refax.train.finite import all_finite
+from refax.train.hyperparams import Hyperparams
+from refax.train.metric import Metric
+from refax.train.multi_metric import MultiMetric
 from refax.train.optimizer import Optimizer, OptState
 from refax.transforms.abstract import eval_shape, make_jaxpr
 from refax.transforms.accumulate import accumulate_grads
@@ -134,16 +142,20 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Dict",
   "DiffState",
   "Dropout",
+  "EMA",
+  "EMAState",
   "Effects",
   "Einsum",
   "Embed",
   "Everything",
+  "ExportedFunction",
   "FeedForward",
   "Filter",
   "FlatState",
   "GRUCell",
   "GraphDef",
   "GroupNorm",
+  "Hyperparams",
   "InstanceNorm",
   "Intermediate",
   "LSTMCell",
@@ -154,8 +166,10 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "LoRA",
   "LoRALinear",
   "LoRAParam",
+  "Metric",
   "Module",
   "MultiHeadAttention",
+  "MultiMetric",
   "NonFiniteError",
   "Not",
   "Nothing",
@@ -194,6 +208,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "WeightNorm",
   "WithTag",
   "accumulate_grads",
+  "all_finite",
   "assert_no_writes",
   "avg_pool",
   "celu",
@@ -210,6 +225,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "effects",
   "elu",
   "eval_shape",
+  "export",
   "filter_state",
   "find_duplicates",
   "fori_loop",
@@ -232,6 +248,8 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "jit",
   "jvp",
   "leaky_relu",
+  "load_exported",
+  "load_safetensors",
   "log1mexp",
   "log_sigmoid",
   "log_softmax",
@@ -244,6 +262,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "max_pool",
   "merge",
   "merge_state",
+  "metrics",
   "min_pool",
   "mish",
   "no_update",
@@ -255,6 +274,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "remat",
   "replace_by_pure_dict",
   "reseed",
+  "save_safetensors",
   "scan",
   "selu",
   "shard_map",

@@ -37,12 +37,12 @@ def streams(layer: str, rngs: Any) -> Rngs:
   return rngs
 
 
-def last_axis(layer: str, x: jax.Array, want: int, parameter: Variable) -> None:
+def last_axis(layer: str, x: jax.Array, want: int, parameter: Variable | None) -> None:
   """Raise ShapeMismatchError unless `x` ends in an axis of size `want`."""
   if x.ndim == 0 or x.shape[-1] != want:
     raise ShapeMismatchError(
       f"{layer} maps vectors of size {want}",
-      at=origin(parameter),
+      at="" if parameter is None else origin(parameter),
       got=f"an input of shape {x.shape}",
       fix=f"make the last axis {want}, or build {layer} with the input's size",
     )

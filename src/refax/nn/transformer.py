@@ -73,6 +73,7 @@ class FeedForward(Module):
       "kernel_init": kernel_init,
       "rngs": check.streams("FeedForward", rngs),
     }
+    self.features = features
     self.up = Linear(features, hidden, **options)
     self.gate: Linear | None = Linear(features, hidden, **options) if gated else None
     self.down = Linear(hidden, features, **options)
@@ -92,7 +93,7 @@ class FeedForward(Module):
       ShapeMismatchError: the last axis has another size.
     """
     x = check.as_input(x)
-    check.last_axis("FeedForward", x, self.up.in_features, self.up.kernel)
+    check.last_axis("FeedForward", x, self.features, getattr(self.up, "kernel", None))
     up = self.up(x)
     hidden = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
     return self.down(hidden if self.dropout is None else self.dropout(hidden))
@@ -218,8 +219,8 @@ class TransformerBlock(Module):
       y, mask=mask, decode=decode, is_causal=self.is_causal and not decode
     )
     x = self._add(x, attend, self.attention_norm)
-    if self.cross_attention is not None:
-      look = lambda y: self.cross_attention(y, context, mask=context_mask)
+    if (cross := self.cross_attention) is not None:
+      look = lambda y: cross(y, context, mask=context_mask)
       x = self._add(x, look, self.cross_norm)
     return self._add(x, self.feed_forward, self.feed_forward_norm)
 
@@ -236,7 +237,7 @@ class TransformerBlock(Module):
     self.attention.init_cache(input_shape, dtype)
 
   def _check(self, x: jax.Array, context: Any) -> None:
-    features = self.feed_forward.up.in_features
+    features = self.feed_forward.features
     if x.ndim < 2 or x.shape[-1] != features:
       raise ShapeMismatchError(
         f"TransformerBlock takes inputs of shape (..., length, {features})",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from refax.core import storage
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter, to_predicate
 from refax.core.pytree import Pytree, data
@@ -13,6 +14,10 @@ from refax.core.variable import Variable, is_variable
 from refax.errors import TreeMismatchError
 from refax.graph.split import state, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
+from refax.train.commit import write
+from refax.train.finite import all_finite
+from refax.train.hyperparams import Hyperparams
+from refax.train.placement import beside, sharding_of
 from refax.typing import describe, path_str
 
 
@@ -35,10 +40,13 @@ class Optimizer(Pytree):
     model: the model.
     tx: an optax gradient transformation.
     wrt: which Variables of the model to update; the filter that `nnx.grad` gets.
+    skip_nonfinite: whether gradients with an infinite number or a nan leave parameters and state as
+      they were.
 
   Attributes:
     step: how many updates there were, uint32.
-    opt_state: the optax state, with a Variable for each of its arrays.
+    opt_state: the optax state, with a Variable for each of its arrays, sharded as its parameter is.
+    skipped: how many updates were skipped, uint32; None without `skip_nonfinite`.
 
   >>> from refax import nnx; import jax, jax.numpy as jnp, optax
   >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
@@ -53,14 +61,35 @@ class Optimizer(Pytree):
   (True, 9)
   """
 
-  def __init__(self, model: Any, tx: optax.GradientTransformation, *, wrt: Filter):
+  def __init__(
+    self,
+    model: Any,
+    tx: optax.GradientTransformation,
+    *,
+    wrt: Filter,
+    skip_nonfinite: bool = False,
+  ):
     self.tx = tx
     self.wrt = tuple(wrt) if isinstance(wrt, list) else wrt
-    self.step = OptState(jnp.zeros((), jnp.uint32))
-    leaves, treedef = jax.tree.flatten(tx.init(_arrays(variables(model, wrt))))
+    params = variables(model, wrt)
+    devices = sharding_of(params)
+    count = beside(jnp.zeros((), jnp.uint32), devices)
+    self.step = OptState(count)
+    self.skipped = OptState(count) if skip_nonfinite else None
+    leaves, treedef = jax.tree.flatten(tx.init(_arrays(params)))
     for i, leaf in enumerate(leaves):  # one after the other: all copies at once would be a peak
-      leaves[i] = OptState(leaf)
+      leaves[i] = OptState(beside(leaf, devices))
     self.opt_state = data(treedef.unflatten(leaves))
+
+  @property
+  def hyperparams(self) -> Hyperparams:
+    """The hyper-parameters that `optax.inject_hyperparams` keeps, by name: read and set them here.
+
+    Raises:
+      MissingHyperparamError: when one is read or set that does not exist, or exists several times.
+      InvalidArgumentError: when one is set that a schedule computes.
+    """
+    return Hyperparams(self.opt_state)
 
   def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
     """Update the parameters of `model` and the optimizer's own state, in place.
@@ -71,7 +100,7 @@ class Optimizer(Pytree):
       **kwargs: for transformations that take more (a value, a loss function).
 
     Returns:
-      The updates that were added to the parameters, a State of arrays.
+      The updates that were added to the parameters, a State of arrays; zeros if they were skipped.
 
     Raises:
       TreeMismatchError: the gradients are not those of the parameters; nothing has been written.
@@ -83,12 +112,16 @@ class Optimizer(Pytree):
     kwargs = jax.tree.map(unwrap, kwargs, is_leaf=is_variable)
     updates, new = optax.with_extra_args_support(self.tx).update(grads, old, params, **kwargs)
     values = jax.tree.leaves(optax.apply_updates(params, updates))
-    written = [*(v for _, v in to_flat_state(targets)), *slots, self.step]
-    values += [*treedef.flatten_up_to(new), self.step + 1]
-    prepared = [(v, v.prepare(x)) for v, x in zip(written, values, strict=True)]
-    for variable, write in prepared:
-      variable.commit(write)
-    return updates
+    written = [*(v for _, v in to_flat_state(targets)), *slots]
+    writes = list(zip(written, [*values, *treedef.flatten_up_to(new)], strict=True))
+    if self.skipped is None:
+      write(*writes, (self.step, self.step + 1))
+      return updates
+    finite = all_finite(grads)
+    writes = [(v, _new_if(finite, v, x)) for v, x in writes]
+    count = finite.astype(jnp.uint32)
+    write(*writes, (self.step, self.step + count), (self.skipped, self.skipped + (1 - count)))
+    return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
 
   def _gradients(self, params: State, grads: Any) -> State:
     """The gradients as arrays, checked to have the paths and shapes of the parameters."""
@@ -110,3 +143,9 @@ class Optimizer(Pytree):
 def _arrays(state: State) -> State:
   """A State of plain arrays: what optax sees."""
   return from_flat_state((path, unwrap(x)) for path, x in to_flat_state(state))
+
+
+def _new_if(condition: jax.Array, variable: Variable, new: Any) -> jax.Array:
+  """`new`, as it would be written to the Variable, or what this holds."""
+  old = variable.get_value()
+  return jax.lax.select(condition, storage.fit(new, old, variable._def.origin), old)

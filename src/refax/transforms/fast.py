@@ -15,9 +15,9 @@ import numpy as np
 
 from refax import _jax, config
 from refax.core.epoch import epoch
-from refax.core.flatten import LEAF, REGION, Node, flatten
+from refax.core.flatten import Node, flatten
 from refax.core.variable import Variable
-from refax.transforms.lift import Inputs, Outputs
+from refax.transforms.lift import Inputs, Outputs, result_of
 
 LIMIT = 64  # entries of one function; more objects than that are not a steady state
 
@@ -107,7 +107,7 @@ class Compiled:
     Every list among arguments and results costs 0.6 us: there are no more than needed.
     """
     traces: list[None] = []
-    run, result = _jax.jaxpr_as_fun(traced.jaxpr), _result(traced.out_info)
+    run, result = _jax.jaxpr_as_fun(traced.jaxpr), result_of(traced.out_info)
     read, written = self.read, self.written
     reads = bool(read)
 
@@ -228,7 +228,7 @@ def _is_ordinary(inputs: Inputs, traced: Any) -> bool:
   spec = out.spec
   if spec.redefined or spec.written or spec.graphdef.nodes != inputs.graphdef.nodes:
     return False
-  if not all(isinstance(x, jax.ShapeDtypeStruct) for x in out.fresh) or _result(out) is None:
+  if not all(isinstance(x, jax.ShapeDtypeStruct) for x in out.fresh) or result_of(out) is None:
     return False
   return _jax.only_refs_are_effects(traced.jaxpr) and not any(map(_jax.is_ref, traced.jaxpr.consts))
 
@@ -237,14 +237,3 @@ def _is_cached(node: Node) -> bool:
   """Whether changes below an object reach the structure epoch."""
   flatten(node)
   return node._pytree.cache is not None and node._pytree.visited
-
-
-def _result(out: Outputs) -> Any:
-  """The function from the arrays that a call returns to its result, or None if it is not simple."""
-  root, start = out.spec.graphdef.root, out.spec.graphdef.leaf_count - len(out.fresh)
-  if root[0] == LEAF:
-    return (lambda arrays: arrays[root[1] - start]) if root[1] >= start else None
-  if root[0] != REGION or not all(e[0] == LEAF and e[1] >= start for e in root[2]):
-    return None
-  order = [e[1] - start for e in root[2]]
-  return lambda arrays: root[1].unflatten(arrays[i] for i in order)

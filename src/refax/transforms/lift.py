@@ -21,7 +21,7 @@ from refax import _jax
 from refax.core import storage
 from refax.core.definition import Differentiation
 from refax.core.epoch import epoch
-from refax.core.flatten import REGION, GraphDef, Node, Walk, fill, resolver, unflatten
+from refax.core.flatten import LEAF, REGION, GraphDef, Node, Walk, fill, resolver, unflatten
 from refax.core.variable import Variable, VariableDef
 from refax.errors import TraceContextError
 
@@ -220,3 +220,14 @@ def install(variable: Variable, value: Any) -> None:
   refs, new = jax.tree.leaves(variable._cell), jax.tree.leaves(storable(variable, value))
   for ref, x in zip(refs, new, strict=True):
     storage.write_ref(ref, x, None, variable._def.origin)
+
+
+def result_of(out: Outputs) -> Any:
+  """The function from the new arrays of a call to its result; None if that holds anything else."""
+  root, start = out.spec.graphdef.root, out.spec.graphdef.leaf_count - len(out.fresh)
+  if root[0] == LEAF:
+    return (lambda arrays: arrays[root[1] - start]) if root[1] >= start else None
+  if root[0] != REGION or not all(e[0] == LEAF and e[1] >= start for e in root[2]):
+    return None
+  order = [e[1] - start for e in root[2]]
+  return lambda arrays: root[1].unflatten(arrays[i] for i in order)

@@ -1,0 +1,1 @@
+"""Files: state that goes to a disk and comes back."""

@@ -1,0 +1,203 @@
+"""Places in an object that hold an array, with all their names: what goes to a file and back."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refax import _jax
+from refax.core.filters import Filter, to_predicate
+from refax.core.flatten import LEAF, NODE, REGION, GraphDef, Node, flatten, region_paths
+from refax.core.pytree import data
+from refax.core.storage import is_array_like
+from refax.core.variable import Variable
+from refax.errors import InvalidArgumentError
+from refax.graph.split import _set_child
+from refax.graph.state import State
+from refax.typing import Path, path_str
+
+
+class Slot(NamedTuple):
+  """One array of an object: the value of a Variable, a leaf of its value, or an array itself."""
+
+  name: str
+  path: Path
+  leaf: int
+  """Which leaf of the object it belongs to; the parts of one Variable have this in common."""
+  part: int
+  """Which leaf of the Variable's value it is."""
+  holder: Any
+  """The Variable, or the array."""
+  cell: Any
+  """A `jax.Ref`, an array, a `jax.ShapeDtypeStruct` or a number."""
+
+  @property
+  def dtype(self) -> Any:
+    """The dtype that is read and written."""
+    return self.cell.dtype if hasattr(self.cell, "dtype") else np.asarray(self.cell).dtype
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape that is read and written."""
+    return np.shape(self.cell) if isinstance(self.cell, int | float | complex) else self.cell.shape
+
+  @property
+  def is_key(self) -> bool:
+    """Whether it holds typed PRNG keys."""
+    return jnp.issubdtype(self.dtype, jax.dtypes.prng_key)
+
+  def read(self) -> Any:
+    """The value, an array that no later step changes or donates."""
+    return _jax.read_cell(self.cell) if _jax.is_ref(self.cell) else self.cell
+
+
+class Slots(NamedTuple):
+  """The slots that a filter selects, in the order of the object."""
+
+  selected: list[Slot]
+  by_name: dict[str, Slot]
+  """By each of their names: what is shared has several, and the first is `slot.name`."""
+  others: set[str]
+  """The names of what the filter does not select."""
+
+
+def slots_of(function: str, tree: Any, only: Filter, sep: str) -> Slots:
+  """The slots of an object, named by their paths.
+
+  Raises:
+    InvalidArgumentError: two have one name, or one holds neither an array nor a number.
+  """
+  if not isinstance(sep, str) or not sep:
+    raise InvalidArgumentError.value(function, "sep", sep, "a string such as '.' or '/'")
+  flat, predicate = flatten(tree), to_predicate(only)
+  slots, first = Slots([], {}, set()), {}
+  for path, i in _places(flat.graphdef):
+    if i not in first:
+      chosen = predicate(path, flat.leaves[i])
+      first[i] = _parts(function, flat.leaves[i], i, path, sep) if chosen else None
+      slots.selected.extend(first[i] or [])
+    if first[i] is None:
+      slots.others.update(_name(path + part, sep) for part in _part_paths(flat.leaves[i]))
+      continue
+    for part, slot in zip(_part_paths(flat.leaves[i]), first[i], strict=True):
+      name = _name(path + part, sep)
+      if slots.by_name.setdefault(name, slot) is not slot:
+        want = f"a string that no key contains; the name {name!r} stands for two arrays"
+        raise InvalidArgumentError.value(function, "sep", sep, want)
+  return slots
+
+
+def _name(path: Path, sep: str) -> str:
+  return sep.join(map(str, path))
+
+
+def _places(graphdef: GraphDef) -> Iterator[tuple[Path, int]]:
+  """(path, index) of every place of a leaf, without cycles.
+
+  A shared Module is walked again at each place that the first walk finds, but only once in each of
+  these: a chain of n Modules that each hold the next one twice has 2**n paths.
+  """
+
+  def visit(path: Path, entry: tuple, above: tuple, seen: set[int]) -> Iterator[tuple[Path, int]]:
+    if entry[0] == LEAF:
+      yield path, entry[1]
+    elif entry[0] == REGION:
+      for keys, child in zip(region_paths(entry[1]), entry[2], strict=True):
+        yield from visit(path + keys, child, above, seen)
+    elif entry[0] == NODE and entry[1] not in above:
+      if entry[1] in seen and seen is not first:
+        return
+      seen = set() if entry[1] in seen else seen
+      seen.add(entry[1])
+      for key, child in graphdef.nodes[entry[1]][1]:
+        yield from visit((*path, key), child, (*above, entry[1]), seen)
+
+  first: set[int] = set()
+  return visit((), graphdef.root, (), first)
+
+
+def _cells(leaf: Any) -> tuple[list[Any], Any]:
+  cell = leaf.get_raw_value() if isinstance(leaf, Variable) else leaf
+  return jax.tree.flatten(cell)
+
+
+def _part_paths(leaf: Any) -> list[Path]:
+  return region_paths(_cells(leaf)[1])
+
+
+def _parts(function: str, leaf: Any, index: int, path: Path, sep: str) -> list[Slot]:
+  cells, treedef = _cells(leaf)
+  slots = []
+  for i, (part, cell) in enumerate(zip(region_paths(treedef), cells, strict=True)):
+    ours = is_array_like(cell) or _jax.is_ref(cell) or isinstance(cell, jax.ShapeDtypeStruct)
+    if not ours:
+      what = f"leaf at {path_str(path + part)}"
+      fix = "arrays and numbers; only=nnx.Param, or another filter, leaves the rest out"
+      raise InvalidArgumentError.value(function, what, cell, fix)
+    slots.append(Slot(_name(path + part, sep), path, index, i, leaf, cell))
+  return slots
+
+
+def fill(tree: Any, slots: list[Slot], values: list[Any]) -> None:
+  """Write what was read for the slots of one leaf; shapes and dtypes are known to fit."""
+  holder = slots[0].holder
+  values = [_like(slot.cell, x) for slot, x in zip(slots, values, strict=True)]
+  if not isinstance(holder, Variable):
+    parent, key = _parent(tree, slots[0].path), slots[0].path[-1]
+    if isinstance(parent, Node):
+      _set_child(parent, key, data(values[0]))
+    else:
+      parent[key] = values[0]
+  elif slots[0].cell is holder.get_raw_value():
+    holder.set_value(values[0])
+  else:
+    leaves, treedef = jax.tree.flatten(holder.get_value())  # a file may have some of them only
+    for slot, x in zip(slots, values, strict=True):
+      leaves[slot.part] = x
+    holder.set_value(treedef.unflatten(leaves))
+  if _jax.no_trace_active():  # JAX copies while Python goes on, and would hold several tensors
+    cells = _cells(holder)[0] if isinstance(holder, Variable) else values
+    jax.block_until_ready([_jax.peek_cell(x) if _jax.is_ref(x) else x for x in cells])
+
+
+def _like(old: Any, x: Any) -> Any:
+  """`x` as what `old` is, and where `old` lies: JAX's array, NumPy's, or a number."""
+  if isinstance(old, np.ndarray | int | float | complex | np.generic):
+    x = np.asarray(x)
+    if isinstance(old, np.ndarray):
+      return x
+    return x[()] if isinstance(old, np.generic) else x.item()
+  sharding = getattr(old, "sharding", None)
+  if sharding is not None and len(sharding.device_set) > 1:
+    return jax.device_put(x, sharding)
+  if _jax.is_ref(old):
+    return x  # the write copies it there
+  x = x if isinstance(x, jax.Array) else jnp.array(x)
+  # What was on the default device without being bound to it stays so.
+  bound = sharding is not None and getattr(old, "committed", True)
+  return jax.device_put(x, sharding) if bound else x
+
+
+def can_fill(tree: Any, slot: Slot) -> bool:
+  """Whether a slot can be written: a Variable, or an array in something that can be changed.
+
+  Raises:
+    TraceContextError, DifferentiatedWriteError: the Variable cannot be written here and now.
+  """
+  if isinstance(slot.holder, Variable):
+    slot.holder._check_writable()
+    return True
+  return bool(slot.path) and isinstance(_parent(tree, slot.path), Node | State | dict | list)
+
+
+def _parent(value: Any, path: Path) -> Any:
+  for key in path[:-1]:
+    if isinstance(value, Node):
+      value = next(child for k, child, _ in value._entries() if k == key)
+    elif isinstance(value, State | dict | list):
+      value = value[key]
+    else:  # a named tuple or a dataclass names its fields
+      value = getattr(value, key) if isinstance(key, str) else value[key]
+  return value

@@ -1,0 +1,131 @@
+"""Average and Accuracy: means over all that was counted."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refax.errors import InvalidArgumentError, ShapeMismatchError
+from refax.nn import check
+from refax.train import accumulator, metric
+from refax.train.commit import write
+from refax.typing import ArrayLike
+
+
+class Average(metric.Metric):
+  """The mean of numbers.
+
+  Args:
+    argname: the keyword argument of `update` that has the numbers.
+
+  Raises:
+    InvalidArgumentError: `argname` is not a str.
+
+  >>> from refax import nnx; import jax, jax.numpy as jnp
+  >>> loss = nnx.metrics.Average("loss")
+  >>> @jax.jit
+  ... def step(metric, x):
+  ...   metric.update(loss=x)
+  >>> step(loss, jnp.array([1.0, 2.0])); step(loss, jnp.array([3.0, 6.0]))
+  >>> float(loss.compute())
+  3.0
+  """
+
+  def __init__(self, argname: str = "values"):
+    self.argname = metric.argument_name(type(self).__name__, argname)
+    self.total = metric.MetricState(jnp.zeros((), jnp.float32))
+    self.total_low = metric.MetricState(jnp.zeros((), jnp.float32))
+    self.count = metric.MetricState(jnp.zeros((), jnp.uint32))
+    self.count_high = metric.MetricState(jnp.zeros((), jnp.uint32))
+
+  def reset(self) -> None:
+    """Forget all that was counted, in place."""
+    self._set((0.0, 0.0), (0, 0))
+
+  def update(self, mask: ArrayLike | None = None, **kwargs: Any) -> None:
+    """Count numbers, in place.
+
+    Args:
+      mask: True for the numbers that count; broadcasts to them.
+      **kwargs: the numbers, an array of any shape, as the argument `argname`; others are ignored.
+
+    Raises:
+      MissingArgumentError: there is no argument `argname`; nothing has been written.
+      ShapeMismatchError: the numbers are complex or the mask does not broadcast to them; nothing
+        has been written.
+    """
+    self._count(metric.numbers(self, self.argname, kwargs, self.total), mask)
+
+  def _count(self, x: jax.Array, mask: ArrayLike | None) -> None:
+    mask = check.mask(type(self).__name__, x, mask)
+    total = (self.total[...], self.total_low[...])
+    total = accumulator.add(*total, *accumulator.sum_parts(x, mask))
+    n = accumulator.size(x, mask)
+    self._set(total, accumulator.add_count(self.count[...], self.count_high[...], n))
+
+  def _set(self, total: tuple[Any, Any], count: tuple[Any, Any]) -> None:
+    write(
+      *zip((self.total, self.total_low), total, strict=True),
+      *zip((self.count, self.count_high), count, strict=True),
+    )
+
+  def compute(self) -> jax.Array:
+    """The mean, a float32; nan if nothing was counted."""
+    total = self.total[...] + self.total_low[...]
+    return total / accumulator.count_as_float(self.count[...], self.count_high[...])
+
+
+class Accuracy(Average):
+  """The part of predictions that are right.
+
+  Args:
+    threshold: None for classes, predicted by the largest logit; a number for two classes, where
+      a logit of at least that means class 1.
+
+  Raises:
+    InvalidArgumentError: `threshold` is not a number.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> accuracy = nnx.metrics.Accuracy()
+  >>> accuracy.update(logits=jnp.array([[0.1, 0.9], [0.8, 0.2]]), labels=jnp.array([1, 1]))
+  >>> float(accuracy.compute())
+  0.5
+  """
+
+  def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
+    if threshold is not None and (
+      isinstance(threshold, bool) or not isinstance(threshold, int | float)
+    ):
+      want = "None for classes, or a float for two classes"
+      raise InvalidArgumentError.value(type(self).__name__, "threshold", threshold, want)
+    self.threshold = threshold
+    super().__init__(*args, **kwargs)
+
+  def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # Flax NNX's signature
+    self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any
+  ) -> None:
+    """Count predictions, in place.
+
+    Args:
+      logits: numbers `[..., classes]`; with a threshold `[...]`.
+      labels: the right classes, integers `[...]`; with a threshold a positive one means class 1.
+      mask: True for the labels that count; broadcasts to them.
+
+    Raises:
+      ShapeMismatchError: `labels` are not integers or do not have the shape of the predictions, or
+        the mask does not broadcast to them; nothing has been written.
+    """
+    name = type(self).__name__
+    if self.threshold is None:
+      logits, labels = metric.classes(name, logits, labels, self.total)
+      self._count(logits.argmax(-1) == labels, mask)
+      return
+    logits, labels = check.as_input(logits), metric.integers(name, labels, self.total, boolean=True)
+    if logits.shape != labels.shape:
+      raise ShapeMismatchError(
+        f"{name} with a threshold compares one logit with one label",
+        at=check.origin(self.total),
+        got=f"logits of shape {logits.shape} and labels of shape {labels.shape}",
+        fix="pass both of one shape, or for classes build it without a threshold",
+      )
+    self._count((logits >= self.threshold) == (labels > 0), mask)

@@ -1,0 +1,41 @@
+"""Where state is kept: on the devices of the parameters that it belongs to.
+
+A Ref stays on its devices, and JAX refuses to compute with arrays on other ones: the counter of an
+optimizer on one device could not be used with parameters that are sharded over several.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from refax import _jax
+from refax.core.variable import is_variable
+
+
+def sharding_of(tree: Any) -> Sharding | None:
+  """The sharding of the first Variable of a tree; None while JAX traces, or without any.
+
+  >>> from refax import nnx
+  >>> sharding_of(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+  SingleDeviceSharding(...)
+  """
+  cells = [v.get_raw_value() for v in jax.tree.leaves(tree, is_leaf=is_variable) if is_variable(v)]
+  kinds = jax.Array | jax.Ref
+  return next((c.sharding for c in cells if isinstance(c, kinds) and not _jax.is_tracer(c)), None)
+
+
+def beside(x: Any, sharding: Sharding | None) -> Any:
+  """`x` on the devices of a sharding: as it is if it is there, else a copy on each of them.
+
+  >>> import jax.numpy as jnp
+  >>> int(beside(jnp.zeros((), int), jnp.ones(3).sharding))
+  0
+  """
+  if sharding is None or not isinstance(x, jax.Array) or _jax.is_tracer(x):
+    return x
+  if x.sharding.device_set == sharding.device_set:
+    return x
+  if isinstance(sharding, NamedSharding):
+    sharding = NamedSharding(sharding.mesh, PartitionSpec())
+  return jax.device_put(x, sharding) if sharding.is_fully_replicated else x

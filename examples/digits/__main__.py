@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
   def leave(*_) -> None:
     reached = f", at a test accuracy of {history[-1].accuracy:.1%}" if history else ""
     print(f"\nInterrupted after {len(history)} of {options.epochs} epochs{reached}.")
-    print("No pictures: they are drawn at the end.", flush=True)
+    print(
+      "No pictures: they are drawn at the end. --resume (make train RESUME=1) goes on.", flush=True
+    )
     os._exit(INTERRUPTED)
 
   # Not `except KeyboardInterrupt`: raised while JAX's extension modules load, it crashes them.
@@ -41,16 +44,21 @@ def run(options: argparse.Namespace, history: list) -> int:
   )
 
   model = CNN(rngs=nnx.Rngs(options.seed))
-  epochs = train.fit(
-    model,
-    digits,
-    epochs=options.epochs,
-    batch_size=options.batch_size,
-    lr=options.lr,
-    seed=options.seed,
-  )
-  for epoch in epochs:
-    history.append(epoch)
+  folder = options.out / "checkpoints"
+  if not options.resume:
+    shutil.rmtree(folder, ignore_errors=True)
+  with nnx.Checkpointer(folder, keep=2) as checkpoints:
+    epochs = train.fit(
+      model,
+      digits,
+      epochs=options.epochs,
+      batch_size=options.batch_size,
+      lr=options.lr,
+      seed=options.seed,
+      checkpoints=checkpoints,
+    )
+    for epoch in epochs:
+      history.append(epoch)
 
   learning_curve, misread = options.out / "learning_curve.png", options.out / "misread.png"
   plot.learning_curve(history, GOAL, learning_curve)
@@ -78,6 +86,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
   parser.add_argument(
     "--seed", type=at_least(0), default=0, help="of the weights, the dropout and the shuffling"
+  )
+  parser.add_argument(
+    "--resume", action="store_true", help="go on after the last epoch that was saved"
   )
   parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures")
   return parser.parse_args(argv)

@@ -40,10 +40,34 @@ def predict(model, images):
   return jax.nn.softmax(model(images))
 
 
+class Shuffling:
+  """The random generator of the batches; its state is saved, so that a resumed run goes on."""
+
+  def __init__(self, seed: int):
+    self.rng = np.random.default_rng(seed)
+
+  def get_state(self) -> dict:
+    return self.rng.bit_generator.state
+
+  def set_state(self, state: dict) -> None:
+    self.rng.bit_generator.state = state
+
+
 def fit(
-  model: CNN, digits: Digits, *, epochs: int, batch_size: int, lr: float, seed: int
+  model: CNN,
+  digits: Digits,
+  *,
+  epochs: int,
+  batch_size: int,
+  lr: float,
+  seed: int,
+  checkpoints: nnx.Checkpointer,
 ) -> Iterator[Epoch]:
-  """Train `model`, and say after each epoch how it went. The model is left in `eval` mode."""
+  """Train `model`, and say after each epoch how it went. The model is left in `eval` mode.
+
+  Each epoch is saved. Where checkpoints are there, training goes on after the last one, bit for bit
+  as if it had not been interrupted; the epochs before it are told again.
+  """
   steps = len(digits.train_labels) // batch_size
   if not steps:
     raise SystemExit(
@@ -51,16 +75,23 @@ def fit(
     )
   schedule = optax.cosine_decay_schedule(lr, epochs * steps)
   optimizer = nnx.Optimizer(model, optax.adamw(schedule), wrt=nnx.Param)
-  rng = np.random.default_rng(seed)
+  shuffling = Shuffling(seed)
+  training = {"model": model, "optimizer": optimizer, "shuffling": shuffling}
+  settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+  history = resume(checkpoints, training, settings)
+  yield from history
 
   # Where it cannot redraw itself, in a log file, the bar prints a line every few seconds.
   refresh = 0.1 if sys.stderr.isatty() else 5
-  with tqdm(total=epochs * steps, unit="step", mininterval=refresh) as bar:
-    reading = "?"
-    for _ in range(epochs):
+  done = len(history) * steps
+  with tqdm(total=epochs * steps, initial=done, unit="step", mininterval=refresh) as bar:
+    reading = f"{history[-1].accuracy:.1%}" if history else "?"
+    for epoch in range(len(history), epochs):
       losses = []
       model.train()
-      for images, labels in batches(digits.train_images, digits.train_labels, batch_size, rng):
+      for images, labels in batches(
+        digits.train_images, digits.train_labels, batch_size, shuffling.rng
+      ):
         losses.append(float(train_step(model, optimizer, images, labels)))
         bar.set_postfix_str(f"loss {losses[-1]:.3f}, test accuracy {reading}", refresh=False)
         bar.update()
@@ -68,7 +99,23 @@ def fit(
       model.eval()
       accuracy = accuracy_of(model, digits)
       reading = f"{accuracy:.1%}"
-      yield Epoch(float(np.mean(losses)), accuracy)
+      history.append(Epoch(float(np.mean(losses)), accuracy))
+      checkpoints.save(epoch + 1, training, user={"settings": settings, "history": history})
+      yield history[-1]
+
+
+def resume(checkpoints: nnx.Checkpointer, training: dict, settings: dict) -> list[Epoch]:
+  """Restore the last checkpoint, if there is one; the epochs so far."""
+  if not checkpoints.steps:
+    return []
+  restored = checkpoints.restore(training)
+  if restored.user["settings"] != settings:
+    raise SystemExit(
+      f"the run in {checkpoints.folder} had other settings: {restored.user['settings']}\n"
+      "  resume with these, or start afresh without --resume"
+    )
+  training["model"].eval()
+  return [Epoch(*epoch) for epoch in restored.user["history"]]
 
 
 def accuracy_of(model: CNN, digits: Digits) -> float:

@@ -550,6 +550,44 @@ class CheckpointFormatError(RefaxError, ValueError):
       "written, and `with nnx.transaction(model):` would undo that",
     )
 
+  @classmethod
+  def step(cls, path: Any, problem: str, others: list[int]):
+    steps = f"step {others[-1]}" if others else "no other"
+    return cls(
+      "this checkpoint cannot be read; nothing has been changed",
+      at=path,
+      got=problem,
+      fix=f"restore another one with step=...; the latest besides is {steps}",
+    )
+
+
+class CheckpointLockedError(RefaxError, OSError):
+  """Another process writes checkpoints to the same folder."""
+
+  @classmethod
+  def writer(cls, folder: Any, owner: str):
+    return cls(
+      "one process at a time writes checkpoints to a folder",
+      at=folder,
+      got=f"a folder that {owner or 'another process'} writes to",
+      fix="end that process, or save to another folder",
+    )
+
+
+class MissingCheckpointError(RefaxError, LookupError):
+  """There is no such checkpoint."""
+
+  @classmethod
+  def step(cls, folder: Any, step: int | None, steps: list[int]):
+    there = f"the steps {', '.join(map(str, steps[-8:]))}" if steps else "no checkpoint"
+    wanted = "any" if step is None else f"step {step}"
+    return cls(
+      "there is no such checkpoint",
+      at=folder,
+      got=f"{wanted} asked for, and {there} there",
+      fix="pass a step that is there" if steps else "start afresh, or look in another folder",
+    )
+
 
 class CheckpointMismatchError(RefaxError, ValueError):
   """A file of tensors does not fit the model; nothing has been loaded."""

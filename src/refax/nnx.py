@@ -33,6 +33,7 @@ from refax.graph.state import (
   to_pure_dict,
 )
 from refax.graph.storage import to_hijax, to_lojax
+from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
 from refax.io.safetensors import load_safetensors, save_safetensors
 from refax.nn import initializers
@@ -104,6 +105,7 @@ from refax.train import metrics
 from refax.train.ema import EMA, EMAState
 from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
+from refax.train.loss_scale import LossScale
 from refax.train.metric import Metric
 from refax.train.multi_metric import MultiMetric
 from refax.train.optimizer import Optimizer, OptState
@@ -137,6 +139,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Bidirectional",
   "Cache",
   "Carry",
+  "Checkpointer",
   "Conv",
   "ConvTranspose",
   "Dict",
@@ -166,6 +169,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "LoRA",
   "LoRALinear",
   "LoRAParam",
+  "LossScale",
   "Metric",
   "Module",
   "MultiHeadAttention",

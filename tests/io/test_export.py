@@ -144,7 +144,7 @@ def test_what_wrote_it_is_written_beside_it(tmp_path):
   path = saved(nnx.export(forward, Net(nnx.Rngs(0)), BATCH), tmp_path)
   about = json.loads((path / "about.json").read_text())
   assert about["function"] == "forward" and about["format"] == 1
-  assert about["written by"].startswith("refax 0.1.0, jax 0.1")
+  assert about["written_by"].startswith("refax 0.1.0, jax 0.1")
   assert about["state"]["model.linear.kernel"]["shape"] == [3, 4]
   assert os.listdir(tmp_path) == ["artifact"]  # nothing half-done is left
 

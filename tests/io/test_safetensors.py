@@ -555,6 +555,11 @@ BROKEN = {
   "no data of PRNG keys": lambda p: write_raw(
     p, {"__metadata__": {"refax.keys": '{"x": "rbg"}'}, "x": entry()}, bytes(8)
   ),
+  "keys: uint64 instead of uint32": lambda p: write_raw(
+    p,
+    {"__metadata__": {"refax.keys": '{"x": "threefry2x32"}'}, "x": entry("U64", (2,), (0, 16))},
+    bytes(16),
+  ),
   "'x' is no data of PRNG keys": lambda p: write_raw(
     p, {"__metadata__": {"refax.keys": '{"x": "dice"}'}, "x": entry("U32")}, bytes(8)
   ),

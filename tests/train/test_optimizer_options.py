@@ -36,7 +36,8 @@ def loss(net, factor=1.0):
 
 
 def arrays(tree):
-  return [np.asarray(x) for x in jax.tree.leaves(nnx.to_lojax(tree))]
+  bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return [np.asarray(bits(x)) for x in jax.tree.leaves(nnx.to_lojax(tree))]
 
 
 def assert_same(got, want):
@@ -129,7 +130,7 @@ def test_hyperparams_are_found_in_chains_and_parts():
   )
 
 
-def test_hyperparams_in_MultiSteps_are_found():  # noqa: N802
+def test_hyperparams_in_MultiSteps_are_found():
   inner = optax.inject_hyperparams(optax.sgd)(0.1)
   optimizer = nnx.Optimizer(Net(), optax.MultiSteps(inner, 2), wrt=nnx.Param)
   assert list(optimizer.hyperparams) == ["learning_rate"]
@@ -179,19 +180,20 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_a_step_with_gradients_that_are_not_finite_changes_nothing(name, bad, run):
+@pytest.mark.parametrize(
+  ("name", "run"),
+  [*((name, "jax.jit") for name in TRANSFORMATIONS), ("adam", "eager"), ("adam", "nnx.jit")],
+)
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(name, run):
   net, twin = Net(), Net()
   optimizer = nnx.Optimizer(net, TRANSFORMATIONS[name](), wrt=nnx.Param, skip_nonfinite=True)
   plain = nnx.Optimizer(twin, TRANSFORMATIONS[name](), wrt=nnx.Param)
   compiled = RUNS[run](step)
-  for factor in (1.0, bad, 1.0, bad, bad, 1.0):
+  for factor in (1.0, jnp.nan, 1.0, jnp.inf, -jnp.inf, 1.0):
     before = arrays((net, optimizer.opt_state, optimizer.step))
     compiled(net, optimizer, factor)
     if factor == 1.0:
-      RUNS[run](step)(twin, plain, factor)
+      compiled(twin, plain, factor)
     else:
       assert_same(arrays((net, optimizer.opt_state, optimizer.step)), before)
   assert int(optimizer.skipped) == 3 and int(optimizer.step) == 3
@@ -324,7 +326,7 @@ def test_a_state_that_holds_parameters_has_cells_of_its_own(name):
   net, tx = Net(), KEEPS_PARAMS[name]()
   params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   state = tx.init(params)
-  graphdef, selected = nnx.split(nnx.to_lojax(net))
+  graphdef = nnx.graphdef(nnx.to_lojax(net))
 
   @jax.jit
   def by_hand(params, state):
@@ -338,7 +340,6 @@ def test_a_state_that_holds_parameters_has_cells_of_its_own(name):
     jax.jit(step)(net, optimizer)
   assert_close(nnx.to_pure_dict(nnx.state(net, nnx.Param)), params, rtol=1e-4)
   assert_close(arrays(optimizer.opt_state), jax.tree.leaves(state), rtol=1e-4)
-  del selected
 
 
 @pytest.mark.parametrize("name", ["adam", "MultiSteps"])

@@ -1,4 +1,4 @@
-"""The state of training is sharded as the parameters are; in a process with 8 devices of its own."""
+"""The state of training is sharded as the parameters are: in a process that has 8 devices."""
 
 import os
 import subprocess
@@ -39,8 +39,8 @@ def check(net, optimizer, ema):
   assert {s.data.shape for s in adam.mu["kernel"][...].addressable_shards} == {(2, 8)}
 
 
-def step(net, optimizer, ema, average, x):
-  value, grads = nnx.value_and_grad(lambda n: (n(x) ** 2).mean())(net)
+def step(net, optimizer, ema, average, loss_scale, x):
+  value, grads = loss_scale.value_and_grad(lambda n: (n(x) ** 2).mean())(net)
   optimizer.update(net, grads)
   ema.update(net)
   average.update(values=net(x), loss=value)
@@ -48,13 +48,13 @@ def step(net, optimizer, ema, average, x):
 
 x = jax.device_put(jnp.cos(jnp.arange(128.0)).reshape(8, 16), NamedSharding(mesh, P(%(x)s)))
 with jax.set_mesh(mesh):
-  average = nnx.metrics.Average()
+  average, loss_scale = nnx.metrics.Average(), nnx.LossScale()
 net = build()
 optimizer = nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param, skip_nonfinite=True)
 ema = nnx.EMA(net, 0.9, only=nnx.Param, debias=True)
 check(net, optimizer, ema)
 for run in (step, jax.jit(step), nnx.jit(step)):
-  run(net, optimizer, ema, average, x)
+  run(net, optimizer, ema, average, loss_scale, x)
   check(net, optimizer, ema)
 before = np.asarray(net.kernel)
 with ema.applied(net):
@@ -71,7 +71,8 @@ if not %(set_mesh)s:
     setattr(net, name, nnx.Param(jax.device_put(getattr(net, name)[...], device)))
   optimizer = nnx.Optimizer(net, optax.adam(1e-2), wrt=nnx.Param)
   y = jax.device_put(jnp.ones((8, 16)), device)
-  jax.jit(lambda n, o, y: o.update(n, nnx.grad(lambda n: n(y).sum())(n)) and None)(net, optimizer, y)
+  grad = nnx.grad(lambda n, y: n(y).sum())
+  jax.jit(lambda n, o, y: o.update(n, grad(n, y)) and None)(net, optimizer, y)
   assert optimizer.opt_state[0].count.devices() == {device}
 print("right")
 """

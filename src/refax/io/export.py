@@ -1,6 +1,6 @@
 """export: a stateful function as an artifact that runs without the code of its model.
 
-The function is compiled to StableHLO by `jax.export`, with state as inputs and outputs; state itself
+The function is compiled to StableHLO by `jax.export`, with state as inputs and outputs; the state
 goes to a safetensors file beside it. What is loaded again holds the state in Variables and updates
 them in place, as the model did.
 """
@@ -22,6 +22,7 @@ from refax.core.module import Module
 from refax.core.pytree import static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Variable
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, ExportError
+from refax.io.origin import written_by
 from refax.io.safetensors import load_safetensors, save_safetensors
 from refax.rngs import RngCount, RngKey
 from refax.train.optimizer import OptState
@@ -107,12 +108,10 @@ class ExportedFunction(Module):
       raise
 
   def _about(self) -> dict[str, Any]:
-    from refax import __version__
-
     exported = self.program.exported
     return {
       "format": FORMAT,
-      "written by": f"refax {__version__}, jax {jax.__version__}",
+      "written_by": written_by(),
       "function": exported.fun_name,
       "platforms": list(exported.platforms),
       "state": {name: _about_variable(v) for name, v in self.state.items()},
@@ -198,13 +197,20 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedFunction:
 
   Raises:
     ExportError: the folder holds no such function, is damaged, or is of a newer format.
+
+  >>> from refax import nnx; import jax, jax.numpy as jnp, os, tempfile
+  >>> path = os.path.join(tempfile.mkdtemp(), "stream")
+  >>> nnx.export(lambda stream: jax.random.normal(stream()), nnx.Rngs(0)).save(path)
+  >>> stream = nnx.load_exported(path)
+  >>> float(stream()) == float(stream()), int(stream.state["stream.default.count"])
+  (False, 2)
   """
   path = os.path.abspath(path)
   try:
     with open(os.path.join(path, ABOUT), encoding="utf-8") as file:
       about = json.load(file)
     if about["format"] > FORMAT:
-      got = f"format {about['format']}, this Refax reads up to {FORMAT} ({about['written by']})"
+      got = f"format {about['format']}, this Refax reads up to {FORMAT} ({about['written_by']})"
       raise ExportError.folder(path, got)
     state = {name: _new_variable(facts) for name, facts in about["state"].items()}
     with open(os.path.join(path, FUNCTION), "rb") as file:

@@ -171,7 +171,7 @@ def _like(old: Any, x: Any) -> Any:
     return x[()] if isinstance(old, np.generic) else x.item()
   sharding = getattr(old, "sharding", None)
   if sharding is not None and len(sharding.device_set) > 1:
-    return jax.device_put(x, sharding)
+    return jax.device_put(x, sharding)  # at once: it may be too large for one of them
   if _jax.is_ref(old):
     return x  # the write copies it there
   x = x if isinstance(x, jax.Array) else jnp.array(x)

@@ -1,5 +1,6 @@
 """Average and Accuracy: means over all that was counted."""
 
+from numbers import Real
 from typing import Any
 
 import jax
@@ -93,12 +94,10 @@ class Accuracy(Average):
   """
 
   def __init__(self, threshold: float | None = None, *args: Any, **kwargs: Any):
-    if threshold is not None and (
-      isinstance(threshold, bool) or not isinstance(threshold, int | float)
-    ):
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real)):
       want = "None for classes, or a float for two classes"
       raise InvalidArgumentError.value(type(self).__name__, "threshold", threshold, want)
-    self.threshold = threshold
+    self.threshold = None if threshold is None else float(threshold)
     super().__init__(*args, **kwargs)
 
   def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # Flax NNX's signature

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any, TypeVar
 
 import jax
@@ -75,7 +76,7 @@ class EMA(Pytree):
   """
 
   def __init__(self, params: Any, decay: float, *, only: Filter = ..., debias: bool = False):
-    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+    if not isinstance(decay, Real) or not 0 <= decay <= 1:
       raise InvalidArgumentError.value("EMA", "decay", decay, "a number from 0 to 1")
     self.decay = float(decay)
     self.filter = tuple(only) if isinstance(only, list) else only

@@ -38,7 +38,6 @@ from refax.io.export import ExportedFunction, export, load_exported
 from refax.io.safetensors import load_safetensors, save_safetensors
 from refax.nn import initializers
 from refax.nn.activations import (
-  PReLU,
   celu,
   elu,
   gelu,
@@ -88,6 +87,7 @@ from refax.nn.mask import combine_masks, make_attention_mask, make_causal_mask
 from refax.nn.norm import LayerNorm, RMSNorm
 from refax.nn.pooling import avg_pool, max_pool, min_pool, pool
 from refax.nn.precision import Precision
+from refax.nn.prelu import PReLU
 from refax.nn.recurrent import RNN, Bidirectional
 from refax.nn.residual import Residual
 from refax.nn.rope import RoPE, dot_product_attention_with_rope

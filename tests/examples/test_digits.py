@@ -1,4 +1,4 @@
-"""The example that reads digits: it learns, and a run that was interrupted ends bitwise as another."""
+"""The example that reads digits: it learns, and an interrupted run ends bitwise as another one."""
 
 import subprocess
 import sys

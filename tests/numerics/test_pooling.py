@@ -29,8 +29,9 @@ def compare(name, x, *args, **kwargs):
 
   got_gradient, got = run(getattr(nnx, name))
   want_gradient, want = run(getattr(linen_pooling, name))
-  assert_close(got.astype(want.dtype), want)
-  assert_close(got_gradient, want_gradient, GRADIENT_TOLERANCE)
+  of = (name, "Flax Linen")
+  assert_close(got.astype(want.dtype), want, of=of)
+  assert_close(got_gradient, want_gradient, GRADIENT_TOLERANCE, of=of)
 
 
 @st.composite
@@ -71,4 +72,4 @@ def test_pooling_of_bfloat16_equals_linen(name):
 def test_pool_with_a_function_equals_linen():
   x = 1 + jnp.abs(normal(1, (2, 4, 4, 1)))
   args = (1.0, jax.lax.mul, (2, 2), (1, 1), "SAME")
-  assert_close(nnx.pool(x, *args), linen.pool(x, *args))
+  assert_close(nnx.pool(x, *args), linen.pool(x, *args), of=("pool", "Flax Linen"))

@@ -1,22 +1,16 @@
-"""Activations: those of `jax.nn`, which also take a Variable, and one with a learned parameter.
+"""Activations: those of `jax.nn`, which also take a Variable.
 
 Each is the function of the same name in `jax.nn`, with its arguments and its derivatives. They are
 wrapped because some of those turn a Variable down (`relu` where it is differentiated, `sigmoid`).
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
-from refax.core.module import Module
-from refax.core.variable import Param
-from refax.nn import check, dtypes
-from refax.typing import ArrayLike, Dtype
 
 F = TypeVar("F", bound=Callable)
 
@@ -80,49 +74,3 @@ sparse_sigmoid = _lift(jax.nn.sparse_sigmoid, "`(x + 1) / 2`, clipped to [0, 1].
 squareplus = _lift(jax.nn.squareplus, "`(x + sqrt(x^2 + b)) / 2`.")
 standardize = _lift(jax.nn.standardize, "`(x - mean) / sqrt(var + epsilon)` over an axis.")
 tanh = _lift(jax.nn.tanh, "The hyperbolic tangent.")
-
-
-class PReLU(Module):
-  """`x` where it is not negative, and elsewhere a learned slope times `x`.
-
-  As in "Delving Deep into Rectifiers", He et al. 2015, arXiv:1502.01852.
-
-  Args:
-    negative_slope_init: the slope at first.
-    dtype: the dtype of the output; by default what input and slope promote to.
-    param_dtype: the dtype of the slope.
-    promote_dtype: as in `nnx.Linear`.
-    negative_slope_metadata: metadata of the slope.
-
-  >>> from refax import nnx; import jax.numpy as jnp
-  >>> nnx.PReLU(0.5)(jnp.array([-2.0, 3.0])).tolist()
-  [-1.0, 3.0]
-  """
-
-  def __init__(
-    self,
-    negative_slope_init: float = 0.01,
-    *,
-    dtype: Dtype | None = None,
-    param_dtype: Dtype = jnp.float32,
-    promote_dtype: dtypes.PromoteDtype = dtypes.promote_dtype,
-    negative_slope_metadata: Mapping[str, Any] = MappingProxyType({}),
-  ):
-    slope = jnp.asarray(negative_slope_init, param_dtype)
-    self.negative_slope = Param(slope, **negative_slope_metadata)
-    self.dtype = dtype
-    self.param_dtype = param_dtype
-    self.promote_dtype = promote_dtype
-
-  def __call__(self, inputs: ArrayLike) -> jax.Array:
-    """Apply the function to each element.
-
-    Args:
-      inputs: `[...]`.
-
-    Returns:
-      An array of the same shape.
-    """
-    pair = (check.as_input(inputs), self.negative_slope[...])
-    x, slope = self.promote_dtype(pair, dtype=self.dtype)
-    return jnp.where(x >= 0, x, slope * x)

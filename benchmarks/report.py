@@ -55,6 +55,20 @@ def _absolute(number: float, unit: str) -> str:
   )
 
 
+COLORS = {
+  "Refax nnx.jit": "tab:blue",
+  "Refax, jax.jit": "tab:cyan",
+  "raw Refs, jax.jit": "tab:gray",
+  "Flax nnx.jit": "tab:red",
+  "Flax cached_partial": "tab:orange",
+  "Flax jit_partial": "goldenrod",
+  "Equinox filter_jit": "tab:green",
+  "Refax": "tab:blue",
+  "Flax": "tab:red",
+  "Equinox": "tab:green",
+}
+
+
 def chart(results: Results, title: str, path: Path) -> None:
   """Bars of the multiples, a group for each case, on a logarithmic axis."""
   import matplotlib
@@ -62,24 +76,30 @@ def chart(results: Results, title: str, path: Path) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  ways = [way for way in ways_of(results) if way != BASE]
-  height = 0.8 / len(ways)
-  figure, axes = plt.subplots(figsize=(9, 0.9 + 0.75 * len(results)), layout="constrained")
-  for i, way in enumerate(ways):
-    rows = [(row, numbers) for row, numbers in enumerate(results.values()) if way in numbers]
-    medians = [ratios(numbers, way)[1] for _, numbers in rows]
-    places = [row + (i - (len(ways) - 1) / 2) * height for row, _ in rows]
-    bars = axes.barh(places, [m - 1 for m in medians], height, left=1, label=way)
-    axes.bar_label(bars, [f" {m:.2f} " for m in medians], fontsize=6)
-  axes.set_yticks(range(len(results)), list(results))
+  bars = sum(len(numbers) for numbers in results.values())
+  figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * bars), layout="constrained")
+  place, ticks, shown = 0, [], {}
+  for numbers in results.values():
+    ways = [way for way in ways_of(results) if way != BASE and way in numbers]
+    ticks.append(place + (len(ways) - 1) / 2)
+    for way in ways:
+      median = ratios(numbers, way)[1]
+      color = COLORS.get(way, "black")
+      bar = axes.barh(place, median - 1, 0.9, left=1, color=color)
+      axes.bar_label(bar, [f" {median:.2f} "], fontsize=6)
+      shown.setdefault(color, (bar, way))
+      place += 1
+    place += 1  # between groups
+  axes.set_yticks(ticks, list(results), fontsize=8)
   axes.invert_yaxis()
   axes.set_xscale("log")
   axes.axvline(1, color="black", linewidth=0.8)
-  axes.set_xlabel(f"multiples of {BASE}; shorter is better")
+  axes.set_xlabel(f"multiples of {BASE}; shorter is better", fontsize=8)
   axes.xaxis.set_major_formatter("{x:g}×")
-  figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-  axes.set_title(title, fontsize=9)
-  axes.margins(x=0.12)
+  handles, labels = zip(*shown.values(), strict=True)
+  figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+  axes.set_title(title, fontsize=8)
+  axes.margins(x=0.12, y=0.01)
   axes.spines[["top", "right"]].set_visible(False)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)

@@ -88,6 +88,8 @@ def assert_equal(model, layer, params, inputs, ours=None, theirs=None, rough=Fal
 )
 def test_attention_equals_linen(batch, heads, sizes, options, inputs, masked):
   sizes = sizes if inputs > 1 else (*sizes[:3], None)
+  if options["normalize_qk"]:  # the norm of heads of size 2 is +-1, and its gradient is rounding
+    heads = min(heads, 2)
   model, layer, params = twins(heads, sizes, **options)
   dtype = options["param_dtype"]
   keys = 3 if inputs == 1 else 4

@@ -25,6 +25,7 @@ from refax.errors import (
   InvalidArgumentError,
   MissingCheckpointError,
 )
+from refax.io.keys import as_data, as_value, implementation
 from refax.io.origin import written_by
 from refax.io.slots import Slot, Slots, can_fill, fill, slots_of
 from refax.typing import describe
@@ -150,8 +151,9 @@ class Checkpointer:
       OSError: an earlier checkpoint could not be written in the background, or this one.
     """
     ocp = _orbax()
-    if self.steps and step <= self.steps[-1]:
-      want = f"a step greater than {self.steps[-1]}, which is there; or delete its folder"
+    steps = self.steps
+    if steps and step <= steps[-1]:
+      want = f"a step greater than {steps[-1]}, which is there; or delete its folder"
       raise InvalidArgumentError.value("Checkpointer.save", "step", step, want)
     metrics = {} if metrics is None else {name: float(x) for name, x in metrics.items()}
     if self._best is not None and self._best not in metrics:
@@ -160,11 +162,12 @@ class Checkpointer:
     self._acquire()
     parted = _part(objects)
     slots = slots_of("Checkpointer.save", parted.objects, ..., ".")
-    values = {slot.name: _data(slot.read()) for slot in slots.selected}
+    live = {slot.name: _array(slot.read()) for slot in slots.selected}
+    values = {name: as_data(x) for name, x in live.items()}
     about = {
       "format": FORMAT,
       "written_by": written_by("orbax-checkpoint"),
-      "arrays": {slot.name: _facts(slot, values[slot.name]) for slot in slots.selected},
+      "arrays": {name: _facts(x, implementation(live[name])) for name, x in values.items()},
       "aliases": {name: slot.name for name, slot in slots.by_name.items() if name != slot.name},
       "iterators": {name: _state_of(x) for name, x in parted.iterators.items()},
       "metrics": metrics,
@@ -366,15 +369,12 @@ def _state_from(kept: dict[str, Any]) -> Any:
   return bytes.fromhex(kept["bytes"]) if "bytes" in kept else kept["json"]
 
 
-def _data(x: Any) -> Any:
-  """Typed keys as their bits."""
-  if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return jax.random.key_data(x)
+def _array(x: Any) -> Any:
+  """A number as an array."""
   return np.asarray(x) if isinstance(x, int | float | complex) else x
 
 
-def _facts(slot: Slot, value: Any) -> dict[str, Any]:
-  impl = str(jax.random.key_impl(slot.read())) if slot.is_key else None
+def _facts(value: Any, impl: str | None) -> dict[str, Any]:
   facts = {"shape": list(np.shape(value)), "dtype": str(value.dtype), "keys": impl}
   return facts | {"crc32": _checksum(value)}
 
@@ -437,14 +437,11 @@ def _stored_type(slot: Slot) -> tuple[tuple[int, ...], str, bool]:
 
 def _fill(objects: Any, slots: Slots, values: dict[str, Any], arrays: dict[str, Any]) -> None:
   """Write what was read; all of it fits."""
-  leaves: dict[int, list[Slot]] = {}
-  for slot in slots.selected:
-    leaves.setdefault(slot.leaf, []).append(slot)
-  for mine in leaves.values():
+  for mine in slots.by_leaf():
     new = []
     for slot in mine:
       facts = arrays[slot.name]
       x = values.get(slot.name)
       x = jnp.zeros(facts["shape"], facts["dtype"]) if x is None else x  # an empty one
-      new.append(jax.random.wrap_key_data(x, impl=facts["keys"]) if facts["keys"] else x)
+      new.append(as_value(x, facts["keys"]))
     fill(objects, mine, new)

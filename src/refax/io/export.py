@@ -22,6 +22,7 @@ from refax.core.module import Module
 from refax.core.pytree import static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Variable
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, ExportError
+from refax.io.keys import as_data, as_value, implementation
 from refax.io.origin import written_by
 from refax.io.safetensors import load_safetensors, save_safetensors
 from refax.rngs import RngCount, RngKey
@@ -155,14 +156,14 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
   objects = Inputs.of(tuple(x if yes else None for x, yes in zip(args, is_state, strict=True)), {})
   variables = _variables(objects, names)
   place = {id(v): name for name, v in variables.items()}
-  impls = {name: _impl(v) for name, v in variables.items()}
+  impls = {name: implementation(v.get_value()) for name, v in variables.items()}
 
   def program(*arrays: Any, state: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Any]:
     rest = iter(arrays)
     inner = tuple(x if yes else next(rest) for x, yes in zip(args, is_state, strict=True))
     inputs = Inputs.of(inner, {})
     values = [
-      _as_value(state[place[id(x)]], impls[place[id(x)]]) if isinstance(x, Variable) else x
+      as_value(state[place[id(x)]], impls[place[id(x)]]) if isinstance(x, Variable) else x
       for x in inputs.leaves
     ]
     staged = Staged(f, inputs, values)
@@ -176,11 +177,11 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
     if result is None:
       raise ExportError.result("a Module, a Variable or an argument")
     written = zip(outputs.spec.written, outputs.written, strict=True)
-    new = {place[id(inputs.leaves[i])]: _as_data(x) for i, x in written}
+    new = {place[id(inputs.leaves[i])]: as_data(x) for i, x in written}
     return new, result(outputs.fresh)
 
   program.__name__ = getattr(f, "__name__", type(f).__name__)
-  state = {name: _shape(_as_data(v[...])) for name, v in variables.items()}
+  state = {name: _shape(as_data(v[...])) for name, v in variables.items()}
   exported = jax.export.export(jax.jit(program), platforms=platforms)(*arrays, state=state)
   return ExportedFunction(exported, {name: v.copy() for name, v in variables.items()})
 
@@ -229,14 +230,14 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedFunction:
 @jit
 def _run(function: ExportedFunction, *args: Any) -> Any:
   exported = function.program.exported
-  state = {name: _as_data(v[...]) for name, v in function.state.items()}
+  state = {name: as_data(v[...]) for name, v in function.state.items()}
   try:
     new, result = exported.call(*args, state=state)
   except ValueError as error:
     raise ExportError.call(exported.fun_name, " ".join(str(error).split())) from None
   for name, x in new.items():
     variable = function.state[name]
-    variable[...] = _as_value(x, _impl(variable))
+    variable[...] = as_value(x, implementation(variable.get_value()))
   return result
 
 
@@ -274,28 +275,13 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
-def _impl(variable: Variable) -> str | None:
-  """The implementation of the typed PRNG keys that a Variable holds, if it holds any."""
-  if not jnp.issubdtype(variable.dtype, jax.dtypes.prng_key):
-    return None
-  return str(jax.random.key_impl(variable.get_value()))
-
-
-def _as_data(x: jax.Array) -> jax.Array:
-  """Typed keys as their bits, which every format knows."""
-  return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-
-def _as_value(x: jax.Array, impl: str | None) -> jax.Array:
-  return x if impl is None else jax.random.wrap_key_data(x, impl=impl)
-
-
 def _about_variable(v: Variable) -> dict[str, Any]:
+  value = v.get_value()
   return {
     "type": type(v).__name__,
     "shape": list(v.shape),
-    "dtype": str(_as_data(v[...]).dtype),
-    "keys": _impl(v),
+    "dtype": str(as_data(value).dtype),
+    "keys": implementation(value),
     "is_hijax": v.is_hijax,
   }
 

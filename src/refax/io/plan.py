@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refax.io.keys import as_data
 from refax.io.rename import Rename, Target, renamer
 from refax.io.slots import Slot, Slots, can_fill
 from refax.io.tensor_file import Reader
@@ -31,8 +32,7 @@ _UNEXPECTED = "rename it, drop it (rename to None), or pass strict=False"
 
 def on_host(x: Any) -> np.ndarray:
   """An array as the file has it: keys as their data."""
-  is_key = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-  return np.asarray(jax.random.key_data(x) if is_key else x)
+  return np.asarray(as_data(x))
 
 
 class Checkpoint:

@@ -20,6 +20,7 @@ import numpy as np
 
 from refax.core.filters import Filter
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, InvalidArgumentError
+from refax.io.keys import as_data, implementation
 from refax.io.plan import (
   ALIASES,
   KEYS,
@@ -81,8 +82,8 @@ def save_safetensors(
   for name, slot in by_name.items():
     if slot.is_key and not isinstance(slot.cell, jax.ShapeDtypeStruct):
       key = slot.read()
-      keys[name] = str(jax.random.key_impl(key))
-      stored[name] = _stored_as(name, slot, jax.random.key_data(key))
+      keys[name] = str(implementation(key))
+      stored[name] = _stored_as(name, slot, as_data(key))
     else:
       stored[name] = _stored_as(name, slot, slot)
   aliases = {name: slot.name for name, slot in slots.by_name.items() if name != slot.name}
@@ -225,12 +226,9 @@ def load_safetensors(
 
 def _load(tree: Any, file: Checkpoint, slots: Slots, plan: Plan, cast: bool) -> None:
   """Read what is planned, one Variable after the other."""
-  leaves: dict[int, list[Slot]] = {}
-  for slot in slots.selected:
-    if slot.name in plan.sources:
-      leaves.setdefault(slot.leaf, []).append(slot)
+  found = slots._replace(selected=[s for s in slots.selected if s.name in plan.sources])
   done = 0
-  for parts in leaves.values():
+  for parts in found.by_leaf():
     try:
       _load_leaf(tree, file, parts, plan, cast)
     except Exception as error:

@@ -16,6 +16,7 @@ from refax.core.variable import Variable
 from refax.errors import InvalidArgumentError
 from refax.graph.split import _set_child
 from refax.graph.state import State
+from refax.io.keys import is_key
 from refax.typing import Path, path_str
 
 
@@ -46,7 +47,7 @@ class Slot(NamedTuple):
   @property
   def is_key(self) -> bool:
     """Whether it holds typed PRNG keys."""
-    return jnp.issubdtype(self.dtype, jax.dtypes.prng_key)
+    return is_key(self)
 
   def read(self) -> Any:
     """The value, an array that no later step changes or donates."""
@@ -61,6 +62,13 @@ class Slots(NamedTuple):
   """By each of their names: what is shared has several, and the first is `slot.name`."""
   others: set[str]
   """The names of what the filter does not select."""
+
+  def by_leaf(self) -> list[list[Slot]]:
+    """The selected slots, those of one leaf together: they are filled at once."""
+    leaves: dict[int, list[Slot]] = {}
+    for slot in self.selected:
+      leaves.setdefault(slot.leaf, []).append(slot)
+    return list(leaves.values())
 
 
 def slots_of(function: str, tree: Any, only: Filter, sep: str) -> Slots:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from refax.core.flatten import flatten
 from refax.core.module import Module
 from refax.core.variable import Variable, is_variable
+from refax.core.write import write
 from refax.errors import InvalidArgumentError, ShapeMismatchError, TreeMismatchError
 from refax.nn import check
 from refax.rngs import Rngs
@@ -157,9 +158,8 @@ class Stack(Module):
         value = jax.tree.map(
           lambda old, x: old.at[index].set(x), stacked.get_value(), x.get_value()
         )
-        writes.append((stacked, stacked.prepare(value)))
-    for variable, write in writes:
-      variable.commit(write)
+        writes.append((stacked, value))
+    write(*writes)
 
 
 def _stacked(*parts: Any) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refax.core.write import write
 from refax.errors import ShapeMismatchError
 from refax.nn import check
 from refax.train import metric
-from refax.train.commit import write
 from refax.typing import ArrayLike
 
 

@@ -13,10 +13,10 @@ from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter, to_predicate
 from refax.core.pytree import Pytree
 from refax.core.variable import Variable
+from refax.core.write import write
 from refax.errors import InvalidArgumentError, TreeMismatchError
 from refax.graph.split import merge, split, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
-from refax.train.commit import write
 from refax.train.placement import beside, sharding_of
 from refax.typing import Path, describe, path_str
 

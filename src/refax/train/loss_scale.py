@@ -11,8 +11,8 @@ from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter
 from refax.core.pytree import Pytree
 from refax.core.variable import Param
+from refax.core.write import write
 from refax.errors import InvalidArgumentError
-from refax.train.commit import write
 from refax.train.finite import all_finite
 from refax.train.optimizer import OptState
 from refax.transforms.autodiff import value_and_grad

@@ -11,10 +11,10 @@ from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter, to_predicate
 from refax.core.pytree import Pytree, data
 from refax.core.variable import Variable, is_variable
+from refax.core.write import write
 from refax.errors import TreeMismatchError
 from refax.graph.split import state, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
-from refax.train.commit import write
 from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
 from refax.train.placement import beside, sharding_of

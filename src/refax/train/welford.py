@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refax.core.write import write
 from refax.nn import check
 from refax.train import accumulator, metric
-from refax.train.commit import write
 from refax.typing import ArrayLike
 
 

@@ -81,7 +81,7 @@ class JitFunction:
       try:
         return last.run(args)
       except Retraced:
-        self._fast.last = None
+        self._fast.clear()
     names = tuple(sorted(kwargs))
     values = (*args, *(kwargs[name] for name in names)) if names else args
     entry = self._fast.find(values, names) if self._may_be_fast else None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from refax import _jax, nnx
+from refax.transforms.fast import FastCalls, steady
 
 pytestmark = pytest.mark.skipif(
   not _jax.no_trace_active(), reason="the fast path needs the private API, which is switched off"
@@ -47,7 +48,7 @@ def is_fast(jitted, *args):
 
 
 def buffer(variable):
-  return _jax.buffers(_jax.cells([variable.get_raw_value()]))[0]
+  return _jax.buffer(variable.get_raw_value())
 
 
 def assert_same_state(a, b):
@@ -87,7 +88,8 @@ def test_state_that_is_not_touched_is_not_passed():
   for _ in range(3):
     step(net, dropout, X)
   assert is_fast(step, net, dropout, X)
-  touched = len(step._fast.last._written) + len(step._fast.last._read)
+  (compiled,) = step._fast._compiled.values()
+  touched = len(compiled.written | compiled.read)
   assert touched == len(jax.tree.leaves(net))  # the keys and counts of the dropout are left alone
 
 
@@ -97,15 +99,20 @@ def test_the_last_call_is_found_again_and_only_that():
   twin = Net()
   want = [float(jax.jit(lambda net, x: net(x).sum())(twin, X)) for _ in range(4)]
   assert [float(step(net, X)) for _ in range(2)] == want[:2]
-  last = step._fast.last
-  assert last.covers((net, X)) and last.covers((net, X + 1))
+  calls = FastCalls()
+  calls.last = step._fast.last._replace(run=lambda args: "at once")
+  way = steady(calls, lambda args, kwargs: "general")
+  assert way(net, X) == way(net, X + 1) == "at once"
   for args in ((other, X), (net, X[:1]), (net, np.asarray(X)), (net,), (net, X, X), (net, None)):
-    assert not last.covers(args)
-  assert not jax.jit(lambda x: x * last.covers((net, X)))(1.0)  # inside a trace
+    assert way(*args) == "general"
+  assert way(net, x=X) == "general"
+  in_a_trace = []
+  jax.eval_shape(lambda: in_a_trace.append(way(net, X)))
+  assert in_a_trace == ["general"]
   assert float(step(other, X)) == want[0] and float(step(net, x=X)) == want[2]
   assert float(step(net, X)) == want[3]
   net.linear.extra = 1
-  assert not last.covers((net, X))
+  assert way(net, X) == "general"
   assert len(traces) == 2
 
 

@@ -8,7 +8,7 @@ straight to it. Whatever is out of the ordinary goes through Refs, the general w
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,67 @@ class Retraced(Exception):
   """JAX traces again (another context, sharding, device): the entry does not cover this call."""
 
 
+class Entry(NamedTuple):
+  """One call that is known; `run(args)` makes it, on the buffers of the cells of its objects."""
+
+  epoch: int
+  no_trace_active: Callable[[], bool]
+  count: int
+  objects: list[tuple[int, weakref.ref]]
+  types: list[tuple[int, Any, Any]]
+  run: Callable
+
+  @classmethod
+  def of(cls, args: tuple, inputs: Inputs, compiled: "Compiled", forget: Callable) -> "Entry":
+    """The entry for a call of what was compiled; `forget` is called when an object is gone."""
+    objects = [(i, x) for i, x in enumerate(args) if isinstance(x, Node | Variable)]
+    arrays = sorted(set(range(len(args))) - {i for i, _ in objects})
+    return cls(
+      epoch.value,
+      _jax.trace_check(),
+      len(args),
+      [(i, weakref.ref(x, forget)) for i, x in objects],
+      [(i, getattr(args[i], "aval", None), _type_of(args[i])) for i in arrays],
+      _jax.exchange(compiled.call, *compiled.cells(inputs), arrays),
+    )
+
+  def is_of(self, args: tuple) -> bool:
+    """Whether these are the objects of the entry, and not new ones at the same addresses."""
+    return self.epoch == epoch.value and all(ref() is args[i] for i, ref in self.objects)
+
+
+NO_CALL = Entry(-1, bool, 0, [], [], lambda _: None)
+
+
+def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) -> Callable:
+  """A function that makes the call of last time at once, and any other by `general(args, kwargs)`.
+
+  This is what a training loop waits for: it is one plain function, as every attribute and every
+  frame takes as long as a check. Another `use_hijax` is not looked for: it is a context that JAX
+  traces again for.
+  """
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    then, no_trace_active, count, objects, types, run = calls.last
+    if kwargs or epoch.value != then or len(args) != count or not no_trace_active():
+      return general(args, kwargs)
+    for i, ref in objects:
+      if ref() is not args[i]:
+        return general(args, kwargs)
+    for i, aval, type_ in types:
+      x = args[i]  # arrays from one source mostly share their aval
+      same = aval is not None and getattr(x, "aval", None) is aval
+      if not same and (type_ is None or _type_of(x) != type_):
+        return general(args, kwargs)
+    try:
+      return run(args)
+    except Retraced:
+      calls.clear()
+      return general(args, kwargs)
+
+  return call
+
+
 class FastCalls:
   """The fast calls of one jitted function.
 
@@ -35,19 +96,19 @@ class FastCalls:
   """
 
   def __init__(self):
-    self.last: Entry | None = None
+    self.last = NO_CALL
     """The entry of the last call by positional arguments: mostly that of the next one."""
     self._entries: dict[tuple | None, Entry] = {}
     self._compiled: dict[tuple, Compiled | None] = {}
 
-  def find(self, args: tuple, names: tuple[str, ...] = ()) -> "Entry | None":
+  def find(self, args: tuple, names: tuple[str, ...] = ()) -> Entry | None:
     """The entry for a call, if there is one that still holds; `names` are of the last arguments."""
     if not self._entries or not _is_eager():
       return None
     entry = self._entries.get(_key(args, names))
-    if entry is None or entry.epoch != epoch.value or not entry.is_of(args):
+    if entry is None or not entry.is_of(args):
       return None
-    self.last = None if names else entry
+    self.last = NO_CALL if names else entry
     return entry
 
   def learn(
@@ -57,7 +118,7 @@ class FastCalls:
     inputs: Inputs,
     spec: tuple,
     trace: Callable[[], Any],
-  ) -> "Entry | None":
+  ) -> Entry | None:
     """A new entry for a call, if it is an ordinary one."""
     key = _key(args, names)
     if key is None or not _is_eager() or not _are_ordinary(args, inputs):
@@ -76,15 +137,15 @@ class FastCalls:
 
     def forget(_):
       if (living := calls()) is not None:
-        living.last = None
+        living.last = NO_CALL
         living._entries.pop(key, None)
 
-    self._entries[key] = entry = Entry(args, inputs, compiled, forget)
+    self._entries[key] = entry = Entry.of(args, inputs, compiled, forget)
     return entry
 
   def clear(self) -> None:
     """Forget everything."""
-    self.last = None
+    self.last = NO_CALL
     self._entries.clear()
     self._compiled.clear()
 
@@ -101,6 +162,12 @@ class Compiled:
     call.__name__ = traced.fun_name  # what profiles show
     self.call = jax.jit(call, donate_argnums=0)
 
+  def cells(self, inputs: Inputs) -> tuple[list, list]:
+    """The Refs that a call writes, and those that it only reads."""
+    refs = [(i, x._cell) for i, x in enumerate(inputs.leaves) if isinstance(x, Variable)]
+    written = [ref for i, ref in refs if i in self.written]
+    return written, [ref for i, ref in refs if i in self.read]
+
   def _function(self, is_cell: list[bool], traced: Any) -> Any:
     """The call as a function of arrays; it may be traced once.
 
@@ -109,64 +176,21 @@ class Compiled:
     traces: list[None] = []
     run, result = _jax.jaxpr_as_fun(traced.jaxpr), result_of(traced.out_info)
     read, written = self.read, self.written
-    reads = bool(read)
 
-    def call(written_values, *others):
+    def call(written_values, others, read_values=()):
       if traces:
         raise Retraced
       traces.append(None)
       values = dict(zip(sorted(written), written_values, strict=True))
-      values |= zip(sorted(read), others[0] if reads else (), strict=True)
+      values |= zip(sorted(read), read_values, strict=True)
       cells = {i: _jax.new_cell(value) for i, value in values.items()}
-      arrays = iter(jax.tree.leaves(others[reads:]))
+      arrays = iter(jax.tree.leaves(others))
       # A cell that is neither read nor written stays out: nothing asks for its value.
       flat = [cells.get(i) if yes else next(arrays) for i, yes in enumerate(is_cell)]
       results = run(*flat)
       return [cells[i][...] for i in sorted(written)], result(results)
 
     return call
-
-
-class Entry:
-  """One call that is known: its objects, and the cells whose buffers go in and come out."""
-
-  def __init__(self, args: tuple, inputs: Inputs, compiled: Compiled, forget: Callable):
-    self.epoch = epoch.value
-    self._compiled = compiled
-    is_object = [isinstance(x, Node | Variable) for x in args]
-    self._objects = [(i, weakref.ref(args[i], forget)) for i, yes in enumerate(is_object) if yes]
-    self._arrays = [i for i, yes in enumerate(is_object) if not yes]
-    self._types = [(i, getattr(args[i], "aval", None), _type_of(args[i])) for i in self._arrays]
-    self._count = len(args)
-    refs = [(i, x._cell) for i, x in enumerate(inputs.leaves) if isinstance(x, Variable)]
-    self._written = _jax.cells([ref for i, ref in refs if i in compiled.written])
-    self._read = _jax.cells([ref for i, ref in refs if i in compiled.read])
-
-  def is_of(self, args: tuple) -> bool:
-    """Whether these are the objects of the entry, and not new ones at the same addresses."""
-    return all(ref() is args[i] for i, ref in self._objects)
-
-  def covers(self, args: tuple) -> bool:
-    """Whether this entry is that of a call now: what `FastCalls.find` asks, in 1 us.
-
-    Another `use_hijax` is not looked for: it is a context that JAX traces again for.
-    """
-    if self.epoch != epoch.value or len(args) != self._count:
-      return False
-    for i, ref in self._objects:
-      if ref() is not args[i]:
-        return False
-    for i, aval, type_ in self._types:
-      x = args[i]  # arrays from one source mostly share their aval
-      same = aval is not None and getattr(x, "aval", None) is aval
-      if not same and (type_ is None or _type_of(x) != type_):
-        return False
-    return _jax.no_trace_active()
-
-  def run(self, args: tuple) -> Any:
-    """Make the call; raises Retraced, with nothing done, if JAX would trace again."""
-    arrays = [args[i] for i in self._arrays]
-    return _jax.exchange(self._compiled.call, self._written, self._read, arrays)
 
 
 def _is_eager() -> bool:
@@ -217,7 +241,7 @@ def _are_ordinary(args: tuple, inputs: Inputs) -> bool:
   if any(x._def.selected for x in inputs.leaves if isinstance(x, Variable)):
     return False
   # On several devices JAX keeps the layout of a Ref; for arrays the compiler may choose another.
-  if any(len(buffer.sharding.device_set) > 1 for buffer in _jax.buffers(_jax.cells(cells))):
+  if any(len(_jax.buffer(cell).sharding.device_set) > 1 for cell in cells):
     return False
   return all(_is_cached(x) for x in args if isinstance(x, Node))
 

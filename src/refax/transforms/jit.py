@@ -9,7 +9,7 @@ import jax
 
 from refax.core.definition import kind
 from refax.core.flatten import GraphDef
-from refax.transforms.fast import FastCalls, Retraced
+from refax.transforms.fast import FastCalls, Retraced, steady
 from refax.transforms.lift import Frame, Inputs, Outputs
 
 
@@ -49,7 +49,7 @@ def jit(
   True
   """
   decorate = functools.partial(
-    JitFunction,
+    _jit,
     static=(static_argnums, static_argnames),
     donated=(donate_argnums, donate_argnames),
     keep_unused=keep_unused,
@@ -58,45 +58,43 @@ def jit(
   return decorate if fun is None else decorate(fun)
 
 
-class JitFunction:
+def _jit(fun: Callable, **options: Any) -> Callable:
+  jitted = _Jitted(fun, **options)
+  call: Any = functools.update_wrapper(steady(jitted.fast, jitted.call), fun)
+  call.lower, call.trace, call.clear_cache = jitted.lower, jitted.trace, jitted.clear_cache
+  call._fast = jitted.fast  # for tests
+  return call
+
+
+class _Jitted:
   """A function compiled by `nnx.jit`."""
 
   def __init__(self, fun: Callable, *, static: tuple, donated: tuple, **options: Any):
-    functools.update_wrapper(self, fun)
-    self._fun = fun
+    self.fast = FastCalls()
     self._static = _resolve(fun, *static)
     self._donated = _resolve(fun, *donated)
-    self._fast = FastCalls()
     self._may_be_fast = not any((*self._static, *self._donated))
     self._jitted: Any = jax.jit(
       _named(functools.partial(_call, fun), fun), static_argnums=0, donate_argnums=2, **options
     )
 
-  def __get__(self, instance: Any, owner: type | None = None) -> Any:
-    return self if instance is None else functools.partial(self, instance)
-
-  def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    last = self._fast.last
-    if last is not None and not kwargs and last.covers(args):
-      try:
-        return last.run(args)
-      except Retraced:
-        self._fast.clear()
+  def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Any call: by what is known of it, else through Refs."""
     names = tuple(sorted(kwargs))
     values = (*args, *(kwargs[name] for name in names)) if names else args
-    entry = self._fast.find(values, names) if self._may_be_fast else None
+    entry = self.fast.find(values, names) if self._may_be_fast else None
     if entry is None:
       inputs, spec, kept, donated = self._split(args, kwargs)
       if self._may_be_fast:
         trace = lambda: self._jitted.trace(spec, kept, donated)
-        entry = self._fast.learn(values, names, inputs, spec, trace)
+        entry = self.fast.learn(values, names, inputs, spec, trace)
       if entry is None:
         return inputs.commit(self._jitted(spec, kept, donated))
     try:
       return entry.run(values)
     except Retraced:
-      self._fast.clear()
-      return self(*args, **kwargs)
+      self.fast.clear()
+      return self.call(args, kwargs)
 
   def lower(self, *args: Any, **kwargs: Any) -> Any:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
@@ -111,7 +109,7 @@ class JitFunction:
   def clear_cache(self) -> None:
     """Forget all compiled versions."""
     self._jitted.clear_cache()
-    self._fast.clear()
+    self.fast.clear()
 
   def _split(self, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The inputs, and what the inner jit is called with: a static spec and two lots of leaves."""

@@ -40,8 +40,11 @@ would reuse a wrong trace; there is one, for ever."""
 
 
 def is_ref(x: Any) -> bool:
-  """Whether `x` is a `jax.Ref`, or a tracer that stands for one."""
-  return isinstance(x, jax.Ref)
+  """Whether `x` is a `jax.Ref`, or a tracer that stands for one.
+
+  Only for these is JAX's own test asked: for an array it takes 0.8 us, ten times as long as this.
+  """
+  return type(x) is jax.Ref or (is_tracer(x) and isinstance(x, jax.Ref))
 
 
 def is_tracer(x: Any) -> bool:
@@ -49,9 +52,21 @@ def is_tracer(x: Any) -> bool:
   return isinstance(x, jax.core.Tracer)
 
 
+@functools.lru_cache(maxsize=4096)
+def _ref_type(aval: Any) -> Any:
+  """The type of a Ref to an array: half of what making a Ref takes, and models repeat theirs."""
+  private = _private()
+  assert private is not None
+  return private.AbstractRef(aval, kind=CELL_KIND)
+
+
+_EAGER = object()
+"""The trace state outside every trace, which every assignment to an attribute asks for."""
+
+
 def trace_state() -> Any:
   """A token that is equal for two moments inside the same trace, and only then."""
-  return get_opaque_trace_state()
+  return _EAGER if no_trace_active() else get_opaque_trace_state()
 
 
 class _Private(NamedTuple):
@@ -90,7 +105,6 @@ def _trace_check(core: Any) -> Callable[[], bool]:
   try:
     trace, axes = core.trace_state_strong_ref, core.axis_env_state
     eager, no_axes = core.eval_trace, core.top_axis_env
-    trace.value, axes.value
   except AttributeError:
     return core.trace_state_clean
 
@@ -157,7 +171,7 @@ def new_cell(value: jax.Array) -> jax.Ref:
   if private is None or is_tracer(value) or not private.clean():
     return jax.new_ref(value, kind=CELL_KIND)
   core, value = private.core, _committed(value)
-  aval = private.AbstractRef(jax.typeof(value), kind=CELL_KIND)
+  aval = _ref_type(jax.typeof(value))
   return core.Ref(aval, core.ArrayRefImpl(aval, value))
 
 
@@ -226,7 +240,7 @@ def exchange(call: Any, written: list[jax.Ref], read: list[jax.Ref], arrays: lis
       new, result = call([c._buf for c in written], pick(args), [c._buf for c in read])
     else:
       new, result = call([c._buf for c in written], pick(args))
-    for cell, cell._buf in zip(written, new):  # noqa: B007, B905, B020 -- the fastest form
+    for cell, cell._buf in zip(written, new):  # noqa: B007, B905 -- the fastest form
       pass
     return result
 

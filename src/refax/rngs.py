@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
+from refax.core import storage
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import walk_nodes
+from refax.core.observe import note
 from refax.core.pytree import Pytree
 from refax.core.variable import Variable
 from refax.errors import MissingRngError, RngKeyError
@@ -71,6 +73,13 @@ def _advance(key: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 _advance_now = jax.jit(_advance)
 """Eager: one call instead of ten; a jaxpr keeps the operations as they are."""
+
+
+def _peek(variable: Variable) -> jax.Array:
+  """The buffer of a Variable, uncopied: for a function that keeps and donates nothing."""
+  cell = variable.get_raw_value()
+  note(variable, cell)
+  return _jax.peek_cell(cell)
 
 
 class _Samplers:
@@ -146,9 +155,12 @@ class RngStream(Pytree, _Samplers):
 
   def __call__(self) -> jax.Array:
     """The next key."""
-    advance = _advance_now if _jax.no_trace_active() else _advance
-    key, count = advance(self.key.get_value(), self.count.get_value())
-    self.count.set_value(count)
+    if not (_jax.no_trace_active() and self.key.is_hijax and self.count.is_hijax):
+      key, count = _advance(self.key.get_value(), self.count.get_value())
+      self.count.set_value(count)
+      return key
+    key, count = _advance_now(_peek(self.key), _peek(self.count))  # no copies
+    storage.write_ref(self.count.get_raw_value(), count, None, None)
     return key
 
   def split(self, k: Splits) -> "RngStream":

@@ -1,14 +1,49 @@
+import logging
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from refax import nnx
 
+NAMES = [n for n in dir(jax.nn.initializers) if not n.startswith("_") and n != "Initializer"]
+ARGUMENTS = {"constant": (0.5,), "variance_scaling": (2.0, "fan_avg", "uniform")}
+KEY = jax.random.key(3)
 
-def test_the_initializers_are_those_of_jax():
-  for name in dir(jax.nn.initializers):
-    if not name.startswith("_") and name != "Initializer":
-      assert getattr(nnx.initializers, name) is getattr(jax.nn.initializers, name)
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, None])
+def test_the_initializers_are_those_of_jax(name, dtype):
+  ours, theirs = getattr(nnx.initializers, name), getattr(jax.nn.initializers, name)
+  if "orthogonal" in name and dtype is jnp.bfloat16:
+    pytest.skip("JAX decomposes no bfloat16")
+  if name not in ("ones", "zeros"):
+    ours, theirs = (make(*ARGUMENTS.get(name, ())) for make in (ours, theirs))
+  shape = (3, 5, 6) if name == "delta_orthogonal" else (5, 6)
+  got, want = ours(KEY, shape, dtype), theirs(KEY, shape, dtype)
+  assert got.dtype == want.dtype and got.weak_type == want.weak_type
+  tolerance = 1e-2 if dtype is jnp.bfloat16 else 1e-6
+  np.testing.assert_allclose(got.astype(float), want.astype(float), tolerance, tolerance)
+  np.testing.assert_array_equal(got, jax.jit(ours, static_argnums=(1, 2))(KEY, shape, dtype))
+
+
+def test_equal_initializers_are_one_and_compile_a_shape_once(caplog):
+  assert nnx.initializers.normal(0.1) is nnx.initializers.normal(0.1)
+  assert nnx.initializers.normal(0.1) is not nnx.initializers.normal(0.2)
+  table = jnp.arange(3.0)  # an array cannot be looked up
+  np.testing.assert_array_equal(nnx.initializers.constant(table)(KEY, (2, 3)), [table, table])
+  init = nnx.initializers.uniform(0.123)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    init(KEY, (7, 9)), init(KEY, [7, 9]), nnx.initializers.uniform(0.123)(KEY, (7, 9))
+  assert sum("Finished XLA compilation" in m for m in caplog.messages) == 1
+
+
+def test_a_bad_argument_gets_the_error_of_jax():
+  with pytest.raises(TypeError, match="scael"):
+    nnx.initializers.normal(scael=1)  # pyright: ignore
+  with pytest.raises(ValueError, match="fan"):
+    nnx.initializers.variance_scaling(1.0, "fan", "normal")(KEY, (2, 2))  # pyright: ignore
 
 
 @pytest.mark.parametrize(("make", "value"), [

@@ -81,7 +81,8 @@ class Variable(ArrayProtocol, Generic[A]):
     _register(cls)
 
   def _new_cell(self, value: Any, hijax: bool) -> Any:
-    leaves, treedef = jax.tree.flatten(value)
+    is_array = isinstance(value, jax.Array)  # mostly: nothing to flatten
+    leaves, treedef = ([value], None) if is_array else jax.tree.flatten(value)
     hijax = hijax and all(map(storage.is_array_like, leaves))
 
     def new(leaf):
@@ -91,7 +92,7 @@ class Variable(ArrayProtocol, Generic[A]):
       leaf = storage.stored(leaf, self._def.origin, detached=self.detached, hijax=hijax)
       return _jax.new_cell(leaf) if hijax else leaf
 
-    return treedef.unflatten(map(new, leaves))
+    return new(value) if is_array else treedef.unflatten(map(new, leaves))
 
   @classmethod
   def _handle(cls, cell: Any, definition: VariableDef) -> "Variable":

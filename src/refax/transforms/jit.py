@@ -86,8 +86,7 @@ class _Jitted:
     if entry is None:
       inputs, spec, kept, donated = self._split(args, kwargs)
       if self._may_be_fast:
-        trace = lambda: self._jitted.trace(spec, kept, donated)
-        entry = self.fast.learn(values, names, inputs, spec, trace)
+        entry = self.fast.learn(values, names, inputs, spec, self._jitted)
       if entry is None:
         return inputs.commit(self._jitted(spec, kept, donated))
     try:

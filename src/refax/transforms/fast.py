@@ -172,7 +172,7 @@ class Compiled:
   def _function(self, inputs: Inputs, jitted: Callable[[tuple], Outputs]) -> Any:
     """The call as a function of arrays; it may be traced once.
 
-    It calls the function on Refs like the caller's: JAX has the trace of that and takes it as it is.
+    It calls the function on Refs like the caller's, of which JAX has the trace already.
     """
     traces: list[None] = []
     kinds = [(type(x), x._def) if isinstance(x, Variable) else None for x in inputs.leaves]

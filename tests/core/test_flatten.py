@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
+from refax.core.flatten import Walk, flatten
 
 
 class Node(nnx.Pytree):
@@ -233,3 +234,72 @@ def test_a_graphdef_is_static_pickles_and_names_what_it_is():
   assert repr(graphdef) == "GraphDef(Node, nodes=2, leaves=2)"
   assert graphdef.paths == (("a",), ("child", "w"))
   assert graphdef != nnx.graphdef(param()) and graphdef != 3
+
+
+def rebuilt(model):
+  """The model as a functional program gets it back from a step, every Variable new."""
+  return jax.jit(lambda m: jax.tree.map(lambda x: x + 1, m))(model)
+
+
+def walked(model):
+  """What a walk finds, whatever is known already."""
+  walk = Walk()
+  return walk.graphdef(walk.entry(model)), walk.leaves
+
+
+class Tree(nnx.Module):
+  def __init__(self):
+    self.parts = [nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dict(a=nnx.Variable(1.0))]
+    self.table = nnx.data({"x": nnx.Variable(2.0)})
+    self.again = self.parts[0].kernel
+
+
+CHANGES = {
+  "nothing": lambda m: None,
+  "an attribute of the root": lambda m: setattr(m, "extra", nnx.Variable(0.0)),
+  "an attribute below": lambda m: setattr(m.parts[0], "extra", 3),
+  "a Variable below": lambda m: setattr(m.parts[0], "bias", nnx.Param(jnp.ones(2))),
+  "a deletion": lambda m: delattr(m, "again"),
+  "a list": lambda m: m.parts.append(nnx.Variable(5.0)),
+  "a dict": lambda m: m.parts[1].update(b=nnx.Variable(5.0)),
+  "a value": lambda m: m.parts[0].kernel.set_value(jnp.zeros((2, 2))),
+  "a cell": lambda m: m.parts[0].kernel.set_raw_value(jax.new_ref(jnp.zeros((2, 2)))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [Tree, lambda: Tree().parts[0], lambda: Tree().parts])
+@pytest.mark.parametrize("hijax", [True, False])
+def test_a_rebuilt_object_flattens_to_what_a_walk_finds(make, change, hijax):
+  with nnx.use_hijax(hijax):
+    model = nnx.to_hijax(make()) if hijax else nnx.to_lojax(make())
+    model = jax.tree.map(lambda x: x, model) if hijax else rebuilt(model)
+    if change != "nothing" and isinstance(model, Tree):
+      CHANGES[change](model)
+  graphdef, leaves = walked(model)
+  for _ in range(2):
+    flat = flatten(model)
+    assert flat.graphdef == graphdef
+    assert all(a is b for a, b in zip(flat.leaves, leaves, strict=True))
+    assert jax.tree.structure(model) == jax.tree.structure(jax.tree.map(lambda x: x, model))
+
+
+def test_a_rebuilt_object_is_not_walked_through(monkeypatch):
+  model = rebuilt(nnx.to_lojax(nnx.Linear(2, 2, rngs=nnx.Rngs(0))))
+  monkeypatch.setattr(Walk, "entry", None)
+  assert len(jax.tree.leaves(model)) == 2
+  model.extra = 1
+  with pytest.raises(TypeError):
+    jax.tree.leaves(model)
+
+
+def test_one_variable_in_two_places_of_a_rebuilt_object_is_one():
+  model = nnx.to_lojax(nnx.List([nnx.Variable(1.0), nnx.Variable(2.0)]))
+  shared = model[0]
+  is_variable = lambda x: isinstance(x, nnx.Variable)
+  both = jax.tree.map(lambda _: shared, model, is_leaf=is_variable)
+  assert len(jax.tree.leaves(both)) == 1
+  refs = jax.tree.map(lambda _: nnx.Variable(0.0, is_hijax=True), model, is_leaf=is_variable)
+  assert len(jax.tree.leaves(refs)) == 2
+  numbers = jax.tree.map(lambda _: 0, model, is_leaf=is_variable)
+  assert jax.tree.leaves(numbers) == [0, 0]

@@ -5,6 +5,7 @@ handles may share a cell (after `split`, inside a transform); what one writes, a
 """
 
 import copy as copylib
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -60,9 +61,8 @@ class Variable(ArrayProtocol, Generic[A]):
   2
   """
 
-  __slots__ = ("_cell", "_def", "_trace", "__weakref__")
-  _cell: Any
-  _def: VariableDef
+  __slots__ = ("_node", "_trace", "__weakref__")
+  _node: tuple[tuple[Any], VariableDef]  # the cell and the static half, as JAX flattens a Variable
   _trace: Any
 
   detached: ClassVar[bool] = False
@@ -72,13 +72,17 @@ class Variable(ArrayProtocol, Generic[A]):
     value = cast(A, unwrap(value))
     if any(_jax.is_ref(leaf) for leaf in jax.tree.leaves(value)):
       raise StaticAttributeError.ref()
-    self._def = VariableDef(metadata, Origin(type(self).__name__))
-    self._trace = _jax.trace_state()
-    self._cell = self._new_cell(value, config.using_hijax() if is_hijax is None else is_hijax)
+    hijax = config.using_hijax() if is_hijax is None else is_hijax
+    self._make(value, hijax, VariableDef(metadata, Origin(type(self).__name__)))
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
     _register(cls)
+
+  def _make(self, value: Any, hijax: bool, definition: VariableDef) -> None:
+    _set_trace(self, _jax.trace_state())
+    _set_node(self, ((None,), definition))
+    self._cell = self._new_cell(value, hijax)
 
   def _new_cell(self, value: Any, hijax: bool) -> Any:
     is_array = isinstance(value, jax.Array)  # mostly: nothing to flatten
@@ -97,11 +101,30 @@ class Variable(ArrayProtocol, Generic[A]):
   @classmethod
   def _handle(cls, cell: Any, definition: VariableDef) -> "Variable":
     """A Variable on an existing cell; validates nothing."""
-    self = object.__new__(cls)
-    self._cell = cell
-    self._def = definition
-    self._trace = _jax.trace_state()
+    return cls._unflatten(definition, (cell,))
+
+  @classmethod
+  def _unflatten(cls, definition: VariableDef, children: tuple[Any]) -> "Variable":
+    self = _new(cls)
+    _set_node(self, (children, definition))
+    _set_trace(self, _jax.trace_state())
     return self
+
+  @property
+  def _cell(self) -> Any:
+    return self._node[0][0]
+
+  @_cell.setter
+  def _cell(self, cell: Any) -> None:
+    _set_node(self, ((cell,), self._node[1]))
+
+  @property
+  def _def(self) -> VariableDef:
+    return self._node[1]
+
+  @_def.setter
+  def _def(self, definition: VariableDef) -> None:
+    _set_node(self, (self._node[0], definition))
 
   # storage
   @property
@@ -328,9 +351,8 @@ class Variable(ArrayProtocol, Generic[A]):
   def __setstate__(self, state: dict[str, Any]) -> None:
     is_key = lambda x: isinstance(x, _PickledKey)
     value = jax.tree.map(lambda x: x.key() if is_key(x) else x, state["value"], is_leaf=is_key)
-    self._def = VariableDef(state["metadata"], Origin(type(self).__name__))
-    self._trace = _jax.trace_state()
-    self._cell = self._new_cell(value, state["is_hijax"])
+    definition = VariableDef(state["metadata"], Origin(type(self).__name__))
+    self._make(value, state["is_hijax"], definition)
 
   def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
     value = jax.tree.map(_shown, self._cell)
@@ -390,17 +412,17 @@ class CellKey:
 _CELL_KEY = CellKey()
 
 
-def _register(cls: type[Variable]) -> None:
-  def flatten(v: Variable):
-    return (v._cell,), v._def
+# JAX makes and takes apart every Variable of a model in each call: in C, a third of the time.
+_new = object.__new__
+_set_node, _set_trace = Variable._node.__set__, Variable._trace.__set__
+_flatten = operator.attrgetter("_node")
 
+
+def _register(cls: type[Variable]) -> None:
   def flatten_with_keys(v: Variable):
     return ((_CELL_KEY, v._cell),), v._def
 
-  def unflatten(definition: VariableDef, children) -> Variable:
-    return cls._handle(children[0], definition)
-
-  jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+  jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, cls._unflatten, _flatten)
 
 
 _register(Variable)

@@ -189,6 +189,15 @@ def read_cell(ref: jax.Ref) -> jax.Array:
   return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_write_now(ref: jax.Ref, value: jax.Array) -> bool:
+  """Whether storing an array in a concrete Ref is a copy of it and nothing else."""
+  if is_tracer(value) or type(value) is jax.Ref or not no_trace_active():
+    return False
+  old: Any = ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
+  same = value.dtype == old.dtype and value.shape == old.shape
+  return same and not getattr(value, "weak_type", False)
+
+
 def write_cell(ref: jax.Ref, value: jax.Array) -> None:
   """Store `value`, of the cell's shape and dtype; the caller hands over a copy of its own.
 
@@ -202,6 +211,15 @@ def write_cell(ref: jax.Ref, value: jax.Array) -> None:
   impl._buf = _committed(
     value if value.sharding == old.sharding else jax.device_put(value, old.sharding)
   )
+
+
+def write_copy(ref: jax.Ref, value: jax.Array) -> None:
+  """Store a copy of `value`, for which `is_write_now` holds."""
+  impl: Any = ref._refs  # pyright: ignore[reportAttributeAccessIssue]
+  sharding = impl._buf.sharding
+  same = value.sharding is sharding or value.sharding == sharding
+  copy = _copy if same and value.committed else _copy_onto(sharding)
+  impl._buf = copy(value if same else jax.device_put(value, sharding))
 
 
 def peek_cell(ref: jax.Ref) -> jax.Array:

@@ -126,3 +126,72 @@ def test_closures_collectives_gradients_and_errors():
   else:
     raise AssertionError("no error")
   """)
+
+
+def test_sharded_state_takes_the_steady_way_of_nnx_jit_and_stays_where_it_is():
+  run("""
+  import optax
+  from jax.sharding import SingleDeviceSharding
+
+  grid = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  sharded = lambda *spec: NamedSharding(grid, P(*spec))
+
+  def made():
+    model = nnx.Sequential(
+      nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+    )
+    return model, nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+  def spread(tree):
+    spec = lambda x: sharded(None, "model") if x.ndim == 2 and x.shape[1] % 2 == 0 else sharded()
+    lojax = nnx.to_lojax(tree)
+    return nnx.to_hijax(jax.device_put(lojax, jax.tree.map(spec, lojax)))
+
+  def step(model, optimizer, x):
+    loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+    optimizer.update(model, grads)
+    return loss
+
+  def places(tree):
+    return [x.sharding for x in jax.tree.leaves(nnx.to_lojax(tree))]
+
+  traces = []
+  def counted(*args):
+    traces.append(None)
+    return step(*args)
+
+  x = jax.random.normal(jax.random.key(0), (8, 4))
+  one, many = made(), spread(made())
+  before = places(many)
+  fast, plain = nnx.jit(counted), jax.jit(step)
+  for i in range(4):
+    loss = fast(*many, jax.device_put(x, sharded("data")))
+    np.testing.assert_allclose(loss, plain(*one, x), rtol=1e-5)
+  assert fast._fast.find((*many, jax.device_put(x, sharded("data")))) is not None
+  assert len(traces) == 1
+  assert all(a.is_equivalent_to(b, 2) for a, b in zip(places(many), before))
+  assert not all(place.is_fully_replicated for place in before)
+  for a, b in zip(jax.tree.leaves(nnx.to_lojax(one)), jax.tree.leaves(nnx.to_lojax(many))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+  # the same structure elsewhere is a compilation of its own; neither moves
+  three = made()
+  for _ in range(2):
+    fast(*three, x), fast(*many, x)
+  assert all(isinstance(s, SingleDeviceSharding) for s in places(three))
+  assert all(a.is_equivalent_to(b, 2) for a, b in zip(places(many), before))
+
+  # what was computed from replicated data is stored where the Variable is
+  v = nnx.to_hijax(jax.device_put(nnx.to_lojax(nnx.Variable(jnp.zeros((4, 4)))), sharded("data")))
+  write = nnx.jit(lambda v, x: v.set_value(x))
+  for i in range(3):
+    write(v, jax.device_put(jnp.full((4, 4), float(i)), sharded()))
+    assert v[...].sharding.is_equivalent_to(sharded("data"), 2)
+    np.testing.assert_array_equal(v, np.full((4, 4), i))
+
+  with jax.set_mesh(grid):  # another context
+    fast(*many, x)
+    write(v, jnp.ones((4, 4)))
+  fast(*many, x)
+  assert all(a.is_equivalent_to(b, 2) for a, b in zip(places(many), before))
+  """)

@@ -12,13 +12,19 @@ import jax
 
 from refax import _jax
 
-_local = threading.local()
+
+class _Local(threading.local):
+  seen: dict[int, Any] | None = None
+  log: dict[int, Any] | None = None
+
+
+_local = _Local()
 
 
 @contextlib.contextmanager
 def observe() -> Iterator[dict[int, Any]]:
   """The hijax Variables that are read or written meanwhile, by the identity of their Refs."""
-  outer, seen = getattr(_local, "seen", None), {}
+  outer, seen = _local.seen, {}
   _local.seen = seen
   try:
     yield seen
@@ -30,7 +36,7 @@ def observe() -> Iterator[dict[int, Any]]:
 
 def note(variable: Any, ref: Any) -> None:
   """A Variable is read or written now."""
-  seen = getattr(_local, "seen", None)
+  seen = _local.seen
   if seen is not None:
     seen[id(ref)] = variable
 
@@ -41,7 +47,7 @@ def undo_on_error(refs: Iterable[Any]) -> Iterator[None]:
 
   A compiled function inside may write these without that any Variable sees it.
   """
-  outer, log = getattr(_local, "log", None), {}
+  outer, log = _local.log, {}
   if _jax.no_trace_active():
     log |= {id(ref): (ref, _jax.read_cell(ref)) for ref in refs}
   _local.log = log
@@ -59,7 +65,7 @@ def undo_on_error(refs: Iterable[Any]) -> Iterator[None]:
 
 def before_write(ref: Any) -> None:
   """A Ref is about to be written, now or when what is being traced will run."""
-  log = getattr(_local, "log", None)
+  log = _local.log
   if log is not None and id(ref) not in log and not _jax.is_tracer(ref):
     with jax.ensure_compile_time_eval():
       log[id(ref)] = (ref, ref[...])

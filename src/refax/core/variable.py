@@ -17,7 +17,7 @@ from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
-from refax.core.observe import note
+from refax.core.observe import before_write, note
 from refax.errors import (
   DifferentiatedWriteError,
   ShapeMismatchError,
@@ -172,6 +172,13 @@ class Variable(ArrayProtocol, Generic[A]):
       TraceContextError: a lojax Variable is written inside a transform that it came to by closure.
       DifferentiatedWriteError: the Variable, or the value, is being differentiated.
     """
+    cell = self._cell
+    if index is ... and type(cell) is jax.Ref and not self._def.selected:
+      if isinstance(value, jax.Array) and _jax.is_write_now(cell, value):  # most writes
+        note(self, cell)
+        before_write(cell)
+        _jax.write_copy(cell, value)
+        return
     self.commit(self.prepare(value, index=index))
 
   def prepare(self, value: Any, *, index: Any = ...) -> "Writes":

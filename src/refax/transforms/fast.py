@@ -161,7 +161,9 @@ class Compiled:
     self.read = (_jax.used_invars(traced.jaxpr) & cells) - self.written
     call = self._function(inputs, jitted)
     call.__name__ = traced.fun_name  # what profiles show
-    self.call = jax.jit(call, donate_argnums=0)
+    # A Ref stays where it is; for what a function returns, the compiler would choose.
+    places = [_jax.buffer(ref).sharding for ref in self.cells(inputs)[0]]
+    self.call = jax.jit(call, donate_argnums=0, out_shardings=(places, None))
 
   def cells(self, inputs: Inputs) -> tuple[list, list]:
     """The Refs that a call writes, and those that it only reads."""
@@ -207,7 +209,7 @@ def _is_eager() -> bool:
 def _signature(leaf: Any) -> Any:
   """What a trace depends on, of a Variable or an array."""
   if isinstance(leaf, Variable):
-    return type(leaf), leaf._def, leaf.shape, leaf.dtype
+    return type(leaf), leaf._def, leaf.shape, leaf.dtype, _jax.buffer(leaf._cell).sharding
   return _type_of(leaf)
 
 
@@ -245,9 +247,6 @@ def _are_ordinary(args: tuple, inputs: Inputs) -> bool:
   if not cells or len(inputs.leaves) - len(cells) != arrays or not all(map(_jax.is_ref, cells)):
     return False
   if any(x._def.selected for x in inputs.leaves if isinstance(x, Variable)):
-    return False
-  # On several devices JAX keeps the layout of a Ref; for arrays the compiler may choose another.
-  if any(len(_jax.buffer(cell).sharding.device_set) > 1 for cell in cells):
     return False
   return all(_is_cached(x) for x in args if isinstance(x, Node))
 

@@ -173,13 +173,13 @@ class Variable(ArrayProtocol, Generic[A]):
       DifferentiatedWriteError: the Variable, or the value, is being differentiated.
     """
     cell = self._cell
-    if index is ... and type(cell) is jax.Ref and not self._def.selected:
-      if isinstance(value, jax.Array) and _jax.is_write_now(cell, value):  # most writes
-        note(self, cell)
-        before_write(cell)
-        _jax.write_copy(cell, value)
-        return
-    self.commit(self.prepare(value, index=index))
+    now = index is ... and isinstance(value, jax.Array) and type(cell) is jax.Ref
+    if not (now and _jax.is_write_now(cell, value)) or self._def.selected:
+      self.commit(self.prepare(value, index=index))
+      return
+    note(self, cell)
+    before_write(cell)
+    _jax.write_copy(cell, value)
 
   def prepare(self, value: Any, *, index: Any = ...) -> "Writes":
     """Check a write and convert its value; `commit` then cannot fail half-way."""

@@ -47,7 +47,7 @@ class Entry(NamedTuple):
       _jax.trace_check(),
       len(args),
       [(i, weakref.ref(x, forget)) for i, x in objects],
-      [(i, getattr(args[i], "aval", None), _type_of(args[i])) for i in arrays],
+      [(i, getattr(args[i], "aval", None), _types_of(args[i])) for i in arrays],
       _jax.exchange(compiled.call, *compiled.cells(inputs), arrays),
     )
 
@@ -77,7 +77,7 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
     for i, aval, type_ in types:
       x = args[i]  # arrays from one source mostly share their aval
       same = aval is not None and getattr(x, "aval", None) is aval
-      if not same and (type_ is None or _type_of(x) != type_):
+      if not same and _types_of(x) != type_:
         return general(args, kwargs)
     try:
       return run(args)
@@ -214,8 +214,8 @@ def _signature(leaf: Any) -> Any:
 
 
 def _type_of(x: Any) -> Any:
-  """The type that JAX traces an array or number with; None for anything else."""
-  if isinstance(x, jax.Array):
+  """The type that JAX traces an array or number with; None for anything else, a Ref too."""
+  if isinstance(x, jax.Array) and type(x) is not jax.Ref:
     return x.shape, x.dtype, x.weak_type
   if isinstance(x, np.ndarray):
     return np.ndarray, x.shape, x.dtype
@@ -226,18 +226,20 @@ def _key(args: tuple, names: tuple[str, ...]) -> tuple | None:
   """What an entry is found by, or None if an argument holds more than arrays, or is no object."""
   key: list[Any] = [config.using_hijax(), names]
   for x in args:
-    part = id(x) if isinstance(x, Node | Variable) else _type_of(x) or _types_of(x)
+    part = id(x) if isinstance(x, Node | Variable) else _types_of(x)
     if part is None:
       return None
     key.append(part)
   return tuple(key)
 
 
-def _types_of(tree: Any) -> Any:
-  """The types of a pytree of arrays; None if it holds anything else, or nothing."""
-  leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Node | Variable))
+def _types_of(x: Any) -> Any:
+  """The type of an array, or those of a pytree of arrays; None if there is anything else in it."""
+  if (type_ := _type_of(x)) is not None:
+    return type_
+  leaves, treedef = jax.tree.flatten(x)
   types = tuple(map(_type_of, leaves))
-  return (treedef, types) if types and all(types) else None
+  return (treedef, types) if types and None not in types else None
 
 
 def _are_ordinary(args: tuple, inputs: Inputs) -> bool:

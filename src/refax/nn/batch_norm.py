@@ -128,16 +128,16 @@ class BatchNorm(Norm):
     axes = check.features("BatchNorm", x, (self.axis,), self.num_features, (self.mean,))
     others = tuple(axis for axis in range(x.ndim) if axis not in axes)
     if use_running_average:
-      mean, var = (jnp.expand_dims(v[...], others) for v in (self.mean, self.var))
+      mean, var = self.mean[...], self.var[...]
     else:
-      mean, var = self._statistics(x, others, mask)
+      mean, var = self._statistics(x, others, mask, keepdims=False)
       self._move(self.mean, mean)
       self._move(self.var, var)
-    return self._normalize(x, mean, var, axes)
+    shape = [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
+    return self._normalize(x, mean.reshape(shape), var.reshape(shape), axes)
 
   def _move(self, running: BatchStat, new: jax.Array) -> None:
     """Move a running statistic towards that of the batch."""
-    new = new.reshape(running.shape)
     if jnp.isrealobj(new):  # float64 into float32, but complex into real is an error
       new = new.astype(running.dtype)
     running[...] = self.momentum * running[...] + (1 - self.momentum) * new

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from refax.core.module import Module
 from refax.errors import InvalidArgumentError, MissingArgumentError, MissingRngError
@@ -92,7 +93,8 @@ class Dropout(Module):
     shared = check.normalized_axes("Dropout", x, self.broadcast_dims)
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
     keep = jax.random.bernoulli(self._key(rngs), 1 - self.rate, shape)
-    return jnp.where(keep, x / (1 - self.rate), 0)
+    scaled = x / (1 - self.rate)
+    return lax.select(jnp.broadcast_to(keep, x.shape), scaled, jnp.zeros_like(scaled))
 
   def _key(self, rngs: Any) -> jax.Array:
     """A key from what came with the call, or else from the layer's own stream."""

@@ -34,20 +34,22 @@ class Norm(Module):
   scale: Param[jax.Array] | None
   bias: Param[jax.Array] | None
 
-  def _statistics(self, x: jax.Array, axes: Sequence[int], mask: Any) -> tuple[Any, Any]:
-    """Mean and variance over `axes`, which stay as axes of size 1."""
+  def _statistics(
+    self, x: jax.Array, axes: Sequence[int], mask: Any, *, keepdims: bool = True
+  ) -> tuple[Any, Any]:
+    """Mean and variance over `axes`, which stay as axes of size 1 if `keepdims`."""
     x, mask = self._wide(x, mask)
     if self.use_fast_variance:
-      mean, square = self._means((x, _abs_square(x)), axes, mask)
+      mean, square = self._means((x, _abs_square(x)), axes, mask, keepdims)
       return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
-    (mean,) = self._means((x,), axes, mask)
-    (var,) = self._means((_abs_square(x - mean),), axes, mask)
-    return mean, var
+    (mean,) = self._means((x,), axes, mask, True)
+    (var,) = self._means((_abs_square(x - mean),), axes, mask, keepdims)
+    return mean if keepdims else mean.squeeze(axes), var
 
   def _mean_square(self, x: jax.Array, axes: Sequence[int], mask: Any) -> jax.Array:
     """Mean of `|x|^2` over `axes`, which stay as axes of size 1."""
     x, mask = self._wide(x, mask)
-    return self._means((_abs_square(x),), axes, mask)[0]
+    return self._means((_abs_square(x),), axes, mask, True)[0]
 
   def _wide(self, x: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array | None]:
     """The input in the dtype that statistics are computed in, and a mask that fits it."""
@@ -55,15 +57,17 @@ class Norm(Module):
     dtype = jnp.promote_types(self.dtype or x.dtype, jnp.float32)
     return x.astype(jnp.promote_types(x.dtype, dtype)), mask
 
-  def _means(self, xs: Sequence[jax.Array], axes: Sequence[int], mask: Any) -> Sequence[Any]:
+  def _means(
+    self, xs: Sequence[jax.Array], axes: Sequence[int], mask: Any, keepdims: bool
+  ) -> Sequence[Any]:
     """Means over `axes` and the mapped axis `axis_name`, with one collective for all of them."""
     axis, groups = self.axis_name, self.axis_index_groups
     if mask is None:
-      means = [x.mean(axes, keepdims=True) for x in xs]
+      means = [x.mean(axes, keepdims=keepdims) for x in xs]
       return means if axis is None else lax.pmean(means, axis, axis_index_groups=groups)
     # Shards may differ in how many elements the mask leaves, so it is sums that are added up.
-    count = jnp.broadcast_to(mask, xs[0].shape).sum(axes, keepdims=True)
-    sums = [x.sum(axes, keepdims=True, where=mask) for x in xs]
+    count = jnp.broadcast_to(mask, xs[0].shape).sum(axes, keepdims=keepdims)
+    sums = [x.sum(axes, keepdims=keepdims, where=mask) for x in xs]
     if axis is not None:
       count, sums = lax.psum((count, sums), axis, axis_index_groups=groups)
     return [x / count for x in sums]

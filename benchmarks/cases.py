@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from benchmarks import dispatch, mlp, process, transformer
+from benchmarks import dispatch, mlp, process, pytrees, transformer
 from benchmarks.measure import Case
 
 CASES: dict[str, Case] = {
@@ -16,6 +16,9 @@ CASES: dict[str, Case] = {
   "evaluation, depth 32": Case(partial(mlp.evaluate, 32)),
   "construction, 64 Linears": Case(partial(mlp.construct, 64)),
   "trace and compile, depth 8": Case(partial(mlp.compile_step, 8), rounds=3),
+  "pytree in, 10 Variables": Case(partial(pytrees.read, 10)),
+  "pytree in, 100 Variables": Case(partial(pytrees.read, 100)),
+  "pytree in and out, 100 Variables": Case(partial(pytrees.update, 100)),
   "memory, 200 MiB and Adam": Case(process.memory, rounds=1, unit="bytes", alone=True),
   "import": Case(process.imports, rounds=9, alone=True),
 }

@@ -66,6 +66,9 @@ COLORS = {
   "Refax": "tab:blue",
   "Flax": "tab:red",
   "Equinox": "tab:green",
+  "Refax lojax": "tab:blue",
+  "Flax State": "tab:red",
+  "Equinox Module": "tab:green",
 }
 
 

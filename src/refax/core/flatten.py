@@ -82,14 +82,14 @@ class GraphDef:
   True
   """
 
-  __slots__ = ("_hash", "_nested", "_paths", "leaf_count", "nodes", "root")
+  __slots__ = ("_hash", "_plain", "_paths", "leaf_count", "nodes", "root")
 
   def __init__(self, root: tuple, nodes: tuple, leaf_count: int):
     self.root = root
     self.nodes = nodes
     self.leaf_count = leaf_count
     self._hash: int | None = None
-    self._nested: bool | None = None
+    self._plain: bool | None = None
     self._paths: tuple[Path, ...] | None = None
 
   def __hash__(self) -> int:
@@ -108,12 +108,12 @@ class GraphDef:
     )
 
   @property
-  def nested(self) -> bool:
+  def is_plain(self) -> bool:
     """Whether it is of Nodes and leaves only, without other pytrees between them."""
-    if self._nested is None:
+    if self._plain is None:
       entries = [self.root, *(entry for _, node in self.nodes for _, entry in node)]
-      self._nested = all(entry[0] != REGION for entry in entries)
-    return self._nested
+      self._plain = all(entry[0] != REGION for entry in entries)
+    return self._plain
 
   @property
   def paths(self) -> tuple[Path, ...]:
@@ -298,7 +298,7 @@ class Rebuilt(NamedTuple):
     leaves, graphdef = self.flat
     return (
       self.epoch == epoch.value
-      and graphdef.nested
+      and graphdef.is_plain
       and not any(node._pytree.changed for node in self.objects)
       and len(set(map(object.__hash__, leaves))) == len(leaves)  # `id` is audited: 0.2 us each
       and all(issubclass(cls, Variable) for cls in set(map(type, leaves)))

@@ -1,4 +1,5 @@
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,4 +105,5 @@ def test_initial_weights_are_those_of_flax_nnx(build):
   flax_nnx = pytest.importorskip("flax.nnx", reason="initial weights are compared with Flax NNX")
   own, other = build(nnx, nnx.Rngs(7)), build(flax_nnx, flax_nnx.Rngs(7))
   name = {nnx.Embed: "embedding", nnx.LoRA: "lora_a"}.get(type(own), "kernel")
-  assert (getattr(own, name)[...] == getattr(other, name)[...]).all()
+  # One compiled call rounds once where operation after operation rounds twice.
+  np.testing.assert_allclose(getattr(own, name)[...], getattr(other, name)[...], rtol=1e-6)

@@ -1,5 +1,7 @@
 """Initializers of parameters, `(key, shape, dtype) -> array`: those of JAX, each one compiled call.
 
+What they draw is what JAX's draw, up to the rounding of the last bit.
+
 >>> from refax import nnx; import jax
 >>> nnx.initializers.he_normal()(jax.random.key(0), (4, 8)).shape
 (4, 8)

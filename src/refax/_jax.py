@@ -249,16 +249,17 @@ def exchange(call: Any, written: list[jax.Ref], read: list[jax.Ref], arrays: lis
     read: the Refs whose buffers are only read.
     arrays: the positions of the arguments that are passed on.
   """
-  written, read = ([ref._refs for ref in refs] for refs in (written, read))  # pyright: ignore
+  refs: Any = (written, read)
+  writes, reads = ([ref._refs for ref in some] for some in refs)
 
   pick = operator.itemgetter(*arrays) if arrays else lambda _: ()
 
   def run(args: tuple) -> Any:
-    if read:
-      new, result = call([c._buf for c in written], pick(args), [c._buf for c in read])
+    if reads:
+      new, result = call([c._buf for c in writes], pick(args), [c._buf for c in reads])
     else:
-      new, result = call([c._buf for c in written], pick(args))
-    for cell, cell._buf in zip(written, new):  # noqa: B007, B905 -- the fastest form
+      new, result = call([c._buf for c in writes], pick(args))
+    for cell, cell._buf in zip(writes, new):  # noqa: B007, B905 -- the fastest form
       pass
     return result
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+from jax.core import Tracer
 
 from refax import _jax
 from refax.core.definition import kind
@@ -308,7 +309,7 @@ class Rebuilt(NamedTuple):
 
 def _is_array_type(cls: type) -> bool:
   """Whether what is of this type is an array, of its own: no Ref, and no tracer of one."""
-  return issubclass(cls, jax.Array) and not issubclass(cls, jax.Ref | jax.core.Tracer)
+  return issubclass(cls, jax.Array) and not issubclass(cls, jax.Ref | Tracer)
 
 
 def unflatten(graphdef: GraphDef, leaves: Iterable[Any]) -> tuple[Any, list[Node]]:

@@ -6,7 +6,7 @@ handles may share a cell (after `split`, inside a transform); what one writes, a
 
 import copy as copylib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import jax
@@ -27,6 +27,7 @@ from refax.errors import (
 )
 
 A = TypeVar("A")
+_ARRAY = jax.tree.structure(0)  # what an array is, as a pytree
 _SLOTS = frozenset(("_cell", "_def", "_trace"))
 _OF_CONCRETE_ARRAYS = frozenset(("block_until_ready", "devices", "tobytes", "tolist"))
 """Methods that arrays have and `jax.Array`, which tracers are too, has not."""
@@ -85,8 +86,7 @@ class Variable(ArrayProtocol, Generic[A]):
     self._cell = self._new_cell(value, hijax)
 
   def _new_cell(self, value: Any, hijax: bool) -> Any:
-    is_array = isinstance(value, jax.Array)  # mostly: nothing to flatten
-    leaves, treedef = ([value], None) if is_array else jax.tree.flatten(value)
+    leaves, treedef = ([value], _ARRAY) if storage.is_array(value) else jax.tree.flatten(value)
     hijax = hijax and all(map(storage.is_array_like, leaves))
 
     def new(leaf):
@@ -96,7 +96,7 @@ class Variable(ArrayProtocol, Generic[A]):
       leaf = storage.stored(leaf, self._def.origin, detached=self.detached, hijax=hijax)
       return _jax.new_cell(leaf) if hijax else leaf
 
-    return new(value) if is_array else treedef.unflatten(map(new, leaves))
+    return new(value) if treedef is _ARRAY else treedef.unflatten(map(new, leaves))
 
   @classmethod
   def _handle(cls, cell: Any, definition: VariableDef) -> "Variable":
@@ -104,9 +104,9 @@ class Variable(ArrayProtocol, Generic[A]):
     return cls._unflatten(definition, (cell,))
 
   @classmethod
-  def _unflatten(cls, definition: VariableDef, children: tuple[Any]) -> "Variable":
+  def _unflatten(cls, definition: VariableDef, children: Iterable[Any]) -> "Variable":
     self = _new(cls)
-    _set_node(self, (children, definition))
+    _set_node(self, (tuple(children), definition))
     _set_trace(self, _jax.trace_state())
     return self
 
@@ -173,13 +173,18 @@ class Variable(ArrayProtocol, Generic[A]):
       DifferentiatedWriteError: the Variable, or the value, is being differentiated.
     """
     cell = self._cell
-    now = index is ... and isinstance(value, jax.Array) and type(cell) is jax.Ref
-    if not (now and _jax.is_write_now(cell, value)) or self._def.selected:
-      self.commit(self.prepare(value, index=index))
+    if (
+      index is ...
+      and type(cell) is jax.Ref
+      and isinstance(value, jax.Array)
+      and _jax.is_write_now(cell, value)
+      and not self._def.selected
+    ):  # most writes
+      note(self, cell)
+      before_write(cell)
+      _jax.write_copy(cell, value)
       return
-    note(self, cell)
-    before_write(cell)
-    _jax.write_copy(cell, value)
+    self.commit(self.prepare(value, index=index))
 
   def prepare(self, value: Any, *, index: Any = ...) -> "Writes":
     """Check a write and convert its value; `commit` then cannot fail half-way."""
@@ -421,7 +426,7 @@ _CELL_KEY = CellKey()
 
 # JAX makes and takes apart every Variable of a model in each call: in C, a third of the time.
 _new = object.__new__
-_set_node, _set_trace = Variable._node.__set__, Variable._trace.__set__
+_set_node, _set_trace = (vars(Variable)[slot].__set__ for slot in ("_node", "_trace"))
 _flatten = operator.attrgetter("_node")
 
 

@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
   epoch: int
   no_trace_active: Callable[[], bool]
-  count: int
+  arguments: int
   objects: list[tuple[int, weakref.ref]]
   types: list[tuple[int, Any, Any]]
   run: Callable
@@ -178,7 +178,7 @@ class Compiled:
     """
     traces: list[None] = []
     kinds = [(type(x), x._def) if isinstance(x, Variable) else None for x in inputs.leaves]
-    types = [(x.shape, x.dtype) if isinstance(x, Variable) else None for x in inputs.leaves]
+    types = [(x.shape, x.dtype) if isinstance(x, Variable) else ((), None) for x in inputs.leaves]
     read, written = self.read, self.written
 
     def call(written_values, others, read_values=()):
@@ -193,7 +193,7 @@ class Compiled:
           leaves.append(next(arrays))
           continue
         # A cell that is neither read nor written stays out: nothing asks for its value.
-        value = values[i] if i in values else jnp.zeros(*types[i])
+        value = values[i] if i in values else jnp.zeros(types[i][0], types[i][1])
         leaves.append(kind[0]._handle(_jax.new_cell(value), kind[1]))
       out = jitted(tuple(leaves))
       return [leaves[i].get_value() for i in sorted(written)], result_of(out)(out.fresh)

@@ -225,3 +225,21 @@ def test_reads_and_writes_of_a_jaxpr_are_found():
   reads, writes = _jax.ref_effects(jaxpr)
   a, b, c, _ = jaxpr.invars
   assert reads & set(jaxpr.invars) >= {b, c} and writes & set(jaxpr.invars) == {a, c}
+
+
+def test_the_quick_look_at_the_trace_is_used_only_where_it_is_right():
+  core, in_a_trace = _jax._private().core, []
+  quick = _jax._trace_check(core)
+  assert quick is not core.trace_state_clean and quick()
+  jax.eval_shape(lambda: in_a_trace.append(quick()))
+  assert in_a_trace == [False]
+
+  class Without:  # a JAX that keeps its state elsewhere
+    trace_state_clean = staticmethod(core.trace_state_clean)
+
+  class Other(Without):  # and one in which it means something else
+    trace_state_strong_ref, axis_env_state = core.trace_state_strong_ref, core.axis_env_state
+    eval_trace, top_axis_env = core.eval_trace, object()
+
+  for changed in (Without, Other):
+    assert _jax._trace_check(changed) is Without.trace_state_clean

@@ -223,24 +223,21 @@ def write_copy(ref: jax.Ref, value: jax.Array) -> None:
 
 
 def peek_cell(ref: jax.Ref) -> jax.Array:
-  """The value of a concrete `ref`, for printing: also while JAX traces, without a traced read."""
+  """The value of a concrete `ref`, uncopied, also while JAX traces: it must not reach the user.
+
+  Private: the buffer `ref._refs._buf`, which a later step donates.
+  """
   if _private() is None:
     with jax.ensure_compile_time_eval():
       return ref[...]
   return ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def buffer(ref: jax.Ref) -> jax.Array:
-  """The buffer of a concrete Ref: private, `ref._refs._buf`. It must not reach the user.
-
-  `buffer` and `exchange` have no public fallback of their own: only who runs eagerly by
-  `no_trace_active`, which is never true without the private path, may use them.
-  """
-  return ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def exchange(call: Any, written: list[jax.Ref], read: list[jax.Ref], arrays: list[int]) -> Any:
   """A compiled function as one of its arguments only, which installs the buffers it returns.
+
+  It has no public fallback of its own: only who runs eagerly by `no_trace_active`, which is never
+  true without the private path, may use it.
 
   Args:
     call: `(buffers to donate, arrays, buffers to read) -> (new buffers, result)`, where `arrays` is
@@ -251,7 +248,6 @@ def exchange(call: Any, written: list[jax.Ref], read: list[jax.Ref], arrays: lis
   """
   refs: Any = (written, read)
   writes, reads = ([ref._refs for ref in some] for some in refs)
-
   pick = operator.itemgetter(*arrays) if arrays else lambda _: ()
 
   def run(args: tuple) -> Any:

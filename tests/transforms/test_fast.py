@@ -48,7 +48,7 @@ def is_fast(jitted, *args):
 
 
 def buffer(variable):
-  return _jax.buffer(variable.get_raw_value())
+  return _jax.peek_cell(variable.get_raw_value())
 
 
 def assert_same_state(a, b):

@@ -162,7 +162,7 @@ class Compiled:
     call = self._function(inputs, jitted)
     call.__name__ = traced.fun_name  # what profiles show
     # A Ref stays where it is; for what a function returns, the compiler would choose.
-    places = [_jax.buffer(ref).sharding for ref in self.cells(inputs)[0]]
+    places = [_jax.peek_cell(ref).sharding for ref in self.cells(inputs)[0]]
     self.call = jax.jit(call, donate_argnums=0, out_shardings=(places, None))
 
   def cells(self, inputs: Inputs) -> tuple[list, list]:
@@ -177,8 +177,8 @@ class Compiled:
     It calls the function on Refs like the caller's, of which JAX has the trace already.
     """
     traces: list[None] = []
-    kinds = [(type(x), x._def) if isinstance(x, Variable) else None for x in inputs.leaves]
-    types = [(x.shape, x.dtype) if isinstance(x, Variable) else ((), None) for x in inputs.leaves]
+    of = lambda x: (type(x), x._def, x.shape, x.dtype) if isinstance(x, Variable) else None
+    variables = list(map(of, inputs.leaves))
     read, written = self.read, self.written
 
     def call(written_values, others, read_values=()):
@@ -188,13 +188,14 @@ class Compiled:
       values = dict(zip(sorted(written), written_values, strict=True))
       values |= zip(sorted(read), read_values, strict=True)
       arrays, leaves = iter(jax.tree.leaves(others)), []
-      for i, kind in enumerate(kinds):
-        if kind is None:
+      for i, variable in enumerate(variables):
+        if variable is None:
           leaves.append(next(arrays))
           continue
+        cls, definition, shape, dtype = variable
         # A cell that is neither read nor written stays out: nothing asks for its value.
-        value = values[i] if i in values else jnp.zeros(types[i][0], types[i][1])
-        leaves.append(kind[0]._handle(_jax.new_cell(value), kind[1]))
+        value = values[i] if i in values else jnp.zeros(shape, dtype)
+        leaves.append(cls._handle(_jax.new_cell(value), definition))
       out = jitted(tuple(leaves))
       return [leaves[i].get_value() for i in sorted(written)], result_of(out)(out.fresh)
 
@@ -209,7 +210,7 @@ def _is_eager() -> bool:
 def _signature(leaf: Any) -> Any:
   """What a trace depends on, of a Variable or an array."""
   if isinstance(leaf, Variable):
-    return type(leaf), leaf._def, leaf.shape, leaf.dtype, _jax.buffer(leaf._cell).sharding
+    return type(leaf), leaf._def, leaf.shape, leaf.dtype, _jax.peek_cell(leaf._cell).sharding
   return _type_of(leaf)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from refax.core.variable import BatchStat
 from refax.errors import InvalidArgumentError, MissingArgumentError
 from refax.nn import check, dtypes, initializers
-from refax.nn.norm import Norm, group_tuples, parameter
+from refax.nn.norm import Norm, along, group_tuples, parameter
 from refax.rngs import Rngs
 from refax.typing import ArrayLike, Dtype, Initializer
 
@@ -133,7 +133,7 @@ class BatchNorm(Norm):
       mean, var = self._statistics(x, others, mask, keepdims=False)
       self._move(self.mean, mean)
       self._move(self.var, var)
-    shape = [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
+    shape = along(x, axes)
     return self._normalize(x, mean.reshape(shape), var.reshape(shape), axes)
 
   def _move(self, running: BatchStat, new: jax.Array) -> None:

@@ -76,7 +76,7 @@ class Norm(Module):
     """Apply statistics that broadcast to `x`; scale and bias belong to `axes`."""
     scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
     dtype = self.promote_dtype((x, scale, bias), dtype=self.dtype)[0].dtype
-    shape = [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
+    shape = along(x, axes)
     factor = lax.rsqrt(var + self.epsilon)
     if scale is not None:
       factor = factor * scale.reshape(shape)
@@ -84,6 +84,11 @@ class Norm(Module):
     if bias is not None:
       y = y + bias.reshape(shape)
     return y.astype(dtype)
+
+
+def along(x: jax.Array, axes: Sequence[int]) -> list[int]:
+  """The shape in which what belongs to `axes` broadcasts to `x`."""
+  return [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
 
 
 class LayerNorm(Norm):

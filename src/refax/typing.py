@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 Array: TypeAlias = jax.Array
 ArrayLike: TypeAlias = Any
@@ -41,3 +42,16 @@ def path_str(path: Path) -> str:
   return "".join(
     f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]" for key in path
   )
+
+
+_FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def wide_dtype(dtype: Dtype) -> Dtype:
+  """The dtype to compute sums and squares of such numbers in: float32 or better.
+
+  >>> [str(wide_dtype(dtype)) for dtype in (jnp.bfloat16, jnp.uint8, jnp.complex64)]
+  ['float32', 'float32', 'complex64']
+  """
+  # JAX promotes float8 and integers of 4 bits to nothing, so their size decides.
+  return jnp.promote_types(dtype, jnp.float32) if jnp.dtype(dtype).itemsize > 2 else _FLOAT32

@@ -1,12 +1,18 @@
-"""Which dtype a layer computes in: decided here, for all layers."""
+"""Which dtype a layer computes in: decided here, for all layers.
+
+Sums, means and squares take `wide_dtype`: bfloat16 counts to 256 only, float16 ends at 65504.
+Whatever indexes, or is compared with a size, goes through `wide_integers`: JAX computes with a
+Python int in the dtype of the array, where 256 is 0 for uint8.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from refax.errors import InvalidArgumentError
-from refax.typing import Dtype
+from refax.typing import Dtype, wide_dtype
 
 PromoteDtype: TypeAlias = Callable[..., Any]
 """A function like `promote_dtype`, which a layer can be given instead."""
@@ -60,3 +66,35 @@ def promote_dtype(args: Any, /, *, dtype: Dtype | None = None, inexact: bool = T
   """
   dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
   return tuple(None if x is None else jnp.asarray(x, dtype) for x in args)
+
+
+def wide(x: jax.Array) -> jax.Array:
+  """`x` in float32 or better; float32 stays as it is.
+
+  >>> import jax.numpy as jnp
+  >>> float(wide(jnp.full(70_000, 1.0, jnp.float16)).sum())
+  70000.0
+  """
+  return x.astype(wide_dtype(x.dtype))
+
+
+def wide_integers(x: jax.Array) -> jax.Array:
+  """`x`, with integers of fewer than 32 bits as int32: a size fits beside them.
+
+  >>> import jax.numpy as jnp
+  >>> (wide_integers(jnp.array([200], jnp.uint8)) + 100).tolist()
+  [300]
+  """
+  small = jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4
+  return x.astype(jnp.int32) if small else x
+
+
+def divided(x: jax.Array, number: float) -> jax.Array:
+  """`x / number`, rounded once: a half-precision `x` does not round the number to its dtype.
+
+  >>> import jax.numpy as jnp
+  >>> divided(jnp.array([1.0], jnp.float16), 1e-4).tolist()
+  [10000.0]
+  """
+  y = wide(x) / number
+  return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else y

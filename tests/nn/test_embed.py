@@ -72,3 +72,27 @@ def test_a_table_is_a_pytree(embed):
   stacked = jax.vmap(lambda rngs: nnx.Embed(5, 3, rngs=rngs))(nnx.Rngs(0).split(2))
   got = jax.vmap(lambda embed: embed(x))(stacked)
   np.testing.assert_array_equal(got, stacked.embedding[:, 1:3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint32])
+def test_a_table_may_have_more_rows_than_the_indices_can_count(dtype):
+  embed = nnx.Embed(300, 3, rngs=nnx.Rngs(0))
+  np.testing.assert_array_equal(
+    embed(jnp.array([3, 127], dtype)), embed.embedding[jnp.array([3, 127])]
+  )
+  np.testing.assert_array_equal(
+    jax.jit(lambda embed, x: embed(x))(embed, jnp.array([5], dtype)), embed.embedding[5:6]
+  )
+
+
+@pytest.mark.parametrize(("query", "table", "dtype", "want"), [
+  (jnp.float32, jnp.bfloat16, None, jnp.float32), (jnp.bfloat16, jnp.float32, None, jnp.float32),
+  (jnp.bfloat16, jnp.bfloat16, None, jnp.bfloat16), (jnp.int32, jnp.float16, None, jnp.float16),
+  (jnp.float32, jnp.float32, jnp.bfloat16, jnp.bfloat16),
+])  # fmt: skip
+def test_the_dtype_of_a_lookup_is_the_tables_and_that_of_attend_what_both_promote_to(
+  query, table, dtype, want
+):
+  embed = nnx.Embed(5, 3, param_dtype=table, dtype=dtype, rngs=nnx.Rngs(0))
+  assert embed(jnp.array([1])).dtype == (table if dtype is None else dtype)
+  assert embed.attend(jnp.ones((2, 3), query)).dtype == want

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from refax.core.array_protocol import unwrap
 from refax.core.variable import Variable
 from refax.errors import InvalidArgumentError, ShapeMismatchError
+from refax.nn import dtypes
 from refax.rngs import Rngs
 from refax.typing import ArrayLike, describe
 
@@ -128,8 +129,8 @@ def kernel_mask(layer: str, kernel: Variable, mask: ArrayLike | None) -> None:
     )
 
 
-def integers(layer: str, x: jax.Array, parameter: Variable) -> None:
-  """Raise ShapeMismatchError unless `x` holds integers."""
+def integers(layer: str, x: jax.Array, parameter: Variable) -> jax.Array:
+  """Integers, in a dtype that sizes fit; raises ShapeMismatchError if `x` holds others."""
   if not jnp.issubdtype(x.dtype, jnp.integer):
     raise ShapeMismatchError(
       f"{layer} looks up integers",
@@ -137,6 +138,7 @@ def integers(layer: str, x: jax.Array, parameter: Variable) -> None:
       got=f"an input of {describe(x)}",
       fix="pass indices of an integer dtype: x.astype(int)",
     )
+  return dtypes.wide_integers(x)
 
 
 def origin(variable: Variable) -> Any:

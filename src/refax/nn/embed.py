@@ -22,7 +22,8 @@ class Embed(Module):
   Args:
     num_embeddings: the number of vectors.
     features: their size.
-    dtype: the dtype of the output; by default that of the table.
+    dtype: the dtype of the output; by default that of the table, and in `attend` what it and the
+      query promote to.
     param_dtype: the dtype of the table.
     embedding_init: initializer of the table `[num_embeddings, features]`.
     promote_dtype: as in `nnx.Linear`.
@@ -72,8 +73,7 @@ class Embed(Module):
     Raises:
       ShapeMismatchError: the inputs are not integers.
     """
-    indices = check.as_input(inputs)
-    check.integers("Embed", indices, self.embedding)
+    indices = check.integers("Embed", check.as_input(inputs), self.embedding)
     (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
     return table.at[indices].get(mode="fill", out_sharding=out_sharding)
 
@@ -85,7 +85,7 @@ class Embed(Module):
       out_sharding: the sharding of the output, where the mesh has explicit axes.
 
     Returns:
-      `[..., num_embeddings]`.
+      `[..., num_embeddings]`, of the dtype `dtype`, or else of what query and table promote to.
 
     Raises:
       ShapeMismatchError: the last axis has another size.

@@ -10,7 +10,7 @@ from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import walk_nodes
 from refax.core.module import Module
 from refax.errors import InvalidArgumentError, ShapeMismatchError
-from refax.nn import check
+from refax.nn import check, dtypes
 from refax.nn.cell import RNNCellBase
 from refax.rngs import Rngs, RngStream
 from refax.transforms.abstract import eval_shape
@@ -287,7 +287,7 @@ def flip_sequences(
   if seq_lengths is None:
     return jnp.flip(x, time)
   steps = jnp.expand_dims(jnp.arange(x.shape[time]), tuple(range(1, num_batch_dims + 1)))
-  lengths = jnp.minimum(check.as_input(seq_lengths), x.shape[time])
+  lengths = _at_most(check.as_input(seq_lengths), x.shape[time])
   order = (lengths - 1 - steps) % max(x.shape[time], 1)
   order = jnp.moveaxis(order, 0, time)
   order = order.reshape(order.shape + (1,) * (x.ndim - order.ndim))
@@ -327,7 +327,12 @@ def _lengths(layer: str, x: jax.Array, lengths: Any, batch: int, time: int) -> j
       got=f"seq_lengths of {describe(lengths)} for a batch of shape {shape}",
       fix=f"pass integers of shape {shape}",
     )
-  return jnp.minimum(lengths, x.shape[time])
+  return _at_most(lengths, x.shape[time])
+
+
+def _at_most(lengths: jax.Array, steps: int) -> jax.Array:
+  """Lengths in a signed dtype that `steps` fits in, none above it."""
+  return jnp.minimum(dtypes.wide_integers(lengths), steps).astype(int)
 
 
 def _settled(cell: RNNCellBase, carry: Any, x: jax.ShapeDtypeStruct) -> Any:

@@ -57,3 +57,22 @@ def test_a_scalar_makes_no_mask(make):
     "  got: a scalar\n"
     "  fix: pass arrays of shape (..., length)"
   )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.int32, jnp.uint32])
+def test_a_product_that_wraps_around_is_not_0(dtype):
+  number = 2 ** (jnp.iinfo(dtype).bits // 2)  # its square is 0 in the dtype
+  x = jnp.array([number, 0], dtype)
+  assert (nnx.make_attention_mask(x, x) != 0).tolist() == [[[True, False], [False, False]]]
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.int4, jnp.int8, jnp.uint8, jnp.float16, jnp.int32])
+@pytest.mark.parametrize("x", [
+  np.array([16, 0], np.int32), np.array([256, 0], np.int32), np.array([1e-4, 0], np.float16),
+  np.array([0.5, 0], np.float32),
+])  # fmt: skip
+def test_a_mask_is_0_in_every_dtype_only_where_it_was(x, dtype):
+  mask = nnx.make_attention_mask(x, x, dtype=dtype)
+  assert mask.dtype == dtype
+  assert (mask != 0).tolist() == [[[True, False], [False, False]]]
+  assert (nnx.combine_masks(jnp.asarray(x), dtype=dtype) != 0).tolist() == [True, False]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from refax.errors import ShapeMismatchError
-from refax.nn import check
+from refax.nn import check, dtypes
 from refax.typing import ArrayLike, Dtype
 
 
@@ -45,9 +45,11 @@ def make_attention_mask(
         got="a scalar",
         fix="pass arrays of shape (..., length)",
       )
-  mask = pairwise_fn(queries[..., :, None], keys[..., None, :])
+  # A product of integers may wrap around to 0; as floats it is 0 only where one of them is.
+  wide = dtypes.wide if pairwise_fn is jnp.multiply else dtypes.wide_integers
+  mask = pairwise_fn(wide(queries)[..., :, None], wide(keys)[..., None, :])
   mask = jnp.expand_dims(mask, -3)
-  return jnp.expand_dims(mask, tuple(range(extra_batch_dims))).astype(dtype)
+  return _cast(jnp.expand_dims(mask, tuple(range(extra_batch_dims))), dtype)
 
 
 def make_causal_mask(
@@ -111,4 +113,12 @@ def combine_masks(*masks: ArrayLike | None, dtype: Dtype = jnp.float32) -> jax.A
   combined = given[0]
   for mask in given[1:]:
     combined = jnp.logical_and(combined, mask)
-  return combined.astype(dtype)
+  return _cast(combined, dtype)
+
+
+def _cast(mask: jax.Array, dtype: Dtype) -> jax.Array:
+  """A mask in a dtype, 0 only where it was: 256 as uint8 and 1e-9 as float16 are 1."""
+  cast = mask.astype(dtype)
+  if jnp.bool_ in (mask.dtype, cast.dtype) or cast.dtype == jnp.float32:
+    return cast
+  return jnp.where((cast == 0) & (mask != 0), jnp.ones((), dtype), cast)

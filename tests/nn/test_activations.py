@@ -81,3 +81,37 @@ def test_prelu_under_transforms(hijax):
   assert [t(apply)(model, x).tolist() for t in transforms] == [[-0.5, 0.0, 3.0]] * 4
   assert nnx.merge(*nnx.split(model))(x).tolist() == [-0.5, 0.0, 3.0]
   assert nnx.graphdef(model) == nnx.graphdef(nnx.clone(model))
+
+
+def test_the_first_argument_may_come_by_keyword():
+  x = jnp.array([1.0, 2.0], jnp.float16)
+  np.testing.assert_array_equal(nnx.logsumexp(a=x, keepdims=True), nnx.logsumexp(x, keepdims=True))
+  np.testing.assert_array_equal(nnx.softmax(x=x, axis=0), nnx.softmax(x, 0))
+  with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+    nnx.softmax(axis=0)
+
+
+def test_numbers_are_arguments_too():
+  assert float(nnx.sigmoid(0)) == 0.5 == float(nnx.sigmoid(0.0))
+  assert float(nnx.hard_tanh(3.0)) == 1.0
+  assert nnx.one_hot(1, 3).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("name", FLOAT_NAMES)
+@pytest.mark.parametrize("shape", [(6,), (3, 4)])
+def test_float32_is_computed_as_jax_does_bit_for_bit(name, shape):
+  x = jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 3, jnp.float32)
+  x = jnp.abs(x) if name == "log1mexp" else x
+  np.testing.assert_array_equal(getattr(nnx, name)(x), getattr(jax.nn, name)(x))
+
+
+def test_all_outputs_of_half_precision_have_its_dtype():
+  x = jnp.full(70_000, 2.0, jnp.float16)
+  value, sign = nnx.logsumexp(x, return_sign=True)
+  assert (value.dtype, sign.dtype, float(sign)) == (jnp.float16, jnp.float16, 1.0)
+  assert float(value) == pytest.approx(2 + np.log(70_000), rel=1e-3)
+  assert nnx.softmax(x, where=jnp.arange(70_000) < 2)[:3].tolist() == [0.5, 0.5, 0.0]
+  assert nnx.logsumexp(x, b=jnp.ones(70_000)).dtype == jnp.float32
+  gradient = jax.grad(lambda x: nnx.logsumexp(x).astype(jnp.float32))(x)
+  assert gradient.dtype == jnp.float16
+  np.testing.assert_allclose(gradient, np.full(70_000, 1 / 70_000), rtol=3e-3)

@@ -78,3 +78,42 @@ def test_arguments_that_do_not_fit_together_are_refused(pool, args, got):
     pool(jnp.ones((4, 4, 1)), *args)
   assert str(error.value).startswith(f"{pool.__name__} cannot work with this ")
   assert f"got: {got}\n" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_the_mean_of_many_equal_numbers_is_that_number(dtype, count_include_pad):
+  x = jnp.full((32, 32, 1), 1000.0, dtype)
+  y = nnx.avg_pool(x, (32, 32), count_include_pad=count_include_pad)
+  assert (y.dtype, y.ravel().tolist()) == (dtype, [1000.0])
+  gradient = jax.grad(lambda x: nnx.avg_pool(x, (32, 32)).sum())(x)
+  assert gradient.dtype == dtype
+  np.testing.assert_array_equal(gradient, jnp.full_like(x, 1 / 1024))
+
+
+def test_sizes_of_numpy_do_not_wrap_around():
+  window = (np.int8(16), np.int8(16))
+  assert nnx.avg_pool(jnp.ones((16, 16, 1)), window).ravel().tolist() == [1.0]
+
+
+def test_the_largest_of_booleans_is_whether_any_is_true():
+  x = jnp.array([True, False, False])[:, None]
+  assert nnx.max_pool(x, (2,), padding="SAME")[:, 0].tolist() == [True, False, False]
+  assert nnx.min_pool(x, (2,), padding="SAME")[:, 0].tolist() == [False, False, False]
+
+
+@pytest.mark.parametrize(("pool", "sign"), [(nnx.max_pool, -1), (nnx.min_pool, 1)])
+def test_what_pads_a_dtype_without_infinity_is_its_last_number(pool, sign):
+  x = jnp.full((3, 1), sign * 448.0, jnp.float8_e4m3fn)
+  assert pool(x, (3,), padding="SAME")[:, 0].tolist() == [sign * 448.0] * 3
+
+
+@pytest.mark.parametrize("init", [-1, 256])
+def test_a_start_that_the_dtype_does_not_hold_is_refused(init):
+  with pytest.raises(InvalidArgumentError) as error:
+    nnx.pool(jnp.ones((4, 1), jnp.uint8), init, jax.lax.max, (2,), None, "VALID")
+  assert str(error.value) == (
+    "pool cannot work with this init\n"
+    f"  got: init={init}\n"
+    "  fix: pass a number that uint8 holds, or cast the input"
+  )

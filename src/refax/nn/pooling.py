@@ -75,13 +75,13 @@ def avg_pool(
   [0.5, 1.0, 1.0, 1.0]
   """
   (x,) = dtypes.promote_dtype((check.as_input(inputs),))
-  y = _pool("avg_pool", x, 0.0, lax.add, window_shape, strides, padding)
+  y = _pool("avg_pool", dtypes.wide(x), 0.0, lax.add, window_shape, strides, padding)
   if count_include_pad:
-    return y / math.prod(window_shape)
-  # One channel of one example suffices; float32, for bfloat16 counts only to 256.
+    return (y / math.prod(map(int, window_shape))).astype(x.dtype)
+  # One channel of one example suffices.
   ones = jnp.ones((*x.shape[-1 - len(window_shape) : -1], 1))
   counts = _pool("avg_pool", ones, 0.0, lax.add, window_shape, strides, padding)
-  return (y / counts).astype(y.dtype)
+  return (y / counts).astype(x.dtype)
 
 
 def max_pool(
@@ -110,8 +110,7 @@ def max_pool(
   [1.0, 3.0, 5.0]
   """
   x = check.as_input(inputs)
-  least = -jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.iinfo(x.dtype).min
-  return _pool("max_pool", x, least, lax.max, window_shape, strides, padding)
+  return _pool("max_pool", x, _limits(x.dtype)[0], lax.max, window_shape, strides, padding)
 
 
 def min_pool(
@@ -140,8 +139,20 @@ def min_pool(
   [0.0, 2.0, 4.0]
   """
   x = check.as_input(inputs)
-  most = jnp.inf if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.iinfo(x.dtype).max
-  return _pool("min_pool", x, most, lax.min, window_shape, strides, padding)
+  return _pool("min_pool", x, _limits(x.dtype)[1], lax.min, window_shape, strides, padding)
+
+
+def _limits(dtype: Any) -> tuple[Any, Any]:
+  """A number that no number of a dtype is below, and one that none is above."""
+  if dtype == jnp.bool_:
+    return False, True
+  if not jnp.issubdtype(dtype, jnp.inexact):
+    info = jnp.iinfo(dtype)
+    return int(info.min), int(info.max)
+  if np.isinf(np.asarray(np.inf, dtype)):
+    return -jnp.inf, jnp.inf
+  info = jnp.finfo(dtype)  # some dtypes of 8 bits have no infinity
+  return float(info.min), float(info.max)
 
 
 def _pool(
@@ -168,6 +179,10 @@ def _pool(
   if not isinstance(pads, str):
     pads = ((0, 0), *pads, (0, 0))
   if isinstance(init, int | float):  # JAX makes an int an int32, also for an input of int8
-    init = np.asarray(init, x.dtype)
+    try:
+      init = np.asarray(init, x.dtype)
+    except OverflowError:
+      want = f"a number that {x.dtype} holds, or cast the input"
+      raise InvalidArgumentError.value(layer, "init", init, want) from None
   y = lax.reduce_window(x, init, reduce_fn, (1, *sizes, 1), (1, *steps, 1), pads)
   return y.reshape(*batch, *y.shape[1:])

@@ -184,3 +184,14 @@ def test_attention_is_mapped_compiled_and_differentiated():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
   gradient = jax.grad(lambda q: nnx.dot_product_attention(q, k, v, mask=jnp.zeros(3)).sum())(q)
   assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("rate", [np.float16(0.5), np.float32(0.5)])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_rate_from_numpy_does_not_change_the_dtype(rate, dtype):
+  q, k, v = (x.astype(dtype) for x in inputs())
+  options = {"dropout_rate": rate, "dropout_rng": jax.random.key(0)}
+  want = nnx.dot_product_attention(q, k, v, **options | {"dropout_rate": 0.5})
+  got = nnx.dot_product_attention(q, k, v, **options)
+  assert got.dtype == dtype
+  np.testing.assert_array_equal(got, want)

@@ -151,3 +151,15 @@ def test_what_gives_no_keys_is_refused():
 def test_an_axis_that_the_input_lacks_is_refused():
   with pytest.raises(ShapeMismatchError, match=r"Dropout works on axis 1\n  got: .*\(3,\)"):
     dropout(broadcast_dims=(1,))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("rate", [np.float16(0.5), np.float32(0.5), np.float64(0.5)])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_rate_from_numpy_does_not_change_the_dtype(rate, dtype):
+  y = dropout(rate)(jnp.ones(100, dtype))
+  assert (y.dtype, sorted(set(y.tolist()))) == (dtype, [0.0, 2.0])
+
+
+def test_a_rate_near_1_scales_half_precision_by_a_finite_number():
+  y = dropout(1 - 2**-20)(jnp.full(2**22, 2.0**-20, jnp.float16))  # 2^20 is inf in float16
+  assert set(np.unique(y).tolist()) == {0.0, 1.0}

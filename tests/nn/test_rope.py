@@ -120,3 +120,8 @@ def test_positions_that_do_not_fit_are_named(positions):
     f"  got: input_positions of {got}\n"
     "  fix: pass an array that broadcasts to the shape (2, 5)"
   )
+
+
+def test_theta_may_be_an_int_that_no_int32_holds():
+  x = normal(0, (5, 8))
+  np.testing.assert_allclose(nnx.RoPE(10**10)(x), rotated(x, np.arange(5), 1e10), atol=2e-6)

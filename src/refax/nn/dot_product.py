@@ -253,12 +253,13 @@ def _masked_logits(
 
 def _drop(weights: jax.Array, key: Any, rate: float, broadcast: bool) -> jax.Array:
   """Set weights to zero at random, and scale the others so that the mean stays."""
+  rate = float(rate)  # a NumPy scalar would decide on the dtype
   if rate >= 1:  # 0 / 0 where the kept ones are scaled
     return jnp.zeros_like(weights)
   lead = weights.ndim - 2
   shape = (1,) * lead + weights.shape[-2:] if broadcast else weights.shape
   keep = jax.random.bernoulli(key, 1 - rate, shape)
-  return jnp.where(keep, weights / (1 - rate), 0)
+  return jnp.where(keep, dtypes.divided(weights, 1 - rate), 0)
 
 
 def check_shapes(query: jax.Array, key: jax.Array, value: jax.Array) -> None:

@@ -10,7 +10,7 @@ from jax import lax
 
 from refax.core.module import Module
 from refax.errors import InvalidArgumentError, MissingArgumentError, MissingRngError
-from refax.nn import check
+from refax.nn import check, dtypes
 from refax.rngs import Rngs, RngStream
 from refax.typing import ArrayLike
 
@@ -52,7 +52,7 @@ class Dropout(Module):
       raise InvalidArgumentError.value("Dropout", "rate", rate, "a number from 0 to 1")
     if rngs is not None and not isinstance(rngs, Rngs | RngStream):
       raise InvalidArgumentError.value("Dropout", "rngs", rngs, "rngs=nnx.Rngs(0)")
-    self.rate = rate
+    self.rate = float(rate)  # a NumPy scalar would widen the output
     self.broadcast_dims = tuple(broadcast_dims)
     self.deterministic = deterministic
     self.rng_collection = rng_collection
@@ -93,7 +93,7 @@ class Dropout(Module):
     shared = check.normalized_axes("Dropout", x, self.broadcast_dims)
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
     keep = jax.random.bernoulli(self._key(rngs), 1 - self.rate, shape)
-    scaled = x / (1 - self.rate)
+    scaled = dtypes.divided(x, 1 - self.rate)
     return lax.select(jnp.broadcast_to(keep, x.shape), scaled, jnp.zeros_like(scaled))
 
   def _key(self, rngs: Any) -> jax.Array:

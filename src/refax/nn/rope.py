@@ -50,7 +50,7 @@ class RoPE(Module):
       max_seq_len = check.size("RoPE", "max_seq_len", max_seq_len)
       if embedding_size % 2:
         raise InvalidArgumentError.value("RoPE", "embedding_size", embedding_size, "an even number")
-    self.theta = theta
+    self.theta = float(theta)  # an int may be too large for JAX
     self.embedding_size = embedding_size
     self.max_seq_len = max_seq_len
 

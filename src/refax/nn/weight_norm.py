@@ -130,7 +130,7 @@ class WeightNorm(Module):
     others = tuple(axis for axis in range(value.ndim) if axis not in axes)
     scale = None if self.scales is None else self.scales[_name(path)][...]
     dtype = self.promote_dtype((value, scale), dtype=self.dtype)[0].dtype
-    direction = _unit(value, self.epsilon, others)
+    direction = _unit(dtypes.wide(value), self.epsilon, others)
     if scale is not None:
       direction = direction * jnp.expand_dims(scale, others)
     return direction.astype(dtype)
@@ -232,7 +232,8 @@ class SpectralNorm(Module):
 
   def _normalized(self, value: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The weight, and the estimates of its right singular vector and of its singular value."""
-    matrix = value.reshape(-1, value.shape[-1])
+    dtype = dtypes.canonicalize_dtype(value, u, dtype=self.dtype)
+    matrix, u = dtypes.wide(value.reshape(-1, value.shape[-1])), dtypes.wide(u)
     fixed = lax.stop_gradient(matrix)
     v = jnp.zeros((1, matrix.shape[0]), matrix.dtype)
     for _ in range(self.n_steps):
@@ -240,12 +241,11 @@ class SpectralNorm(Module):
       u = _unit(v @ fixed, self.epsilon)
     # The vectors count as constants: this gives the gradient of the singular value.
     sigma = (v @ matrix @ u.T)[0, 0]
-    dtype = dtypes.canonicalize_dtype(value, u, sigma, dtype=self.dtype)
     return (value / jnp.where(sigma != 0, sigma, 1)).astype(dtype), u, sigma
 
 
 def _unit(x: jax.Array, epsilon: float, axes: tuple[int, ...] | None = None) -> jax.Array:
-  """`x` divided by its length over `axes`."""
+  """`x` divided by its length over `axes`; float32 or better, for squares leave float16."""
   return x * lax.rsqrt(lax.square(x).sum(axes, keepdims=True) + epsilon)
 
 

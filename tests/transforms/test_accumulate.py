@@ -100,3 +100,37 @@ def test_a_batch_that_does_not_divide(batch, got):
     "  fix: choose steps that divide the first axis of every array of the batch"
   )
   assert int(m.calls) == 0
+
+
+class Weight(nnx.Module):
+  def __init__(self, dtype, value=0.0):
+    self.w = nnx.Param(jnp.asarray(value, dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jax", "nnx"])
+def test_a_sum_of_many_small_terms_is_cast_once(dtype, jit):
+  loss = lambda m, x: (m.w * x).mean() + jnp.ones((), dtype)
+  run = jit(lambda m, x: nnx.accumulate_grads(loss, steps=512)(m, x))
+  value, grads = run(Weight(dtype), jnp.ones(1024, dtype))
+  assert (value.dtype, float(value)) == (dtype, 1.0)
+  assert (grads["w"].dtype, float(grads["w"][...])) == (dtype, 1.0)
+
+
+def test_a_term_that_float16_does_not_hold_is_added_up():
+  scale = 2.0**-20
+  f = lambda m, x: (m.w * x).mean()
+  _, grads = nnx.accumulate_grads(f, steps=512)(Weight(jnp.float16), jnp.full(512, scale, "f2"))
+  assert float(grads["w"][...]) == scale
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_equals_float64(dtype):
+  x = np.random.default_rng(0).standard_normal(256) + 3
+  x = jnp.asarray(x, dtype)
+  f = lambda m, x: ((m.w - x) ** 2).mean()
+  value, grads = nnx.accumulate_grads(f, steps=256)(Weight(dtype, 1.0), x)
+  exact = np.asarray(x, np.float64)
+  eps = float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(float(value), ((1 - exact) ** 2).mean(), rtol=eps)
+  np.testing.assert_allclose(float(grads["w"][...]), (2 * (1 - exact)).mean(), rtol=eps)

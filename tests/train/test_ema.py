@@ -414,3 +414,13 @@ def test_a_decay_is_a_number_from_0_to_1(decay):
 def test_a_single_variable_is_refused():
   with pytest.raises(InvalidArgumentError, match=r"this params(.|\n)*a Module, or a dict of Var"):
     nnx.EMA(nnx.Param(1.0), 0.9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float16, jnp.bfloat16])
+def test_averages_of_small_floats_are_float32(dtype):
+  model = nnx.Dict(w=nnx.Param(jnp.ones(2, dtype)))
+  ema = nnx.EMA(model, decay=0.999)
+  model.w[...] = jnp.full(2, 2.0, dtype)
+  ema.update(model)
+  assert ema.params["w"].dtype == jnp.float32
+  np.testing.assert_allclose(ema.params["w"][...], 1.001, rtol=1e-6)

@@ -198,3 +198,13 @@ def test_what_cannot_work_is_refused(name):
 def test_a_minimum_above_the_start_is_refused():
   with pytest.raises(InvalidArgumentError, match=r"this minimum(.|\n)*at most `initial`"):
     nnx.LossScale(2.0, minimum=4.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+  ("initial", 1e39), ("initial", 1e-50), ("minimum", 1e-50), ("factor", 1 + 1e-9),
+  ("factor", 1e39), ("period", 2**32),
+])  # fmt: skip
+def test_a_number_that_the_state_does_not_hold_is_refused(name, value):
+  with pytest.raises(InvalidArgumentError, match=f"LossScale cannot work with this {name}\n"):
+    nnx.LossScale(**{name: value})
+  nnx.LossScale(period=2**32 - 1).update(True)

@@ -186,6 +186,36 @@ def test_sums_are_in_float32_whatever_the_dtype(dtype):
   np.testing.assert_allclose(welford.compute().standard_deviation, want.std(), rtol=5e-7)
 
 
+@pytest.mark.parametrize("value", [
+  2**40, -(2**40), np.int64(2**40), np.array([2**40]), np.array([2**40], np.uint64),
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("kind", [metrics.Average, metrics.Welford])
+def test_an_integer_of_64_bits_does_not_wrap_around(kind, value):
+  metric = kind()
+  metric.update(values=value)
+  got = metric.compute()
+  mean = got if kind is metrics.Average else got.mean
+  assert float(mean) == float(np.asarray(value, np.float64).item())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_threshold_is_not_rounded_to_the_dtype_of_the_logits(dtype):
+  below = np.float64(jnp.asarray(0.7, dtype))  # what 0.7 is in the dtype
+  threshold = below + 1e-5
+  accuracy = metrics.Accuracy(threshold)
+  accuracy.update(logits=jnp.array([below], dtype), labels=jnp.array([0]))
+  assert float(accuracy.compute()) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_there_may_be_more_classes_than_labels_can_count(dtype):
+  matrix, labels = metrics.ConfusionMatrix(256), jnp.array([0, 3, 127, 3], dtype)
+  matrix.update(logits=jnp.eye(256)[labels.astype(int)], labels=labels)
+  counts = np.asarray(matrix.compute().counts)
+  assert counts.sum() == 4
+  assert counts.diagonal()[[0, 3, 127]].tolist() == [1, 2, 1]
+
+
 def test_a_variable_is_a_value():
   average = metrics.Average()
   average.update(values=nnx.Variable(jnp.arange(3.0)), mask=nnx.Variable(jnp.arange(3) > 0))

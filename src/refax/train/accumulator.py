@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from refax.nn import dtypes
+
 
 def add(high: jax.Array, low: jax.Array, *terms: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Add numbers to the sum `high + low`, where `low` is what `high` could not hold.
@@ -44,7 +46,7 @@ def sum_parts(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
   """The sum of an array as float32 terms: exact for booleans, else as exact as `jnp.sum`."""
   if x.dtype == jnp.bool_:
     return _parts(jnp.sum(x, dtype=jnp.uint32, where=mask))
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  dtype = dtypes.wide_dtype(x.dtype)
   total = jnp.sum(x.astype(dtype), where=mask)
   high = total.astype(jnp.float32)
   return (high,) if dtype == jnp.float32 else (high, (total - high).astype(jnp.float32))

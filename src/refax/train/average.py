@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from refax.core.write import write
 from refax.errors import InvalidArgumentError, ShapeMismatchError
-from refax.nn import check
+from refax.nn import check, dtypes
 from refax.train import accumulator, metric
 from refax.typing import ArrayLike
 
@@ -127,4 +127,5 @@ class Accuracy(Average):
         got=f"logits of shape {logits.shape} and labels of shape {labels.shape}",
         fix="pass both of one shape, or for classes build it without a threshold",
       )
-    self._count((logits >= self.threshold) == (labels > 0), mask)
+    # In bfloat16 the threshold 0.7 is 0.699.
+    self._count((dtypes.wide(logits) >= self.threshold) == (labels > 0), mask)

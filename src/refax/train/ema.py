@@ -17,6 +17,7 @@ from refax.core.write import write
 from refax.errors import InvalidArgumentError, TreeMismatchError
 from refax.graph.split import merge, split, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
+from refax.nn import dtypes
 from refax.train.placement import beside, sharding_of
 from refax.typing import Path, describe, path_str
 
@@ -205,7 +206,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _average(x: Any) -> EMAState:
-  value = jnp.asarray(unwrap(x)).astype(jnp.promote_types(x.dtype, jnp.float32))
+  value = dtypes.wide(jnp.asarray(unwrap(x)))
   if not isinstance(x, Variable):
     return EMAState(value)
   return EMAState(value, is_hijax=x.is_hijax, **x.get_metadata())

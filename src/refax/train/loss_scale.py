@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter
@@ -13,6 +14,7 @@ from refax.core.pytree import Pytree
 from refax.core.variable import Param
 from refax.core.write import write
 from refax.errors import InvalidArgumentError
+from refax.nn import dtypes
 from refax.train.finite import all_finite
 from refax.train.optimizer import OptState
 from refax.transforms.autodiff import value_and_grad
@@ -66,14 +68,16 @@ class LossScale(Pytree):
     minimum: float = 1.0,
   ):
     for name, value in (("initial", initial), ("minimum", minimum)):
-      if not 0 < value < float("inf"):
-        raise InvalidArgumentError.value("LossScale", name, value, "a positive number")
+      if not 0 < _float32(value) < float("inf"):
+        want = "a positive number that float32 holds"
+        raise InvalidArgumentError.value("LossScale", name, value, want)
     if minimum > initial:
       raise InvalidArgumentError.value("LossScale", "minimum", minimum, "at most `initial`")
-    if not 1 < factor < float("inf"):
+    if not 1 < _float32(factor) < float("inf"):
       raise InvalidArgumentError.value("LossScale", "factor", factor, "a number above 1")
-    if not isinstance(period, int) or period < 1:
-      raise InvalidArgumentError.value("LossScale", "period", period, "an int of at least 1")
+    if not isinstance(period, int) or not 1 <= period < 2**32:
+      want = "an int of at least 1, below 2**32"
+      raise InvalidArgumentError.value("LossScale", "period", period, want)
     self.factor = float(factor)
     self.period = period
     self.minimum = float(minimum)
@@ -96,7 +100,7 @@ class LossScale(Pytree):
     number = self.value[...]
 
     def divided(g: jax.Array) -> jax.Array:
-      return (g.astype(jnp.promote_types(g.dtype, jnp.float32)) / number).astype(g.dtype)
+      return (dtypes.wide(g) / number).astype(g.dtype)
 
     return jax.tree.map(divided, grads)
 
@@ -107,11 +111,11 @@ class LossScale(Pytree):
       grads_finite: whether the gradients were finite: `nnx.all_finite(grads)`.
     """
     finite, value = jnp.asarray(unwrap(grads_finite)), self.value[...]
-    steps = self.finite_steps[...] + 1
+    steps, period = self.finite_steps[...] + 1, np.uint32(self.period)
     grown = value * self.factor
-    grown = jnp.where((steps >= self.period) & jnp.isfinite(grown), grown, value)
+    grown = jnp.where((steps >= period) & jnp.isfinite(grown), grown, value)
     value = jnp.where(finite, grown, jnp.maximum(value / self.factor, self.minimum))
-    steps = jnp.where(finite & (steps < self.period), steps, 0)
+    steps = jnp.where(finite & (steps < period), steps, 0)
     write((self.value, value), (self.finite_steps, steps))
 
   def value_and_grad(
@@ -158,6 +162,11 @@ class LossScale(Pytree):
     return wrapper
 
 
+def _float32(x: Any) -> float:
+  """A number as float32 has it: without end above 3.4e38, 0 below 1e-45."""
+  with np.errstate(over="ignore"):
+    return float(np.float32(x))
+
+
 def _scaled(loss: Any, number: jax.Array) -> jax.Array:
-  loss = jnp.asarray(unwrap(loss))
-  return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) * number
+  return dtypes.wide(jnp.asarray(unwrap(loss))) * number

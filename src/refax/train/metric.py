@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refax.core.filters import Filter
 from refax.core.pytree import Pytree
 from refax.core.variable import Variable
 from refax.errors import InvalidArgumentError, MissingArgumentError, ShapeMismatchError
 from refax.graph.split import split
-from refax.nn import check
+from refax.nn import check, dtypes
 from refax.typing import describe
 
 
@@ -74,8 +75,8 @@ def numbers(metric: Metric, name: str, kwargs: dict[str, Any], state: Variable) 
   if name not in kwargs:
     raise MissingArgumentError.keyword(kind, name, list(kwargs), check.origin(state))
   try:
-    x = check.as_input(kwargs[name])
-  except TypeError:
+    x = check.as_input(_without_wrapping(kwargs[name]))
+  except (TypeError, OverflowError):
     want = "a number or an array of numbers"
     raise InvalidArgumentError.value(kind, name, kwargs[name], want) from None
   if not any(jnp.issubdtype(x.dtype, k) for k in (jnp.floating, jnp.integer, jnp.bool_)):
@@ -86,6 +87,15 @@ def numbers(metric: Metric, name: str, kwargs: dict[str, Any], state: Variable) 
       fix="pass floats, integers or booleans: abs(x), or x.real",
     )
   return x
+
+
+def _without_wrapping(x: Any) -> Any:
+  """Integers of 64 bits as floats, where JAX would keep the lower 32 bits of them only."""
+  if isinstance(x, int) and not isinstance(x, bool):
+    return x if abs(x) < 2**31 else float(x)
+  if not isinstance(x, np.ndarray | np.integer) or x.dtype.kind not in "iu":
+    return x
+  return x if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype else np.asarray(x, np.float32)
 
 
 def classes(metric: str, logits: Any, labels: Any, state: Variable) -> tuple[jax.Array, jax.Array]:
@@ -111,4 +121,4 @@ def integers(metric: str, labels: Any, state: Variable, *, boolean: bool = False
       got=f"labels of {describe(labels)}",
       fix="pass labels.astype(int), or for one-hot labels labels.argmax(-1)",
     )
-  return labels
+  return dtypes.wide_integers(labels)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.write import write
-from refax.nn import check
+from refax.nn import check, dtypes
 from refax.train import accumulator, metric
 from refax.typing import ArrayLike
 
@@ -116,7 +116,7 @@ def _distance(
   The distances to the running mean are small numbers, so that little is lost in their sum; a
   second sum takes away what was lost in the first.
   """
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  dtype = dtypes.wide_dtype(x.dtype)
   mean_of = lambda x: jnp.sum(x, dtype=dtype, where=mask) / jnp.maximum(n, 1)
   near = x.astype(dtype) - mean[0]
   shift = mean_of(near)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.experimental import checkify
+from jax.interpreters import ad, batching, mlir
 
 try:  # private: `jax.extend`, which has these in public, also imports Pallas: 60 of 80 ms of ours
   if os.environ.get("REFAX_PUBLIC_JAX") == "1":
@@ -334,3 +336,70 @@ def _custom_rules(jaxpr: Any) -> int:
   """How many calls with custom derivatives a jaxpr holds, at any depth."""
   inner = sum(_custom_rules(sub) for sub in subjaxprs(jaxpr))
   return inner + sum(eqn.primitive.name.startswith("custom_") for eqn in jaxpr.eqns)
+
+
+def checked(ok: jax.Array, message: str) -> jax.Array:
+  """`ok` as it is; `checkify` reads the call as `check(all(ok), message)`.
+
+  `checkify.debug_check` would say the same, but its effect takes a compiled function off JAX's fast
+  path: 58 us a call instead of 4. This is a primitive without an effect, whose rule is private:
+  `jax._src.checkify.error_checks`. It falls back to `debug_check`.
+  """
+  if _checked is None:
+    checkify.debug_check(jnp.all(ok), message)
+    return ok
+  return _checked.bind(ok, message=message)
+
+
+def _checked_primitive() -> Any:
+  """The primitive of `checked`; None where JAX lacks what its rule for `checkify` is made of."""
+  if os.environ.get("REFAX_PUBLIC_JAX") == "1":
+    return None
+  try:
+    from jax._src.checkify import Error, checkify_jaxpr, error_checks
+  except ImportError:
+    return None
+
+  def rule(*args: Any, message: str) -> Any:
+    at = next(i for i, x in enumerate(args) if isinstance(x, Error))
+    context, error, enabled, ok = args[:at], args[at], args[at + 1], args[at + 2]
+    check = lambda ok: (checkify.debug_check(jnp.all(ok), message), ok)[1]
+    error, (ok,) = checkify_jaxpr(*context, jax.make_jaxpr(check)(ok), enabled, error, ok)
+    return error, ok
+
+  primitive = Primitive("refax_checked")
+  primitive.def_impl(lambda ok, *, message: ok)
+  primitive.def_abstract_eval(lambda ok, *, message: ok)
+  ad.primitive_jvps[primitive] = lambda primals, tangents, *, message: (
+    primitive.bind(*primals, message=message),
+    tangents[0],  # a boolean has none
+  )
+  batching.defvectorized(primitive)
+  mlir.register_lowering(primitive, lambda ctx, ok, *, message: [ok])
+  error_checks[primitive] = rule
+  return primitive
+
+
+_checked = _checked_primitive()
+
+
+def has_checks(closed_jaxpr: Any) -> bool:
+  """Whether a jaxpr calls `checked` or `checkify.check`, at any depth."""
+
+  def found(jaxpr: Any) -> bool:
+    here = any(eqn.primitive.name in ("refax_checked", "check") for eqn in jaxpr.eqns)
+    return here or any(map(found, subjaxprs(jaxpr)))
+
+  return found(closed_jaxpr.jaxpr)
+
+
+def has_failed(error: Any) -> Any:
+  """Whether a check failed, of the error that `checkify` returns inside a trace: a boolean.
+
+  Private: `Error._pred`, a boolean for each sort of error. Public is only `Error.get`, which needs
+  concrete values; without the attribute all booleans in the error count.
+  """
+  leaves = jax.tree.leaves(getattr(error, "_pred", error))
+  return functools.reduce(
+    jnp.logical_or, (jnp.any(x) for x in leaves if jnp.asarray(x).dtype == jnp.bool_), False
+  )

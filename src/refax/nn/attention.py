@@ -24,7 +24,7 @@ from refax.nn.dot_product import (
   check_shapes,
   dot_product_attention,
 )
-from refax.nn.kv_cache import Memory
+from refax.nn.kv_cache import Memory, poisoned
 from refax.nn.linear import LinearGeneral
 from refax.nn.norm import LayerNorm
 from refax.nn.rope import RoPE
@@ -274,9 +274,9 @@ class MultiHeadAttention(Module):
       `[batch..., queries, out_features]`.
 
     Raises:
-      ShapeMismatchError: shapes do not fit, or the memory is full. That it is full is found where
-        its index is concrete, that is outside of transforms; inside, the last positions of the
-        memory are written over.
+      ShapeMismatchError: shapes do not fit, or the memory is full. Inside a transform nothing can
+        be raised: what has no room is left out of the memory, the output for it is NaN, and
+        `nnx.checkify` names the layer.
       MissingArgumentError: there is dropout, and `deterministic` is None in both places; or there
         is no memory to decode with.
       MissingRngError: random numbers are needed and there is no stream.
@@ -300,9 +300,11 @@ class MultiHeadAttention(Module):
       query = self.rope.rotate_heads(query, input_positions)
       key = self.rope.rotate_heads(key, input_positions)
       input_positions = None
+    fits = None
     if memory is not None:
       visible = memory.visible(query)
       mask = visible if mask is None else jnp.logical_and(visible, mask)
+      fits = memory.fits(_NAME, key.shape[-3])
       key, value = memory.add(key, value)
     out = self.attention_fn(
       query,
@@ -321,7 +323,7 @@ class MultiHeadAttention(Module):
       **({} if self.implementation is None else {"implementation": self.implementation}),
       **({} if input_positions is None else {"input_positions": input_positions}),
     )
-    return self.out(out, out_sharding=out_sharding)
+    return poisoned(self.out(out, out_sharding=out_sharding), fits)
 
   def init_cache(self, input_shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> None:
     """Make an empty memory for decoding: `cached_key`, `cached_value` and `cache_index`.

@@ -195,3 +195,18 @@ def test_a_rate_from_numpy_does_not_change_the_dtype(rate, dtype):
   got = nnx.dot_product_attention(q, k, v, **options)
   assert got.dtype == dtype
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"implementation": "xla"}])
+def test_half_precision_is_compiled_and_differentiated(dtype, options):
+  """jax.nn asks XLA for a product of float16 that the CPU refuses, once it is compiled."""
+  q, k, v = inputs(queries=3, key_heads=2)
+  loss = lambda q, k, v: (nnx.dot_product_attention(q, k, v, **options) ** 2).sum()
+  run = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+  want, want_grads = run(q, k, v)
+  got, grads = run(*(x.astype(dtype) for x in (q, k, v)))
+  assert {x.dtype for x in (got, *grads)} == {jnp.dtype(dtype)}
+  np.testing.assert_allclose(float(got), float(want), rtol=2e-2)
+  for a, b in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=5e-2)

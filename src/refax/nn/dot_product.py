@@ -82,6 +82,8 @@ def dot_product_attention(
   # jax.nn takes no precision, and its softmax is float32 at most.
   fused = not dropped and module is None and precision is None and key.shape == value.shape
   fused = fused and jnp.promote_types(query.dtype, jnp.float32) == jnp.float32
+  # Compiled, its product of float16 is refused by XLA on CPU (jax 0.10 to 0.12).
+  fused = fused and (query.dtype != jnp.float16 or implementation == "cudnn")
   check_implementation(implementation, fused)
   if fused:
     return _fused(query, key, value, bias, mask, is_causal, implementation)

@@ -7,10 +7,14 @@ on the installed JAX; the public path is always complete. `REFAX_PUBLIC_JAX=1` f
 tests run both.
 """
 
+import collections
 import functools
+import itertools
 import operator
 import os
-from collections.abc import Callable
+import random
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -158,10 +162,35 @@ def no_trace_active() -> bool:
   return private is not None and private.clean()
 
 
-def trace_check() -> Callable[[], bool]:
-  """`no_trace_active` for a call that cannot afford to look for private JAX each time."""
+def flag(name: str) -> Any:
+  """A flag of `jax.config`, which knows its flags only when it runs."""
+  return getattr(jax.config, name)
+
+
+def checks_results() -> bool:
+  """Whether JAX looks at what each call returns, and may raise when the call has been made."""
+  return bool(flag("jax_debug_nans") or flag("jax_debug_infs"))
+
+
+@functools.cache
+def steady_check() -> Callable[[], bool]:
+  """`no_trace_active() and not checks_results()`, for a call that cannot afford two such calls.
+
+  Private: `jax._src.config`, whose flags `jax.config` reads in 60 ns more. Falls back to that.
+  """
   private = _private()
-  return no_trace_active if private is None else private.clean
+  if private is None:
+    return no_trace_active
+  clean = private.clean
+  try:
+    from jax._src.config import debug_infs as infs
+    from jax._src.config import debug_nans as nans
+
+    if (nans.value, infs.value) != (flag("jax_debug_nans"), flag("jax_debug_infs")):
+      raise AttributeError
+  except (ImportError, AttributeError):
+    return lambda: clean() and not checks_results()
+  return lambda: clean() and not nans.value and not infs.value
 
 
 def new_cell(value: jax.Array) -> jax.Ref:
@@ -235,31 +264,46 @@ def peek_cell(ref: jax.Ref) -> jax.Array:
   return ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def exchange(call: Any, written: list[jax.Ref], read: list[jax.Ref], arrays: list[int]) -> Any:
-  """A compiled function as one of its arguments only, which installs the buffers it returns.
+def exchange(
+  call: Any,
+  written: list[jax.Ref],
+  read: list[jax.Ref],
+  pick: Callable[[Any], Any],
+  result: Callable[[Iterator], Any],
+) -> Callable[[Any], Any]:
+  """A compiled function without its buffers of Refs, which installs the new ones as it returns.
+
+  The call and the installing are one expression in C, so that no signal comes between them: the
+  call has given up the old buffers, and without the new ones the Refs would be lost. (JAX's own
+  call must be in C too: the first one of its kind is not, see `refax.core.interrupt`.)
 
   It has no public fallback of its own: only who runs eagerly by `no_trace_active`, which is never
   true without the private path, may use it.
 
   Args:
-    call: `(buffers to donate, arrays, buffers to read) -> (new buffers, result)`, where `arrays` is
-      one of them or a tuple, and without the last argument where no Ref is only read.
-    written: the Refs whose buffers are donated and replaced.
+    call: `(buffers of written Refs, arrays, buffers of read Refs) -> (*new buffers, *rest)`, called
+      without the last argument where no Ref is only read.
+    written: the Refs whose buffers are replaced.
     read: the Refs whose buffers are only read.
-    arrays: the positions of the arguments that are passed on.
+    pick: from the arguments of `run` to the arrays.
+    result: from an iterator over the rest of what the call returns to the result of `run`.
+
+  Returns:
+    `run(args) -> result`.
   """
   refs: Any = (written, read)
   writes, reads = ([ref._refs for ref in some] for some in refs)
-  pick = operator.itemgetter(*arrays) if arrays else lambda _: ()
+  name = itertools.repeat("_buf")
+  flat, consume = itertools.chain.from_iterable, collections.deque
 
-  def run(args: tuple) -> Any:
+  def run(args: Any) -> Any:
+    old, arrays = ([c._buf for c in writes],), (pick(args),)
     if reads:
-      new, result = call([c._buf for c in writes], pick(args), [c._buf for c in reads])
+      new = flat(map(call, old, arrays, ([c._buf for c in reads],)))
     else:
-      new, result = call([c._buf for c in writes], pick(args))
-    for cell, cell._buf in zip(writes, new):  # noqa: B007, B905 -- the fastest form
-      pass
-    return result
+      new = flat(map(call, old, arrays))
+    consume(map(setattr, writes, name, new), 0)
+    return result(new)
 
   return run
 
@@ -284,21 +328,17 @@ def ref_effects(jaxpr: Any) -> tuple[set[Any], set[Any]]:
   return reads, {e.input for e in effects if type(e).__name__ != "ReadEffect"}
 
 
-def written_invars(closed_jaxpr: Any) -> set[int]:
-  """The positions of the inputs of a jaxpr that are Refs which it writes."""
-  _, writes = ref_effects(closed_jaxpr.jaxpr)
-  return {i for i, var in enumerate(closed_jaxpr.jaxpr.invars) if var in writes}
-
-
-def used_invars(closed_jaxpr: Any) -> set[int]:
-  """The positions of the inputs of a jaxpr that it does anything with."""
-  jaxpr = closed_jaxpr.jaxpr
+def used_vars(jaxpr: Any) -> set[Any]:
+  """The inputs of a jaxpr that it does anything with."""
   used = {id(x) for eqn in jaxpr.eqns for x in eqn.invars} | set(map(id, jaxpr.outvars))
-  return {i for i, var in enumerate(jaxpr.invars) if id(var) in used}
+  return {var for var in (*jaxpr.constvars, *jaxpr.invars) if id(var) in used}
 
 
 def only_refs_are_effects(closed_jaxpr: Any) -> bool:
-  """Whether a jaxpr does nothing but compute, read and write Refs: no printing, no callbacks."""
+  """Whether a jaxpr does nothing but compute, read and write Refs: no printing, no callbacks.
+
+  Anything else may raise while the compiled function runs.
+  """
   return all(
     hasattr(e, "input") or type(e).__name__ == "InternalMutableArrayEffect"
     for e in closed_jaxpr.effects
@@ -310,7 +350,7 @@ def _calls_back(jaxpr: Any) -> bool:
   return here or any(map(_calls_back, subjaxprs(jaxpr)))
 
 
-def discharge(closed_jaxpr: Any) -> Any:
+def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   """A jaxpr whose Refs are all local, as a pure one: reads and writes become values.
 
   Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
@@ -328,6 +368,8 @@ def discharge(closed_jaxpr: Any) -> Any:
     pure = discharge_state(closed_jaxpr, lower=False)
   except (ImportError, NotImplementedError, TypeError):
     return closed_jaxpr
+  if not differentiable:
+    return pure
   same = _custom_rules(pure.jaxpr) == _custom_rules(closed_jaxpr.jaxpr)
   return pure if same else closed_jaxpr
 
@@ -403,3 +445,61 @@ def has_failed(error: Any) -> Any:
   return functools.reduce(
     jnp.logical_or, (jnp.any(x) for x in leaves if jnp.asarray(x).dtype == jnp.bool_), False
   )
+
+
+_copy_all = jax.jit(lambda xs: [jnp.copy(x) for x in xs])
+
+
+def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
+  """Copies of what concrete Refs hold at one moment, while other threads may write them.
+
+  Private: the buffers `ref._refs._buf`, and the bits of keys in `_base_array`. All are looked at in
+  one C call, and so is their exchange by a compiled step: the lot belongs to one step. Another
+  thread may donate them until the copy holds them; then they are looked at again. Falls back to
+  reading one after the other.
+
+  Returns:
+    The copies; None if in all `tries` another thread was in between.
+  """
+  if not no_trace_active() or any(map(is_tracer, refs)):
+    return [read_cell(ref) for ref in refs]
+  cells: list[Any] = [ref._refs for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
+  look = operator.attrgetter("_buf")
+  for attempt in range(tries):
+    held = list(map(look, cells))
+    bits = [getattr(x, "_base_array", x) for x in held]  # `jit` is slow with typed keys
+    try:
+      copies, calls = _copied_together(bits)
+    except Exception:
+      if not any(x.is_deleted() for x in bits):
+        raise
+    else:
+      if calls < 2 or all(map(operator.is_, held, map(look, cells))):
+        return [
+          new if key is old else jax.random.wrap_key_data(new, impl=jax.random.key_impl(key))
+          for key, old, new in zip(held, bits, copies, strict=True)
+        ]
+    time.sleep(random.random() * 1e-5 * min(attempt, 100))
+  return None
+
+
+def _copied_together(xs: list[jax.Array]) -> tuple[list[jax.Array], int]:
+  """Copies of arrays, and how many calls it took: one for each set of devices."""
+  groups: dict[Any, list[int]] = {}
+  for i, x in enumerate(xs):
+    groups.setdefault(frozenset(x.sharding.device_set), []).append(i)
+  copies = {}
+  for places in groups.values():
+    copies |= zip(places, _copy_all([xs[i] for i in places]), strict=True)
+  return [copies[i] for i in range(len(xs))], len(groups)
+
+
+def put_back(refs: list[jax.Ref], buffers: list[jax.Array]) -> None:
+  """Let concrete Refs hold what `peek_cell` has given of them, if they still can."""
+  if _private() is not None:
+    for ref, buffer in zip(refs, buffers, strict=True):
+      impl: Any = ref._refs  # pyright: ignore[reportAttributeAccessIssue]
+      impl._buf = buffer
+  else:
+    for ref, buffer in zip(refs, buffers, strict=True):
+      ref[...] = buffer

@@ -14,7 +14,9 @@ RefaxError
 ├── RngKeyError               (ValueError)   neither a seed nor a PRNG key
 ├── MissingArgumentError      (TypeError)    a layer that was not told what it needs
 ├── CheckpointFormatError     (ValueError)   a file that breaks the rules of its format
+├── CheckpointWriteError      (OSError)      a checkpoint that could not be written
 ├── CheckpointMismatchError   (ValueError)   a file that does not fit the model
+├── ArgumentError             (TypeError)    an argument of a compiled function that is no array
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
@@ -413,6 +415,15 @@ class AliasError(RefaxError, ValueError):
       fix="use the argument inside the function",
     )
 
+  @classmethod
+  def stacked(cls, origin: Any, got: str, fix: str):
+    return cls(
+      "the layers of a Stack share no Variable: each would get a copy of its own",
+      at=origin,
+      got=got,
+      fix=fix,
+    )
+
 
 class MissingRngError(RefaxError, AttributeError, KeyError):
   """A random stream that was not given."""
@@ -574,6 +585,39 @@ class CheckpointLockedError(RefaxError, OSError):
     )
 
 
+class CheckpointWriteError(RefaxError, OSError):
+  """A checkpoint could not be written; those that were there still are."""
+
+  @classmethod
+  def step(cls, folder: Any, step: int | None, error: BaseException, steps: list[int]):
+    there = f"step {steps[-1]}" if steps else "none"
+    return cls(
+      "a checkpoint could not be written; those that were complete are still there",
+      at=folder,
+      got=f"{'' if step is None else f'step {step}, '}{type(error).__name__} "
+      f"({' '.join(str(error).split())[:300]})",
+      fix=f"mend the cause (a full disk, a folder that was removed) and save again; "
+      f"the latest that is complete is {there}",
+    )
+
+  @classmethod
+  def moving(cls, tries: int):
+    return cls(
+      "no moment was found at which all Variables belonged to one step",
+      got=f"other threads that wrote them in each of {tries} tries",
+      fix="save between two steps, or hold a lock around the step and around the save",
+    )
+
+  @classmethod
+  def closed(cls, folder: Any):
+    return cls(
+      "the Checkpointer is closed",
+      at=folder,
+      got="a save after close(), or after its `with` block",
+      fix="save inside the block, or make another Checkpointer",
+    )
+
+
 class MissingCheckpointError(RefaxError, LookupError):
   """There is no such checkpoint."""
 
@@ -586,6 +630,16 @@ class MissingCheckpointError(RefaxError, LookupError):
       at=folder,
       got=f"{wanted} asked for, and {there} there",
       fix="pass a step that is there" if steps else "start afresh, or look in another folder",
+    )
+
+  @classmethod
+  def best(cls, folder: Any, metric: str, steps: list[int]):
+    there = f"the steps {', '.join(map(str, steps[-8:]))}" if steps else "no checkpoint"
+    return cls(
+      f"no checkpoint has a number as {metric!r}",
+      at=folder,
+      got=f"{there}, and the metric is missing or NaN in all",
+      fix="restore the latest one: leave step out",
     )
 
 
@@ -653,6 +707,43 @@ class ExportError(RefaxError, ValueError):
       at=path,
       got=problem,
       fix="export and save it again",
+    )
+
+  @classmethod
+  def names(cls, name: str):
+    return cls(
+      "an exported function keeps each Variable under its path as a name",
+      at=name,
+      got="two Variables with this name: a key with a dot in it reads like two keys",
+      fix="rename one of the keys",
+    )
+
+
+class ArgumentError(RefaxError, TypeError):
+  """An argument of a compiled function that is neither an array nor an object with state."""
+
+  @classmethod
+  def leaf(cls, name: str, value: Any):
+    if isinstance(value, type) or not hasattr(value, "shape"):
+      argument = name.split(".")[0].split("[")[0]
+      fix = f"pass arrays, or declare it as a constant: nnx.jit(f, static_argnames={argument!r})"
+    else:
+      fix = "pass an array with values; shapes and dtypes alone are for nnx.eval_shape and lower()"
+    return cls(
+      "a compiled function takes arrays, numbers, and Modules or Variables that hold them",
+      at=name,
+      got=f"{type(value).__name__} ({_short(value)})",
+      fix=fix,
+    )
+
+
+  @classmethod
+  def compiled(cls, function: str, got: str):
+    return cls(
+      f"{function} was compiled for other arguments",
+      got=got,
+      fix="call it with arrays of the shapes and dtypes, and objects of the structure, that were "
+      "given to lower(); or call nnx.jit(f), which compiles again",
     )
 
 

@@ -89,7 +89,7 @@ def test_state_that_is_not_touched_is_not_passed():
     step(net, dropout, X)
   assert is_fast(step, net, dropout, X)
   (compiled,) = step._fast._compiled.values()
-  touched = len(compiled.written | compiled.read)
+  touched = len({*compiled.written, *compiled.read})
   assert touched == len(jax.tree.leaves(net))  # the keys and counts of the dropout are left alone
 
 

@@ -5,16 +5,18 @@ A jaxpr knows the Refs that a function reached by closure, not the Variables the
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 
 from refax import _jax
+from refax.core.interrupt import uninterrupted
 
 
 class _Local(threading.local):
-  seen: dict[int, Any] | None = None
+  seen: dict[int, Callable[[], Any]] | None = None
   log: dict[int, Any] | None = None
 
 
@@ -22,8 +24,12 @@ _local = _Local()
 
 
 @contextlib.contextmanager
-def observe() -> Iterator[dict[int, Any]]:
-  """The hijax Variables that are read or written meanwhile, by the identity of their Refs."""
+def observe() -> Iterator[dict[int, Callable[[], Any]]]:
+  """The hijax Variables that are read or written meanwhile, by the identity of their Refs.
+
+  Each is a function that returns the Variable. One that was made in a trace must not outlive it:
+  of that, it is a weak reference.
+  """
   outer, seen = _local.seen, {}
   _local.seen = seen
   try:
@@ -38,7 +44,7 @@ def note(variable: Any, ref: Any) -> None:
   """A Variable is read or written now."""
   seen = _local.seen
   if seen is not None:
-    seen[id(ref)] = variable
+    seen[id(ref)] = weakref.ref(variable) if _jax.is_tracer(ref) else lambda: variable
 
 
 @contextlib.contextmanager
@@ -54,8 +60,7 @@ def undo_on_error(refs: Iterable[Any]) -> Iterator[None]:
   try:
     yield
   except BaseException:
-    for ref, value in log.values():
-      _jax.write_cell(ref, value)
+    uninterrupted(lambda: [_jax.write_cell(ref, value) for ref, value in log.values()])
     raise
   finally:
     _local.log = outer

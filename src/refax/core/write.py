@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from refax.core.variable import Variable
+from refax import _jax
+from refax.core.interrupt import uninterrupted
+from refax.core.variable import Variable, Writes
 
 
 def write(*writes: tuple[Variable, Any]) -> None:
@@ -16,6 +18,14 @@ def write(*writes: tuple[Variable, Any]) -> None:
   >>> write((a, 3), (b, 4)); int(a), int(b)
   (3, 4)
   """
-  prepared = [(variable, variable.prepare(value)) for variable, value in writes]
-  for variable, write in prepared:
-    variable.commit(write)
+  commit([(variable, variable.prepare(value)) for variable, value in writes])
+
+
+def commit(prepared: list[tuple[Variable, Writes]]) -> None:
+  """Store what `Variable.prepare` has checked; no signal comes between two of them."""
+
+  def store() -> None:
+    for variable, writes in prepared:
+      variable.commit(writes)
+
+  uninterrupted(store) if _jax.no_trace_active() else store()

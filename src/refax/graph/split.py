@@ -13,6 +13,7 @@ from refax.core.containers import Dict, List
 from refax.core.filters import Filter
 from refax.core.flatten import GraphDef, Node, flatten, region_items, unflatten, walk_nodes
 from refax.core.variable import Variable, identity, is_variable, map_variables
+from refax.core.write import commit
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, from_flat_state, partition, to_flat_state
 from refax.typing import Path, path_str
@@ -183,8 +184,7 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
       additions.append((parent, path[-1], copy.copy(leaf) if is_variable(leaf) else leaf))
     else:
       raise TreeMismatchError.no_place(path_str(path), type(node).__name__)
-  for variable, prepared in writes:
-    variable.commit(prepared)
+  commit(writes)
   for parent, key, leaf in additions:
     _set_child(parent, key, leaf)
 

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
+from refax.core.epoch import epoch
 from refax.core.flatten import fill, resolver
+from refax.core.interrupt import uninterrupted
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
 from refax.transforms.lift import Inputs, Outputs
@@ -178,27 +180,46 @@ def transaction(*objects: Any) -> Iterator[Transaction]:
   ...   print(int(count))
   0
   """
-  inputs = Inputs.of(objects, {})
-  saved = [
-    jax.tree.map(_saved, x._cell) if isinstance(x, Variable) else None for x in inputs.leaves
-  ]
-  cells = [x._cell if isinstance(x, Variable) else None for x in inputs.leaves]
-  definitions: list[Any] = [getattr(x, "_def", None) for x in inputs.leaves]
+  saved = _Saved(Inputs.of(objects, {}))
   try:
     yield Transaction()
   except BaseException:
-    for leaf, cell, value, definition in zip(inputs.leaves, cells, saved, definitions, strict=True):
-      if isinstance(leaf, Variable):
-        leaf._cell, leaf._def = cell, definition
-        for ref, x in zip(jax.tree.leaves(cell), jax.tree.leaves(value), strict=True):
-          if _jax.is_ref(ref):
-            _jax.write_cell(ref, x)
-    value = resolver(inputs.leaves, inputs.objects)
-    for node, (_, entries) in zip(inputs.objects, inputs.graphdef.nodes, strict=True):
+    uninterrupted(saved.restore)
+    raise
+
+
+class _Saved:
+  """What objects were: their structure, their metadata, and the values of their cells."""
+
+  def __init__(self, inputs: Inputs):
+    self._inputs = inputs
+    self._variables = [
+      (x, x._cell, x._def, jax.tree.map(_saved, x._cell))
+      for x in inputs.leaves
+      if isinstance(x, Variable)
+    ]
+
+  def restore(self) -> None:
+    """Bring all of it back. Cells and metadata are structure: who has cached one looks again."""
+    for variable, cell, definition, value in self._variables:
+      if variable._def is not definition or _other_refs(variable._cell, cell):
+        epoch.bump()
+      variable._cell, variable._def = cell, definition
+      for ref, x in zip(jax.tree.leaves(cell), jax.tree.leaves(value), strict=True):
+        if _jax.is_ref(ref):
+          _jax.write_cell(ref, x)
+    value = resolver(self._inputs.leaves, self._inputs.objects)
+    nodes = zip(self._inputs.objects, self._inputs.graphdef.nodes, strict=True)
+    for node, (_, entries) in nodes:
       node._clear()
       fill(node, entries, value)
       node._structure_changed()
-    raise
+
+
+def _other_refs(a: Any, b: Any) -> bool:
+  """Whether two cells consist of different Refs."""
+  refs = [[id(x) for x in jax.tree.leaves(cell) if _jax.is_ref(x)] for cell in (a, b)]
+  return refs[0] != refs[1]
 
 
 def _saved(cell: Any) -> Any:

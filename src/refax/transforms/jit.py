@@ -2,15 +2,34 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
+from refax import _jax, config
 from refax.core.definition import kind
-from refax.core.flatten import GraphDef
-from refax.transforms.fast import FastCalls, Retraced, steady
+from refax.core.flatten import GraphDef, Node
+from refax.core.interrupt import uninterrupted
+from refax.core.observe import observe
+from refax.core.variable import Variable
+from refax.errors import ArgumentError
+from refax.transforms.ahead import AheadCompiled, Lowered, checked, description
+from refax.transforms.compiled import Compiled, Retraced
+from refax.transforms.fast import (
+  LIMIT,
+  FastCalls,
+  is_eager,
+  picker,
+  signature,
+  steady,
+  takes_arrays_as_they_are,
+)
 from refax.transforms.lift import Frame, Inputs, Outputs
+from refax.transforms.reach import Reach
+from refax.typing import Path, path_str
 
 
 def jit(
@@ -71,46 +90,115 @@ class _Jitted:
 
   def __init__(self, fun: Callable, *, static: tuple, donated: tuple, **options: Any):
     self.fast = FastCalls()
+    self._fun = fun
     self._static = _resolve(fun, *static)
     self._donated = _resolve(fun, *donated)
-    self._may_be_fast = not any((*self._static, *self._donated))
+    self._may_be_steady = not any((*self._static, *self._donated))
+    self._reach = Reach(fun)
+    self._versions: dict[tuple, int] = {}
+    self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(
-      _named(functools.partial(_call, fun), fun), static_argnums=0, donate_argnums=2, **options
+      _named(functools.partial(_call, fun), fun), static_argnums=0, **options
     )
 
   def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Any call: by what is known of it, else through Refs."""
+    """Any call: by the identity of its arguments, else by their structure."""
     names = tuple(sorted(kwargs))
     values = (*args, *(kwargs[name] for name in names)) if names else args
-    entry = self.fast.find(values, names) if self._may_be_fast else None
-    if entry is None:
-      inputs, spec, kept, donated = self._split(args, kwargs)
-      if self._may_be_fast:
-        entry = self.fast.learn(values, names, inputs, spec, self._jitted)
-      if entry is None:
-        return inputs.commit(self._jitted(spec, kept, donated))
+    entry = self.fast.find(values, names) if self._may_be_steady else None
     try:
-      return entry.run(values)
+      if entry is not None:
+        try:
+          return entry.run(values)
+        except (ValueError, TypeError) as error:
+          raise entry.renamed(error) from None
+      return self._call(args, kwargs, values, names)
     except Retraced:
       self.fast.clear()
       return self.call(args, kwargs)
 
-  def lower(self, *args: Any, **kwargs: Any) -> Any:
+  def _call(self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple) -> Any:
+    inputs, spec, leaves = self._split(args, kwargs)
+    if not is_eager():
+      return inputs.commit(self._jitted(self._static_of(spec), *leaves))
+    compiled = self._compiled(values, inputs, spec, leaves)
+    flat = jax.tree.leaves(leaves)
+    picks = picker([i for i, x in enumerate(values) if not isinstance(x, Node | Variable)])
+    arrays = ((), picks(values)) if compiled.picks else compiled.arrays(flat)
+    result = uninterrupted(lambda: inputs.commit(compiled.run(flat, arrays)))
+    if self._may_be_steady and self._reach.is_steady:
+      self.fast.learn(values, names, flat, compiled, self._reach.slots)
+    return result
+
+  def _compiled(self, values: tuple, inputs: Inputs, spec: tuple, leaves: tuple) -> Compiled:
+    """What is compiled for this structure; it is traced where there is none."""
+    rest = (config.using_hijax(), _jax.checks_results(), *map(signature, inputs.leaves))
+    key = (spec, *rest)
+    compiled = self.fast.compiled(key)
+    if compiled is None:
+      picks = self._may_be_steady and takes_arrays_as_they_are(values, inputs)
+      compiled, found = self._trace(inputs, spec, leaves, picks=picks)
+      if self._reach.add(found):
+        key = (self._spec(inputs, spec[1], spec[2]), *rest)
+      self.fast.keep(key, compiled)
+    return compiled
+
+  def _trace(
+    self, inputs: Inputs, spec: tuple, leaves: tuple, *, picks: bool
+  ) -> tuple[Compiled, list[Variable]]:
+    """What is compiled for these leaves, and the Variables that are reached by closure."""
+    static = self._static_of(spec)
+    with observe() as seen:
+      traced = self._jitted.trace(static, *leaves)
+    compiled = Compiled(
+      inputs,
+      leaves,
+      traced,
+      functools.partial(self._jitted, static),
+      careful=_jax.checks_results(),
+      picks=picks,
+      names=self._names(inputs, spec[2]),
+    )
+    found = [seen[id(ref)]() for ref in compiled.closures.values() if id(ref) in seen]
+    return compiled, [x for x in found if x is not None]
+
+  def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
-    _, spec, kept, donated = self._split(args, kwargs)
-    return self._jitted.lower(spec, kept, donated)
+    inputs, spec, leaves = self._split(args, kwargs, abstract=True)
+    if is_eager() and not any(map(_is_abstract, inputs.leaves)):
+      compiled = self._trace(inputs, spec, leaves, picks=False)[0]
+      lowered = compiled.lower(jax.tree.leaves(leaves))
+      run = lambda executable, now: compiled.run(
+        flat := jax.tree.leaves(now), compiled.arrays(flat), executable
+      )
+    else:
+      lowered = self._jitted.lower(self._static_of(spec), *leaves)
+      run = lambda executable, now: executable(*now)
+    was = description(spec, (*leaves[0], *leaves[1]))
+
+    def make(executable: Any) -> AheadCompiled:
+      def call(args: tuple, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = _with_static(spec[1], args, kwargs)
+        inputs, spec_now, now = self._split(args, kwargs)
+        checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
+        return uninterrupted(lambda: inputs.commit(run(executable, now)))
+
+      return AheadCompiled(executable, call)
+
+    return Lowered(lowered, make)
 
   def trace(self, *args: Any, **kwargs: Any) -> Any:
     """The traced computation for these arguments, as `jax.jit(f).trace`."""
-    _, spec, kept, donated = self._split(args, kwargs)
-    return self._jitted.trace(spec, kept, donated)
+    _, spec, leaves = self._split(args, kwargs, abstract=True)
+    return self._jitted.trace(self._static_of(spec), *leaves)
 
   def clear_cache(self) -> None:
     """Forget all compiled versions."""
     self._jitted.clear_cache()
+    self._statics.clear()
     self.fast.clear()
 
-  def _split(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+  def _split(self, args: tuple, kwargs: dict[str, Any], *, abstract: bool = False) -> Any:
     """The inputs, and what the inner jit is called with: a static spec and two lots of leaves."""
     nums, names = self._static
     static = tuple((i, kind(args[i]), args[i]) for i in sorted(nums) if i < len(args))
@@ -118,11 +206,44 @@ class _Jitted:
     dynamic = tuple(None if i in nums else a for i, a in enumerate(args))
     dynamic_kwargs = {k: v for k, v in kwargs.items() if k not in names}
     inputs = Inputs.of(dynamic, dynamic_kwargs)
+    self._check(inputs, abstract)
     mask = self._donation(inputs)
-    spec = (inputs.graphdef, static, mask)
     kept = tuple(x for x, d in zip(inputs.leaves, mask, strict=True) if not d)
     donated = tuple(x for x, d in zip(inputs.leaves, mask, strict=True) if d)
-    return inputs, spec, kept, donated
+    return inputs, self._spec(inputs, static, mask), (kept, donated)
+
+  def _spec(self, inputs: Inputs, static: tuple, mask: tuple[bool, ...]) -> tuple:
+    """The static half of a call. What the function reaches by closure has a number in it."""
+    found = self._reach.snapshot()
+    stale = not self._reach.is_steady or len(self._versions) >= LIMIT
+    if stale and found not in self._versions:
+      self._versions.clear()  # arrays by closure, or many models: do not keep them alive
+      self.clear_cache()
+    version = self._versions.setdefault(found, next(_VERSIONS)) if found else 0
+    return inputs.graphdef, static, mask, version
+
+  def _static_of(self, spec: tuple) -> "_Static":
+    """The argument that stands for `spec`: one for each."""
+    return self._statics.setdefault(spec, _Static(spec))
+
+  def _check(self, inputs: Inputs, abstract: bool) -> None:
+    """Refuse what is neither an array nor an object, by the name of its argument."""
+    for i, leaf in enumerate(inputs.leaves):
+      for x in jax.tree.leaves(leaf) if isinstance(leaf, Variable) else [leaf]:
+        if x is not None and not _is_argument(x, abstract):
+          raise ArgumentError.leaf(_name(self._fun, inputs.graphdef.paths[i]), leaf)
+
+  def _names(self, inputs: Inputs, mask: tuple[bool, ...]) -> Callable[[], list[str]]:
+    """What the user calls each flat leaf; made when it is asked for, and keeps no object alive."""
+    counts = [len(jax.tree.leaves(x)) for x in inputs.leaves]
+    fun, graphdef = self._fun, inputs.graphdef
+
+    def names() -> list[str]:
+      found = [(d, _name(fun, path)) for d, path in zip(mask, graphdef.paths, strict=True)]
+      flat = [[pair] * n for pair, n in zip(found, counts, strict=True)]
+      return [name for wanted in (False, True) for f in flat for d, name in f if d is wanted]
+
+    return names
 
   def _donation(self, inputs: Inputs) -> tuple[bool, ...]:
     nums, names = self._donated
@@ -135,8 +256,45 @@ class _Jitted:
     )
 
 
-def _call(fun: Callable, spec: tuple, kept: tuple, donated: tuple) -> Outputs:
+_VERSIONS = itertools.count(1)
+
+
+class _Static:
+  """The static argument of the inner `jax.jit`, equal to itself only.
+
+  JAX compares such arguments inside C++, and turns what is raised there (Ctrl-C) into a ValueError:
+  a comparison in Python must not happen there.
+  """
+
+  __slots__ = ("__weakref__", "spec")
+
+  def __init__(self, spec: tuple):
+    self.spec = spec
+
+
+def _is_argument(x: Any, abstract: bool) -> bool:
+  if isinstance(x, np.ndarray | np.generic):
+    return x.dtype.kind not in "OSUmM"
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return abstract
+  numbers = bool | int | float | complex
+  return isinstance(x, jax.Array | jax.Ref | numbers) or hasattr(x, "__jax_array__")
+
+
+def _name(fun: Callable, path: Path) -> str:
+  """What the user calls a leaf: `model.linear.kernel`, by the name of the argument."""
+  positional, argument, *rest = path
+  if positional == 0:
+    try:
+      argument = list(inspect.signature(fun).parameters)[argument]
+    except (TypeError, ValueError, IndexError):  # a built-in function, or *args
+      argument = f"argument {argument}"
+  return f"{argument}{path_str(tuple(rest))}"
+
+
+def _call(fun: Callable, static: _Static, kept: tuple, donated: tuple) -> Outputs:
   """What is traced: leaves in, outputs out; Variables in hijax storage are written in place."""
+  spec = static.spec
   graphdef: GraphDef = spec[0]
   parts = iter(kept), iter(donated)
   frame = Frame(graphdef, [next(parts[d]) for d in spec[2]])
@@ -152,8 +310,26 @@ def _call(fun: Callable, spec: tuple, kept: tuple, donated: tuple) -> Outputs:
 
 def _named(call: Any, fun: Callable) -> Callable:
   """Profiles and errors show the user's function (`functools.wraps` would show its signature)."""
-  call.__name__ = getattr(fun, "__name__", type(fun).__name__)
+  call.__name__ = _name_of(fun)
   return call
+
+
+def _name_of(fun: Callable) -> str:
+  return getattr(fun, "__name__", type(fun).__name__)
+
+
+def _with_static(static: tuple, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+  """The arguments of a compiled call, which leaves the static ones out, completed by these."""
+  full = list(args)
+  for key, _, value in static:
+    if isinstance(key, int):
+      full.insert(key, value)
+  return tuple(full), kwargs | {key: value for key, _, value in static if isinstance(key, str)}
+
+
+def _is_abstract(leaf: Any) -> bool:
+  leaves = jax.tree.leaves(leaf)
+  return any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
 
 def _resolve(fun: Callable, nums: Any, names: Any) -> tuple[frozenset[int], frozenset[str]]:

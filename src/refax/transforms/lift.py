@@ -12,7 +12,8 @@ attributes that were added or changed, and new objects with cells of their own.
     result = inputs.commit(outputs)               # outside: the caller's objects, updated
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from refax.core import storage
 from refax.core.definition import Differentiation
 from refax.core.epoch import epoch
 from refax.core.flatten import LEAF, REGION, GraphDef, Node, Walk, fill, resolver, unflatten
+from refax.core.interrupt import uninterrupted
 from refax.core.variable import Variable, VariableDef
 from refax.errors import TraceContextError
 
@@ -100,6 +102,10 @@ class Inputs:
     Raises:
       TraceContextError: an object from another trace would have to change; nothing has.
     """
+    commit = functools.partial(self._commit, outputs)
+    return uninterrupted(commit) if _jax.no_trace_active() else commit()
+
+  def _commit(self, outputs: Outputs) -> Any:
     spec, count = outputs.spec, len(self.objects)
     changed = [i for i in range(count) if spec.graphdef.nodes[i] != self.graphdef.nodes[i]]
     self._check_trace(changed, spec)
@@ -222,12 +228,23 @@ def install(variable: Variable, value: Any) -> None:
     storage.write_ref(ref, x, None, variable._def.origin)
 
 
-def result_of(out: Outputs) -> Any:
+def result_of(out: Outputs) -> Callable[[Iterator], Any] | None:
   """The function from the new arrays of a call to its result; None if that holds anything else."""
   root, start = out.spec.graphdef.root, out.spec.graphdef.leaf_count - len(out.fresh)
-  if root[0] == LEAF:
-    return (lambda arrays: arrays[root[1] - start]) if root[1] >= start else None
-  if root[0] != REGION or not all(e[0] == LEAF and e[1] >= start for e in root[2]):
+  entries = [root] if root[0] == LEAF else root[2] if root[0] == REGION else []
+  if root[0] not in (LEAF, REGION) or not all(e[0] == LEAF and e[1] >= start for e in entries):
     return None
-  order = [e[1] - start for e in root[2]]
-  return lambda arrays: root[1].unflatten(arrays[i] for i in order)
+  if any(isinstance(x, Variable) for x in out.fresh):
+    return None
+  count = iter(range(len(out.fresh)))
+  places = [None if x is None else next(count) for x in out.fresh]  # JAX returns no None
+  order = [places[e[1] - start] for e in entries]
+  if root[0] == LEAF:
+    return next if order == [0] else lambda arrays: None
+  treedef = root[1]
+
+  def result(arrays: Iterator) -> Any:
+    flat = list(arrays)
+    return treedef.unflatten([None if i is None else flat[i] for i in order])
+
+  return result

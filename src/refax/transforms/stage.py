@@ -94,7 +94,8 @@ class Staged:
 
   def closure_variable(self, key: int) -> Variable | None:
     """The Variable through which a Ref was reached by closure, if one was seen."""
-    return self._observed.get(key)
+    seen = self._observed.get(key)
+    return None if seen is None else seen()
 
   def _purify(self, values: Sequence[Any]) -> None:
     """Turn the jaxpr into one of values only: Refs inside it become values that are passed on."""

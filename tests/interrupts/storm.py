@@ -1,0 +1,211 @@
+"""Ctrl-C at random moments of a training loop: `python storm.py SCENARIO COUNT SEED`.
+
+A thread sends the signal, so that it comes at any bytecode, and prints at the end how often state
+was lost: a Variable whose buffer is deleted, or whose value is neither the old nor the new one.
+"""
+
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA logs each use of a deleted buffer
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from refax import nnx
+
+
+class Net(nnx.Module):
+  def __init__(self, width):
+    self.hidden = nnx.Linear(4, width, rngs=nnx.Rngs(0))
+    self.norm = nnx.BatchNorm(width, rngs=nnx.Rngs(0))
+    self.out = nnx.Linear(width, 1, rngs=nnx.Rngs(0))
+    self.steps = nnx.Variable(jnp.zeros(()))
+
+  def __call__(self, x):
+    self.steps += 1
+    return self.out(self.norm(self.hidden(x)))
+
+
+X = np.ones((8, 4), np.float32)
+
+
+def loss(model, x):
+  return (model(x) ** 2).mean()
+
+
+def train(model, optimizer, x):
+  value, grads = nnx.value_and_grad(loss)(model, x)
+  optimizer.update(model, grads)
+  return value
+
+
+def train_for_nothing(model, optimizer, x):
+  train(model, optimizer, x)
+
+
+def train_and_sow(model, optimizer, x):
+  train(model, optimizer, x)
+  model.kept = nnx.Intermediate(x.sum())
+  return model
+
+
+class Scenario:
+  """A step, and the state that it writes."""
+
+  def __init__(self, name, folder):
+    self.model = Net(8)
+    self.optimizer = nnx.Optimizer(self.model, optax.adam(1e-2), wrt=nnx.Param)
+    self.state = [self.model, self.optimizer]
+    self.grads = nnx.grad(loss)(self.model, X)
+    self.ema = nnx.EMA(self.model, decay=0.9)
+    self.state.append(self.ema)
+    self.size = 8
+    self.before = float(self.model.steps)
+    self.name = name
+    self.jitted = nnx.jit(train)
+    self.nothing = nnx.jit(train_for_nothing)
+    self.sown = nnx.jit(train_and_sow)
+    self.plain = jax.jit(train)
+    self.closure = nnx.jit(lambda x: train(self.model, self.optimizer, x))
+    self.checkpointer = nnx.Checkpointer(folder) if name == "save" else None
+    self.count = 0
+
+  def step(self):
+    self.count += 1
+    getattr(self, "_" + self.name)()
+
+  def _steady(self):
+    self.jitted(self.model, self.optimizer, X)
+
+  def _nothing(self):
+    self.nothing(self.model, self.optimizer, X)
+
+  def _first(self):  # each call is traced and compiled
+    self.size = self.size % 64 + 1
+    nnx.jit(train)(self.model, self.optimizer, X[:1].repeat(self.size, 0))
+
+  def _places(self):  # compiled once, but taken in Python: arrays that are committed or not
+    x = jnp.asarray(X)
+    self.jitted(
+      self.model, self.optimizer, jax.device_put(x, jax.devices()[0]) if self.count % 2 else x
+    )
+
+  def _structure(self):
+    self.sown(self.model, self.optimizer, X)
+    nnx.pop(self.model, nnx.Intermediate)
+
+  def _closure(self):
+    self.closure(X)
+
+  def _eager(self):
+    self.model(X)
+
+  def _grad(self):
+    nnx.grad(loss)(self.model, X)
+
+  def _update(self):
+    self.optimizer.update(self.model, self.grads)
+
+  def _ema(self):
+    self.ema.update(self.model)
+
+  def _save(self):
+    self.checkpointer.save(self.count, model=self.model)
+
+  def _transaction(self):
+    try:
+      with nnx.transaction(self.model, self.optimizer):
+        self.jitted(self.model, self.optimizer, X)
+        if self.count % 2:
+          raise ValueError
+    except ValueError:
+      pass
+
+  def _plain(self):
+    self.plain(self.model, self.optimizer, X)
+
+
+def lost(objects):
+  """The paths of Variables whose value is gone or not finite."""
+  found = []
+  for path, value in nnx.iter_graph(objects):
+    if isinstance(value, nnx.Variable):
+      try:
+        array = value[...]
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(np.asarray(array)).all():
+          found.append(path)
+      except Exception:
+        found.append(path)
+  return found
+
+
+def is_between(scenario):
+  """Whether a step has been made in part: the model has counted it and the optimizer has not."""
+  whole = {"steady", "nothing", "first", "places", "closure", "structure"}
+  steps, updates = float(scenario.model.steps), int(scenario.optimizer.step)
+  return scenario.name in whole and steps - scenario.before != updates
+
+
+def run(name, count, seed):
+  rng = random.Random(seed)
+  # Each interrupt waits for a step to begin, then comes at a random moment of it.
+  begun, ended = threading.Event(), threading.Event()
+  main = threading.main_thread().ident
+  losses = interrupts = 0
+  with tempfile.TemporaryDirectory() as folder:
+    scenario = Scenario(name, folder)
+    for _ in range(3):
+      scenario.step()
+    start = time.perf_counter()
+    for _ in range(5):
+      scenario.step()
+    length = (time.perf_counter() - start) / 5
+
+    def interrupt():
+      while True:
+        begun.wait()
+        begun.clear()
+        if ended.is_set():
+          return
+        until = time.perf_counter() + rng.random() * length * 1.5
+        while time.perf_counter() < until:
+          pass
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    for _ in range(count):
+      try:
+        while True:  # an interrupt in a weak reference's callback is dropped by Python: then again
+          begun.set()
+          until = time.perf_counter() + 1 + 5 * length
+          while time.perf_counter() < until:
+            scenario.step()
+      except KeyboardInterrupt:
+        interrupts += 1
+      if gone := lost(scenario.state) or is_between(scenario):
+        losses += 1
+        print(name, "lost", gone, file=sys.stderr)
+        scenario = Scenario(name, folder)
+        scenario.step()
+    ended.set()
+    begun.set()
+  print(f"{name}: {losses} of {interrupts} lost")
+  return losses
+
+
+if __name__ == "__main__":
+  sys.setswitchinterval(1e-5)
+  code = 0
+  for scenario_name in sys.argv[1].split(","):
+    code += run(scenario_name, int(sys.argv[2]), int(sys.argv[3]))
+  sys.stdout.flush()
+  os._exit(min(code, 100))

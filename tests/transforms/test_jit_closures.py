@@ -1,0 +1,218 @@
+"""nnx.jit sees what it reaches without being given it: closures, partials, methods, globals."""
+
+import functools
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+
+X = jnp.ones((4, 3))
+
+
+class Net(nnx.Module):
+  def __init__(self, seed=0):
+    self.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(seed))
+    self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(seed))
+    self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
+    self.scale = 1.0
+
+  def __call__(self, x):
+    return self.scale * self.dropout(self.norm(self.linear(x)))
+
+  def twice(self, x):
+    return self(self(x))
+
+
+class Trainer:
+  """A plain class, as in most training scripts."""
+
+  def __init__(self, net):
+    self.net = net
+    self.step = nnx.jit(self._step)
+
+  def _step(self, x):
+    return self.net(x)
+
+  @functools.cached_property
+  def by_name(self):
+    return nnx.jit(lambda x: self.net(x))
+
+
+NET = Net()
+
+
+def by_global(x):
+  return NET(x)
+
+
+def by_helper(x):
+  return by_global(x)
+
+
+def with_default(x, net=NET):
+  return net(x)
+
+
+def by_list(net):
+  nets = [net]
+  return lambda x: nets[0](x)
+
+
+WAYS = {
+  "closure": lambda net: lambda x: net(x),
+  "nested closure": lambda net: lambda x: (lambda y: net(y))(x),
+  "partial": lambda net: functools.partial(lambda net, x: net(x), net),
+  "keyword of a partial": lambda net: functools.partial(lambda x, net: net(x), net=net),
+  "the Module itself": lambda net: net,
+  "bound method": lambda net: net.__call__,
+  "partial of a bound method": lambda net: functools.partial(net.__call__),
+  "list by closure": by_list,
+  "method of a plain object": lambda net: Trainer(net)._step,
+}
+
+
+def run(make, net, change):
+  """A call, a change, two more calls; the results and the final state."""
+  f = make(net)
+  out = [f(X), change(net), f(X), f(X)]
+  return [x for x in out if x is not None], net
+
+
+def replaced(net):
+  net.linear = nnx.Linear(3, 3, rngs=nnx.Rngs(7))
+
+
+def retyped(net):
+  net.norm.scale.set_metadata(tag="x")
+
+
+CHANGES = {
+  "eval": lambda net: net.eval(),
+  "a static attribute": lambda net: setattr(net, "scale", 3.0),
+  "a layer that is replaced": replaced,
+  "a value": lambda net: net.linear.kernel.set_value(net.linear.kernel * 2),
+  "nothing": lambda net: None,
+}
+
+
+@pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_change_of_what_is_reached_is_seen(way, change, hijax):
+  with nnx.use_hijax(hijax):
+    net, twin = Net(), Net()
+    if not hijax:  # a lojax Variable cannot be written from inside
+      net.eval(), twin.eval()
+    got, net = run(lambda n: nnx.jit(WAYS[way](n)), net, CHANGES[change])
+    want, twin = run(WAYS[way], twin, CHANGES[change])
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  for a, b in zip(
+    jax.tree.leaves(nnx.to_lojax(net)), jax.tree.leaves(nnx.to_lojax(twin)), strict=True
+  ):
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_global_and_what_a_helper_reaches_are_seen_and_a_new_binding_too():
+  global NET
+  for f in (by_global, by_helper):
+    NET = Net()
+    compiled = nnx.jit(f)
+    compiled(X)
+    NET.eval()
+    np.testing.assert_allclose(compiled(X), NET(X), rtol=1e-6)
+    NET = Net(3)
+    NET.eval()
+    np.testing.assert_allclose(compiled(X), NET(X), rtol=1e-6)
+
+
+def test_a_default_argument_is_seen():
+  net = with_default.__defaults__[0]
+  compiled = nnx.jit(with_default)
+  net.train()
+  compiled(X)
+  net.eval()
+  np.testing.assert_allclose(compiled(X), net(X), rtol=1e-6)
+
+
+def test_what_a_plain_object_holds_is_seen_and_its_attributes_may_be_bound_anew():
+  trainer = Trainer(Net())
+  for step in (trainer.step, trainer.by_name):
+    trainer.net = Net()
+    step(X)
+    trainer.net.eval()
+    np.testing.assert_allclose(step(X), trainer.net(X), rtol=1e-6)
+  trainer.net = Net(5)
+  trainer.net.eval()
+  np.testing.assert_allclose(trainer.step(X), trainer.net(X), rtol=1e-6)
+
+
+def test_a_module_without_variables_is_seen():
+  dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+  dropout.eval()
+  compiled = nnx.jit(lambda x: dropout(x))
+  np.testing.assert_array_equal(compiled(X), X)
+  dropout.train()
+  assert (compiled(X) == 0).any()
+
+
+def test_what_only_the_trace_finds_is_seen():
+  net = Net()
+  holder = {"any": {"depth": [type("Box", (), {"net": net})()]}}
+  box = holder["any"]["depth"][0]
+
+  class Hidden:
+    def __call__(self, x):
+      return box.net(x)
+
+  compiled = nnx.jit(Hidden())
+  for _ in range(2):
+    compiled(X)
+  net.eval()
+  np.testing.assert_allclose(compiled(X), net(X), rtol=1e-6)
+
+
+def test_state_by_closure_is_updated_and_traced_once_for_each_structure():
+  net, traces = Net(), []
+
+  @nnx.jit
+  def step(x):
+    traces.append(None)
+    return net(x)
+
+  twin = Net()
+  for _ in range(3):
+    np.testing.assert_allclose(step(X), twin(X), rtol=1e-5, atol=1e-6)
+  for _ in range(3):
+    net.eval(), step(X), net.train(), step(X)
+  assert len(traces) == 2
+  twin.eval(), twin(X)
+  for _ in range(3):
+    twin.train(), twin(X)
+  np.testing.assert_allclose(net.norm.mean, twin.norm.mean, rtol=1e-5)
+
+
+def test_a_model_by_closure_and_as_an_argument():
+  net = Net()
+  step = nnx.jit(lambda n, x: n(x) + net.scale)
+  first = step(net, X)
+  net.scale = 2.0
+  assert not np.allclose(step(net, X), first)
+
+
+def test_a_model_that_was_reached_by_a_method_is_not_kept_alive():
+  trainer = Trainer(Net())
+  trainer.step(X)
+  alive = weakref.ref(trainer.net)
+  trainer.net = Net()
+  trainer.step(X)
+  del trainer
+  gc.collect()
+  assert alive() is None

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from refax import nnx
-from refax.errors import InvalidArgumentError, ShapeMismatchError, TreeMismatchError
+from refax.errors import AliasError, InvalidArgumentError, ShapeMismatchError, TreeMismatchError
 
 X = jax.random.normal(jax.random.key(0), (4, 3))
 N = 5
@@ -240,3 +240,79 @@ def test_layers_that_are_not_alike_are_refused():
     "  fix: pass layers that were built alike"
   )
   np.testing.assert_array_equal(stack.layers.kernel[...], before)
+
+
+class Tied(nnx.Module):
+  """A layer with a Variable of its own, and one that may be shared, held or passed."""
+
+  def __init__(self, scale=None, *, rngs):
+    self.linear = nnx.Linear(3, 3, rngs=rngs)
+    if scale is not None:
+      self.scale = scale
+
+  def __call__(self, x, scale):
+    return self.linear(x) * (self.scale if scale is None else scale)
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
+def test_a_variable_that_all_layers_would_share_is_refused(jit, hijax):
+  with nnx.use_hijax(hijax):
+    scale, linear = nnx.Param(jnp.ones(3)), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+  for build in (
+    lambda shared, _: nnx.Stack(Tied, N, shared, rngs=nnx.Rngs(0)),
+    lambda shared, _: nnx.Stack(Tied, N, scale=shared, rngs=nnx.Rngs(0)),
+    lambda shared, _: nnx.Stack(lambda *, rngs: Tied(shared, rngs=rngs), N, rngs=nnx.Rngs(0)),
+    lambda _, linear: nnx.Stack(Tied, N, linear, rngs=nnx.Rngs(0)),
+    lambda _, linear: nnx.Stack(lambda *, rngs: linear, N, rngs=nnx.Rngs(0)),
+  ):
+    text = message(AliasError, lambda build=build: jit(build)(scale, linear))
+    assert text.startswith("the layers of a Stack share no Variable: each would get a copy")
+    assert "fix: pass what is shared when you call it, stack(x, shared)" in text
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jit", "nnx.jit"])
+def test_what_is_shared_is_passed_to_the_call_and_gradients_add_up(wrap):
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.scale = nnx.Param(jnp.full(3, 1.5))
+      self.stack = nnx.Stack(Tied, N, rngs=rngs)
+
+    def __call__(self, x):
+      return self.stack(x, self.scale)
+
+  net = Net(nnx.Rngs(0))
+  assert net.scale.shape == (3,)
+  layers, kernels = list(net.stack), net.stack.layers.linear.kernel[...]
+  got = wrap(nnx.grad(lambda net: (net(X) ** 2).sum()))(net)
+
+  def plain(scale):
+    x = X
+    for layer, kernel in zip(layers, kernels, strict=True):
+      x = (x @ kernel + layer.linear.bias[...]) * scale
+    return (x**2).sum()
+
+  want = jax.grad(plain)(net.scale[...])
+  np.testing.assert_allclose(got["scale"][...], want, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_share_are_not_stacked():
+  layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+  other = nnx.Linear(3, 3, rngs=nnx.Rngs(1))
+  other.bias = layer.bias
+  text = message(AliasError, lambda: nnx.Stack.of([layer, other]))
+  assert "got: one Variable in layer 0 and in layer 1" in text and "nnx.clone(layer)" in text
+  assert "in layer 0 and in layer 1" in message(AliasError, lambda: nnx.Stack.of([layer] * 3))
+  assert len(nnx.Stack.of([layer, nnx.clone(layer)])) == 2
+
+
+def test_values_of_variables_and_what_is_tied_within_a_layer_are_no_sharing():
+  class Within(nnx.Module):
+    def __init__(self, start, *, rngs):
+      self.linear = nnx.Linear(3, 3, rngs=rngs)
+      self.tied = self.linear.kernel
+      self.own = nnx.Param(start)
+      self.rngs = rngs
+
+  stack = nnx.Stack(Within, N, nnx.Param(jnp.ones(2)), rngs=nnx.Rngs(0))
+  assert stack.layers.tied is stack.layers.linear.kernel and stack.layers.own.shape == (N, 2)

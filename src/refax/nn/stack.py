@@ -6,11 +6,12 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 
+from refax import _jax
 from refax.core.flatten import flatten
 from refax.core.module import Module
-from refax.core.variable import Variable, is_variable
+from refax.core.variable import Variable, identity, is_variable
 from refax.core.write import write
-from refax.errors import InvalidArgumentError, ShapeMismatchError, TreeMismatchError
+from refax.errors import AliasError, InvalidArgumentError, ShapeMismatchError, TreeMismatchError
 from refax.nn import check
 from refax.rngs import Rngs
 from refax.transforms.axes import Carry
@@ -41,6 +42,7 @@ class Stack(Module):
   Raises:
     InvalidArgumentError: `length` is not a positive int, `layer` is no function, or `rngs` is not
       an `nnx.Rngs`.
+    AliasError: a layer holds a Variable that was made outside, which all layers would share.
 
   >>> from refax import nnx; import jax.numpy as jnp
   >>> stack = nnx.Stack(nnx.Linear, 12, 8, 8, rngs=nnx.Rngs(0))
@@ -68,7 +70,13 @@ class Stack(Module):
       raise InvalidArgumentError.value("Stack", "layer", layer, want)
     length = check.size("Stack", "length", length)
     streams = check.streams("Stack", rngs).fork(split=length)
-    self._set(vmap(lambda rngs: layer(*args, rngs=rngs, **kwargs))(streams), length)
+
+    def build(rngs: Rngs) -> Any:
+      built = layer(*args, rngs=rngs, **kwargs)
+      _check_own(built)
+      return built
+
+    self._set(vmap(build)(streams), length)
     self.remat = remat
     self.policy = policy
     self.unroll = unroll
@@ -93,12 +101,14 @@ class Stack(Module):
     Raises:
       InvalidArgumentError: there are no layers.
       TreeMismatchError: a layer has another structure than the first one.
+      AliasError: two layers share a Variable.
     """
     if not layers:
       raise InvalidArgumentError.value("Stack.of", "layers", layers, "at least one layer")
     first = flatten(layers[0])
     for i, layer in enumerate(layers):
       _check_alike(i, layer, first)
+    _check_apart(layers)
     stack = cls.__new__(cls)
     stack._set(jax.tree.map(_stacked, *layers, is_leaf=is_variable), len(layers))
     return stack
@@ -167,6 +177,27 @@ def _stacked(*parts: Any) -> Any:
   if not isinstance(parts[0], Variable):
     return jax.tree.map(stack, *parts)
   return parts[0].copy(jax.tree.map(stack, *(v.get_value() for v in parts)))
+
+
+def _check_own(layer: Any) -> None:
+  """Raise AliasError if a layer, which is being built, holds a Variable that is not of its own."""
+  now, flat = _jax.trace_state(), flatten(layer)
+  for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True):
+    if isinstance(leaf, Variable) and leaf._trace != now:
+      got = f"a Variable from outside, as {'.'.join(map(str, path)) or 'the layer'} of each layer"
+      fix = "pass what is shared when you call it, stack(x, shared), or build one for each layer"
+      raise AliasError.stacked(leaf._def.origin, got, fix)
+
+
+def _check_apart(layers: Sequence[Any]) -> None:
+  """Raise AliasError if two layers share a Variable."""
+  seen: dict[int, int] = {}
+  for i, layer in enumerate(layers):
+    for leaf in flatten(layer).leaves:
+      if isinstance(leaf, Variable) and seen.setdefault(identity(leaf), i) != i:
+        got = f"one Variable in layer {seen[identity(leaf)]} and in layer {i}"
+        fix = "pass what is shared to the call of the Stack, or copies: nnx.clone(layer)"
+        raise AliasError.stacked(leaf._def.origin, got, fix)
 
 
 def _check_alike(index: int, layer: Any, want: Any) -> None:

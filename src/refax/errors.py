@@ -718,6 +718,14 @@ class ExportError(RefaxError, ValueError):
       fix="rename one of the keys",
     )
 
+  @classmethod
+  def serialize(cls, name: str, problem: str):
+    return cls(
+      f"jax.export cannot write {name}",
+      got=problem,
+      fix="keep what it has no name for (int2, a custom pytree) out of state and arguments",
+    )
+
 
 class ArgumentError(RefaxError, TypeError):
   """An argument of a compiled function that is neither an array nor an object with state."""

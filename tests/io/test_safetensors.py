@@ -464,13 +464,21 @@ def test_a_function_that_fails_or_returns_no_array_is_a_row_of_the_table(path):
   assert model.a[...].tolist() == [0, 0]
 
 
-def test_an_array_in_a_tuple_cannot_be_loaded_and_nothing_else_is(path):
-  tree = {"v": nnx.Param(1.0), "t": (jnp.ones(2),)}
+def test_an_array_in_a_tuple_of_a_dict_is_loaded(path):
+  tree = {"v": nnx.Param(1.0), "t": (jnp.ones(2), (jnp.zeros(1),))}
   nnx.save_safetensors(tree, path)
-  tree["v"][...] = 3.0
+  tree["t"] = (jnp.zeros(2), (jnp.ones(1),))
+  nnx.load_safetensors(tree, path)
+  assert tree["t"][0].tolist() == [1, 1] and tree["t"][1][0].tolist() == [0]
+
+
+def test_an_array_in_a_tuple_alone_cannot_be_loaded_and_nothing_else_is(path):
+  tree = (nnx.Param(1.0), jnp.ones(2))
+  nnx.save_safetensors(tree, path)
+  tree[0][...] = 3.0
   with pytest.raises(CheckpointMismatchError, match=r"make it an nnx\.Variable"):
     nnx.load_safetensors(tree, path)
-  assert float(tree["v"]) == 3.0
+  assert float(tree[0]) == 3.0
 
 
 def test_a_variable_that_cannot_be_written_now_is_found_before_any_write(path):

@@ -92,8 +92,11 @@ def slots_of(function: str, tree: Any, only: Filter, sep: str) -> Slots:
     for part, slot in zip(_part_paths(flat.leaves[i]), first[i], strict=True):
       name = _name(path + part, sep)
       if slots.by_name.setdefault(name, slot) is not slot:
-        want = f"a string that no key contains; the name {name!r} stands for two arrays"
-        raise InvalidArgumentError.value(function, "sep", sep, want)
+        has_sep = function.endswith("safetensors")
+        fix = "a string that no key contains" if has_sep else "keys without dots"
+        want = f"{fix}; the name {name!r} stands for two arrays"
+        what, got = ("sep", sep) if has_sep else ("name", name)
+        raise InvalidArgumentError.value(function, what, got, want)
   return slots
 
 
@@ -153,11 +156,7 @@ def fill(tree: Any, slots: list[Slot], values: list[Any]) -> None:
   holder = slots[0].holder
   values = [_like(slot.cell, x) for slot, x in zip(slots, values, strict=True)]
   if not isinstance(holder, Variable):
-    parent, key = _parent(tree, slots[0].path), slots[0].path[-1]
-    if isinstance(parent, Node):
-      _set_child(parent, key, data(values[0]))
-    else:
-      parent[key] = values[0]
+    _fill_place(tree, slots[0].path, values[0])
   elif slots[0].cell is holder.get_raw_value():
     holder.set_value(values[0])
   else:
@@ -175,7 +174,7 @@ def _like(old: Any, x: Any) -> Any:
   if isinstance(old, np.ndarray | int | float | complex | np.generic):
     x = np.asarray(x)
     if isinstance(old, np.ndarray):
-      return x
+      return x.astype(old.dtype, copy=False)  # it may have another byte order
     return x[()] if isinstance(old, np.generic) else x.item()
   sharding = getattr(old, "sharding", None)
   if sharding is not None and len(sharding.device_set) > 1:
@@ -197,15 +196,65 @@ def can_fill(tree: Any, slot: Slot) -> bool:
   if isinstance(slot.holder, Variable):
     slot.holder._check_writable()
     return True
-  return bool(slot.path) and isinstance(_parent(tree, slot.path), Node | State | dict | list)
+  place = place_of(tree, slot.path)
+  return place is not None and place.position is not None
 
 
-def _parent(value: Any, path: Path) -> Any:
-  for key in path[:-1]:
-    if isinstance(value, Node):
-      value = next(child for k, child, _ in value._entries() if k == key)
-    elif isinstance(value, State | dict | list):
-      value = value[key]
-    else:  # a named tuple or a dataclass names its fields
-      value = getattr(value, key) if isinstance(key, str) else value[key]
-  return value
+class Place(NamedTuple):
+  """Where an array is that is no Variable's: in something that can be changed, perhaps deep inside.
+
+  Attributes:
+    parent: a Module, State, dict or list.
+    key: where in it.
+    child: what is there: the array, or tuples and the like that hold it and cannot be changed.
+    position: which leaf of `child` it is; None if that cannot be told.
+  """
+
+  parent: Any
+  key: Any
+  child: Any
+  position: int | None
+
+  def put(self, child: Any) -> None:
+    """Set the child."""
+    if isinstance(self.parent, Node):
+      _set_child(self.parent, self.key, data(child))
+    else:
+      self.parent[self.key] = child
+
+
+def place_of(tree: Any, path: Path) -> Place | None:
+  """The innermost place on the path that can be changed; None if there is none."""
+  value, found = tree, None
+  for i, key in enumerate(path):
+    child = _child(value, key)
+    if isinstance(value, Node | State | dict | list):
+      found = (value, key, child, path[i + 1 :])
+    value = child
+  if found is None:
+    return None
+  parent, key, child, rest = found
+  paths = region_paths(_immutable(child)[1])
+  return Place(parent, key, child, paths.index(rest) if rest in paths else None)
+
+
+def _immutable(child: Any) -> tuple[list[Any], Any]:
+  return jax.tree.flatten(child, is_leaf=lambda x: isinstance(x, Node | Variable))
+
+
+def _fill_place(tree: Any, path: Path, x: Any) -> None:
+  """Put an array where another one is; tuples around it are built anew."""
+  place = place_of(tree, path)
+  assert place is not None and place.position is not None  # `can_fill` has been asked
+  leaves, treedef = _immutable(place.child)
+  leaves[place.position] = x
+  place.put(treedef.unflatten(leaves))
+
+
+def _child(value: Any, key: Any) -> Any:
+  if isinstance(value, Node):
+    return next(child for k, child, _ in value._entries() if k == key)
+  if isinstance(value, State | dict | list):
+    return value[key]
+  # A named tuple or a dataclass names its fields.
+  return getattr(value, key) if isinstance(key, str) else value[key]

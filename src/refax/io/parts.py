@@ -1,0 +1,76 @@
+"""What a user saves: objects with arrays, and iterators, which have a state of their own making."""
+
+from typing import Any, NamedTuple
+
+from refax.errors import InvalidArgumentError
+from refax.io.notes import decoded, encoded
+from refax.typing import path_str
+
+
+class Parted(NamedTuple):
+  """Objects without those of them that have a state of their own making, and these, by path."""
+
+  objects: Any
+  iterators: dict[str, Any]
+  copies: list[tuple[dict, dict]]
+  """Dicts of the user, and those that stand for them."""
+
+  def hand_back(self) -> None:
+    """What was filled in a copy of a dict is the user's."""
+    for original, copy in self.copies:
+      original.update({k: v for k, v in copy.items() if type(v) is not dict})
+
+
+def part(function: str, objects: Any) -> Parted:
+  """Take the iterators out of nested dicts.
+
+  Raises:
+    InvalidArgumentError: two iterators have one name, or the keys of a dict cannot be sorted.
+  """
+  if _is_iterator(objects):
+    return Parted({}, {"": objects}, [])
+  iterators: dict[str, Any] = {}
+  copies: list[tuple[dict, dict]] = []
+
+  def visit(tree: Any, path: tuple) -> Any:
+    if type(tree) is not dict:
+      return tree
+    _check_keys(function, tree, path)
+    for key, value in tree.items():
+      if _is_iterator(value):
+        name = ".".join(map(str, (*path, key)))
+        if name in iterators:
+          raise InvalidArgumentError.value(function, "name of an iterator", name, "other keys")
+        iterators[name] = value
+    copy = {k: visit(v, (*path, k)) for k, v in tree.items() if not _is_iterator(v)}
+    copies.append((tree, copy))
+    return copy
+
+  return Parted(visit(objects, ()), iterators, copies)
+
+
+def _check_keys(function: str, tree: dict, path: tuple) -> None:
+  """JAX sorts the keys of a dict, and says no more than that it cannot."""
+  try:
+    sorted(tree)
+  except TypeError:
+    want = "keys that can be sorted: all ints, or all strings"
+    raise InvalidArgumentError.value(function, f"dict{path_str(path)}", list(tree), want) from None
+
+
+def _is_iterator(x: Any) -> bool:
+  methods = ("get_state", "set_state")  # of its class: an Rngs has attributes of any name
+  return all(callable(getattr(type(x), name, None)) for name in methods)
+
+
+def state_of(function: str, name: str, iterator: Any) -> Any:
+  """The state of an iterator as JSON."""
+  state = iterator.get_state()
+  if isinstance(state, bytes):
+    return {"bytes": state.hex()}
+  return {"json": encoded(function, f"state of the iterator {name}".rstrip(), state)}
+
+
+def state_from(kept: dict[str, Any]) -> Any:
+  """What `state_of` was given."""
+  return bytes.fromhex(kept["bytes"]) if "bytes" in kept else decoded(kept["json"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
 from refax import nnx
 from refax.errors import ExportError
@@ -222,3 +223,90 @@ def test_a_newer_format_and_a_full_folder_are_refused(tmp_path):
   about = json.loads((path / "about.json").read_text())
   (path / "about.json").write_text(json.dumps(about | {"format": 2}))
   assert "format 2, this Refax reads up to 1" in message(lambda: nnx.load_exported(path))
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_decoder_whose_memory_is_full_gives_no_plausible_number(reload, tmp_path):
+  model, x = Generator(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (2, 6, 8))
+  want = model(x[:, :4])
+  model.decoder.init_cache((2, 4, 8))
+
+  def step(model, x):
+    y = model(x, decode=True)
+    return {"y": y, "token": jnp.argmax(y, -1), "byte": jnp.argmax(y, -1).astype(jnp.uint8)}
+
+  function = nnx.export(step, model, x[:, :1])
+  function = nnx.load_exported(saved(function, tmp_path)) if reload else function
+  for i in range(6):
+    for call in [function, jax.jit(lambda f, x: f(x))][i % 2 :][:1]:
+      out = call(function, x[:, i : i + 1]) if call is not function else call(x[:, i : i + 1])
+    if i < 4:
+      np.testing.assert_allclose(out["y"], want[:, i : i + 1], rtol=1e-4, atol=1e-5)
+      assert out["token"].min() >= 0
+    else:
+      assert bool(jnp.isnan(out["y"]).all())
+      assert (out["token"] == jnp.iinfo(out["token"].dtype).min).all() and (
+        out["byte"] == 255
+      ).all()
+
+
+def test_a_check_of_the_user_that_fails_poisons_the_result():
+  def root(v, x):
+    checkify.check(jnp.all(x >= 0), "negative")
+    v[...] += 1
+    return jnp.sqrt(jnp.abs(x)), None, jax.random.key(0)
+
+  function = nnx.export(root, nnx.Variable(0), jnp.ones(2))
+  assert function(jnp.array([4.0, 9.0]))[0].tolist() == [2, 3]
+  out = function(jnp.array([4.0, -9.0]))
+  assert bool(jnp.isnan(out[0]).all()) and out[1] is None
+  assert int(function.state["v"]) == 2
+
+
+def test_any_number_of_objects(tmp_path):
+  def add(x, *parts):
+    return sum((part[...] for part in parts), x)
+
+  parts = nnx.Variable(1.0), nnx.Variable(2.0)
+  function = nnx.load_exported(saved(nnx.export(add, jnp.ones(()), *parts), tmp_path))
+  assert list(function.state) == ["parts.0", "parts.1"] and float(function(jnp.ones(()))) == 4.0
+  assert float(nnx.export(lambda *xs: xs[0] + xs[1], 1.0, jnp.ones(()))(1.0, jnp.ones(()))) == 2.0
+  assert nnx.export(lambda: jnp.ones(2))().tolist() == [1, 1]
+
+
+def test_two_variables_of_one_name_are_refused():
+  class Named(nnx.Module):
+    def __init__(self):
+      self.parts = nnx.Dict({"a.b": nnx.Param(1.0), "a": nnx.Dict({"b": nnx.Param(2.0)})})
+
+  text = message(lambda: nnx.export(lambda m: m.parts["a.b"][...], Named()))
+  assert text.startswith("an exported function keeps each Variable under its path as a name")
+  assert "at:  m.parts.a.b" in text and "fix: rename one of the keys" in text
+
+
+@pytest.mark.parametrize("dtype", [
+  "bool", "uint4", "int4", "int8", "float8_e4m3", "float8_e5m2", "float4_e2m1fn",
+  "bfloat16", "complex64",
+])  # fmt: skip
+@pytest.mark.parametrize("hijax", [True, False])
+def test_state_of_every_dtype_and_shape(dtype, hijax, tmp_path):
+  make = lambda n: {
+    "vector": nnx.Variable(jnp.full(3, n).astype(dtype), is_hijax=hijax),
+    "scalar": nnx.Variable(jnp.asarray(n).astype(dtype), is_hijax=hijax),
+    "empty": nnx.Variable(jnp.zeros((0, 2)).astype(dtype), is_hijax=hijax),
+  }
+  variables = nnx.Dict(make(1))
+  function = nnx.export(lambda v: v["vector"][...].astype(jnp.float32), variables)
+  loaded = nnx.load_exported(saved(function, tmp_path))
+  assert loaded().tolist() == [1, 1, 1]
+  for name, v in make(1).items():
+    got = loaded.state[f"v.{name}"]
+    assert got.dtype == v.dtype and got.shape == v.shape and got.is_hijax == hijax
+    np.testing.assert_array_equal(np.asarray(got[...]), np.asarray(v[...]))
+
+
+def test_what_jax_cannot_write_is_an_error_and_leaves_nothing(tmp_path):
+  function = nnx.export(lambda v: v[...].astype(jnp.int8), nnx.Variable(jnp.ones(2, jnp.int2)))
+  text = message(lambda: function.save(tmp_path / "artifact"))
+  assert "jax.export cannot write <lambda>" in text and "KeyError: dtype(int2)" in text
+  assert os.listdir(tmp_path) == []

@@ -10,25 +10,30 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
+from refax import _jax
 from refax.core.containers import Dict
 from refax.core.flatten import Node
 from refax.core.module import Module
 from refax.core.pytree import static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Variable
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, ExportError
-from refax.io.keys import as_data, as_value, implementation
+from refax.io.keys import as_data, as_value, implementation, is_key
 from refax.io.origin import written_by
 from refax.io.safetensors import load_safetensors, save_safetensors
+from refax.io.stored import flat_bytes, from_flat_bytes
+from refax.io.tensor_file import NAMES
+from refax.nn.kv_cache import poison
 from refax.rngs import RngCount, RngKey
 from refax.train.optimizer import OptState
 from refax.transforms.jit import jit
-from refax.transforms.lift import Inputs, result_of
+from refax.transforms.lift import Inputs, Outputs, result_of
 from refax.transforms.stage import Staged
 
 FORMAT = 1
@@ -92,14 +97,15 @@ class ExportedFunction(Module):
 
     Raises:
       OSError: the folder has files in it, or cannot be written.
+      ExportError: `jax.export` has no name for a dtype, or cannot write something else.
     """
     path = os.path.abspath(path)
     parent, name = os.path.split(path)
     folder = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
     try:
       with open(os.path.join(folder, FUNCTION), "wb") as file:
-        file.write(self.program.exported.serialize())
-      save_safetensors(self.state, os.path.join(folder, STATE))
+        file.write(_serialized(self.program.exported))
+      save_safetensors(_in_file(self.state), os.path.join(folder, STATE))
       with open(os.path.join(folder, ABOUT), "w", encoding="utf-8") as file:
         json.dump(self._about(), file, indent=1)
       os.chmod(folder, 0o755)  # mkdtemp makes it for its owner alone
@@ -134,11 +140,12 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
 
   Returns:
     The function of the arguments that are no Modules or Variables, with its state; `save` writes
-    both to a folder.
+    both to a folder. It cannot raise: where a check in it fails, by `checkify` or of a decoder
+    whose memory is full, each result is NaN, or the integer that is farthest from 0.
 
   Raises:
-    ExportError: an argument mixes state and arrays, or `f` reaches state by closure, returns
-      something else, or changes the structure of its arguments.
+    ExportError: an argument mixes state and arrays, two Variables have one name, or `f` reaches
+      state by closure, returns something else, or changes the structure of its arguments.
 
   >>> from refax import nnx; import jax, jax.numpy as jnp, os, tempfile
   >>> rngs = nnx.Rngs(0)
@@ -170,7 +177,7 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
     for key in staged.closures:
       variable = staged.closure_variable(key)
       raise ExportError.closure("a jax.Ref" if variable is None else variable._def.origin)
-    outputs = staged.run(values, {}).outputs
+    outputs = _outputs(staged, values)
     result = result_of(outputs)
     if outputs.spec.graphdef.nodes != inputs.graphdef.nodes or outputs.spec.redefined:
       raise ExportError.result("another structure of an argument")
@@ -178,12 +185,30 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
       raise ExportError.result("a Module, a Variable or an argument")
     written = zip(outputs.spec.written, outputs.written, strict=True)
     new = {place[id(inputs.leaves[i])]: as_data(x) for i, x in written}
-    return new, result(outputs.fresh)
+    return new, result(x for x in outputs.fresh if x is not None)
 
   program.__name__ = getattr(f, "__name__", type(f).__name__)
   state = {name: _shape(as_data(v[...])) for name, v in variables.items()}
   exported = jax.export.export(jax.jit(program), platforms=platforms)(*arrays, state=state)
   return ExportedFunction(exported, {name: v.copy() for name, v in variables.items()})
+
+
+def _outputs(staged: Staged, values: Sequence[Any]) -> Outputs:
+  """What the function gives. Where a check in it fails, nothing can be raised: all is poisoned."""
+  run = lambda values: staged.run(values, {}).outputs
+  if not _jax.has_checks(staged._pure):
+    return run(values)
+  error, outputs = checkify.checkify(run)(list(values))
+  failed = _jax.has_failed(error)
+  fresh = [_poisoned(x, failed) for x in outputs.fresh]
+  return Outputs(outputs.written, fresh, outputs.spec)
+
+
+def _poisoned(x: Any, failed: Any) -> Any:
+  """An array as one that nobody takes for a result, if a check has failed."""
+  if x is None or is_key(x):
+    return x
+  return jnp.where(failed, jnp.asarray(poison(x.dtype), x.dtype), x)
 
 
 def load_exported(path: str | os.PathLike[str]) -> ExportedFunction:
@@ -217,7 +242,11 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedFunction:
     with open(os.path.join(path, FUNCTION), "rb") as file:
       exported = jax.export.deserialize(bytearray(file.read()))
     function = ExportedFunction(exported, state)
-    load_safetensors(function.state, os.path.join(path, STATE))
+    arrays = _in_file(state)
+    load_safetensors(arrays, os.path.join(path, STATE))
+    for name, v in state.items():
+      if not isinstance(arrays[name], Variable):
+        v[...] = jnp.asarray(from_flat_bytes(arrays[name], v.dtype, v.shape))
   except (ExportError, ImportError):
     raise
   except (CheckpointFormatError, CheckpointMismatchError) as error:
@@ -244,9 +273,15 @@ def _run(function: ExportedFunction, *args: Any) -> Any:
 def _names(f: Callable, args: tuple) -> list[str]:
   """The names of the parameters of a function, by which its state is called."""
   try:
-    return list(inspect.signature(f).bind(*args).arguments)[: len(args)]
+    signature = inspect.signature(f)
+    bound = signature.bind(*args).arguments
   except (TypeError, ValueError):
     return [f"arg{i}" for i in range(len(args))]
+  names = []
+  for name, value in bound.items():
+    many = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+    names += [f"{name}.{i}" for i in range(len(value))] if many else [name]
+  return names
 
 
 def _variables(objects: Inputs, names: list[str]) -> dict[str, Variable]:
@@ -257,6 +292,8 @@ def _variables(objects: Inputs, names: list[str]) -> dict[str, Variable]:
       name = ".".join((names[path[1]], *map(str, path[2:])))
       if not isinstance(leaf.get_value(), jax.Array):
         raise ExportError.argument(path[1], f"a Variable that holds no array, at {name}")
+      if name in found:
+        raise ExportError.names(name)
       found[name] = leaf
   return found
 
@@ -273,6 +310,19 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
   if isinstance(x, jax.ShapeDtypeStruct):
     return x
   return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def _serialized(exported: Any) -> bytearray:
+  try:
+    return exported.serialize()
+  except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+    raise ExportError.serialize(exported.fun_name, f"{type(error).__name__}: {error}") from error
+
+
+def _in_file(state: Mapping[str, Variable]) -> dict[str, Any]:
+  """What the file has for each Variable: its bytes where the format has no such dtype."""
+  known = lambda v: v.dtype in NAMES or implementation(v.get_value()) is not None
+  return {name: v if known(v) else flat_bytes(v.get_value()) for name, v in state.items()}
 
 
 def _about_variable(v: Variable) -> dict[str, Any]:

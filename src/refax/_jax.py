@@ -13,6 +13,7 @@ import itertools
 import operator
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -306,6 +307,58 @@ def exchange(
     return result(new)
 
   return run
+
+
+@functools.cache
+def _derivative_tracers() -> frozenset[type]:
+  """The types of tracers of `jax.jvp`, `jax.vjp`, `jax.linearize` and `jax.grad`.
+
+  Private: `jax._src.interpreters.ad`. Without it, gradients with respect to Refs are not refused
+  by Refax: JAX itself refuses those of `jax.grad` from 0.11 on.
+  """
+  try:
+    from jax._src.interpreters import ad
+
+    names = ("JVPTracer", "LinearizeTracer")
+    return frozenset(getattr(ad, name) for name in names if hasattr(ad, name))
+  except ImportError:
+    return frozenset()
+
+
+def is_differentiated_ref(x: Any) -> bool:
+  """Whether `x` is a Ref with respect to which JAX differentiates: its gradient would be zero."""
+  return type(x) in _derivative_tracers() and isinstance(x, jax.Ref)
+
+
+@functools.cache
+def _flattening_functions() -> frozenset[int]:
+  """The code of the functions in Python by which JAX's own functions flatten what they are given."""
+  public = (jax.tree_util.tree_leaves, jax.tree_util.tree_flatten, jax.tree_util.tree_map)
+  return frozenset(id(f.__code__) for f in (*public, jax.tree.leaves, jax.tree.flatten, jax.tree.map))
+
+
+_REFUSING = {
+  "value_and_grad_f": "jax.grad",
+  "jacfun": "jax.jacobian",
+  "device_put": "jax.device_put",
+}
+"""The functions inside JAX that flatten their arguments and then refuse Refs, by public name."""
+
+
+def refusing_function() -> str | None:
+  """The function of JAX that flattens an object now, if it takes no Refs: its error would not help.
+
+  Private: the names of functions in `jax/_src/api.py`, looked up in the frames of the call. Where
+  they are others, JAX's own error arrives. To be called by a flattening function of a pytree.
+  """
+  frame = sys._getframe(2)
+  if id(frame.f_code) not in _flattening_functions():
+    return None
+  while frame is not None and id(frame.f_code) in _flattening_functions():
+    frame = frame.f_back
+  if frame is None or not frame.f_code.co_filename.endswith("api.py"):
+    return None
+  return _REFUSING.get(frame.f_code.co_name)
 
 
 def is_batched_write_refusal(error: Exception) -> bool:

@@ -8,6 +8,7 @@ RefaxError
 ├── TraceContextError         (RuntimeError) a write from inside a transform that would leak
 ├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
 ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
+├── RefArgumentError          (TypeError)    a function of JAX for arrays was given Refs
 ├── AliasError                (ValueError)   one cell in two places that must be apart
 ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
 ├── MissingHyperparamError    (KeyError)     a hyper-parameter that an optimizer does not keep
@@ -308,6 +309,26 @@ class StaticAttributeError(RefaxError, TypeError):
     )
 
   @classmethod
+  def captures(cls, at: str, function: Any, found: Any):
+    return cls(
+      "a function in an attribute holds an object with state, which no transform could exchange",
+      at=at,
+      got=f"{getattr(function, '__name__', type(function).__name__)}, which holds a "
+      f"{type(found).__name__} by closure or as a wrapped method",
+      fix="write it as a method of the class (decorated there: @nnx.jit), or assign the bound "
+      "method (self.f = self.method) or functools.partial(f, layer): these are followed",
+    )
+
+  @classmethod
+  def slots(cls, name: str, slots: Any):
+    return cls(
+      "a Pytree keeps its attributes where JAX's transforms find them, in __dict__",
+      at=name,
+      got=f"__slots__ = {slots!r}",
+      fix="leave out __slots__, or slots=True of the dataclass",
+    )
+
+  @classmethod
   def metadata(cls, name: str, value: Any):
     return cls(
       "metadata of a Variable must be hashable, for it is part of what jax.jit compiles for",
@@ -392,6 +413,39 @@ class DifferentiatedWriteError(RefaxError, TypeError):
       got="a write inside a function whose gradient is taken with respect to it",
       fix="write it after the gradient, or leave it out with wrt=",
     )
+
+
+class RefArgumentError(RefaxError, TypeError):
+  """A function of JAX that takes arrays only was given Variables that are Refs."""
+
+  @classmethod
+  def gradient(cls, at: Any):
+    return cls(
+      "JAX cannot differentiate with respect to a hijax Variable: it is a jax.Ref",
+      at=at,
+      got="a Variable in an argument that jax.grad, jax.vjp, jax.jvp or jax.linearize differentiates",
+      fix=_GRADIENT,
+    )
+
+  @classmethod
+  def function(cls, function: str, kind: str):
+    if function == "jax.device_put":
+      return cls(
+        "jax.device_put moves arrays, and hijax Variables are jax.Refs",
+        got=f"{kind} with hijax Variables",
+        fix="write nnx.device_put(model, sharding), which moves the Variables in place",
+      )
+    return cls(
+      f"{function} cannot differentiate with respect to hijax Variables: they are jax.Refs",
+      got=f"{kind} with hijax Variables as an argument that is differentiated",
+      fix=_GRADIENT,
+    )
+
+
+_GRADIENT = (
+  "use the transform of Refax (nnx.grad, nnx.value_and_grad, nnx.vjp, nnx.jvp), or differentiate "
+  "arrays: f(nnx.to_lojax(model))"
+)
 
 
 class AliasError(RefaxError, ValueError):

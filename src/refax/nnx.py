@@ -14,7 +14,7 @@ from refax.core.filters import (
   PathIn,
   WithTag,
 )
-from refax.core.flatten import GraphDef
+from refax.core.graphdef import GraphDef
 from refax.core.module import Module
 from refax.core.pytree import Pytree, data, is_data, static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable

@@ -3,158 +3,28 @@
 Flattening starts at a root and goes all the way down. It lists the distinct Variables and arrays
 (a cell that is reached twice is listed once) and describes everything else in a `GraphDef`, which
 is hashable: sharing, cycles, classes and static attributes. Unflattening rebuilds the same graph.
+Nothing here calls itself for what is nested in a Node: a model may be deeper than Python's stack.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from refax import _jax
+from refax.core import callables
+from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
 from refax.core.epoch import epoch
+from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
+from refax.core.node import Node, Tracked
 from refax.core.variable import Variable, identity
+from refax.errors import RefArgumentError
 from refax.typing import Path, path_str
-
-# The four sorts of entries of a node, each a tuple that starts with its sort.
-STATIC, LEAF, NODE, REGION = range(4)
-
-
-class NodeState:
-  """What the traversal keeps on each node, apart from the user's attributes."""
-
-  __slots__ = ("cache", "changed", "dynamic", "home", "rebuilt", "trace", "visited")
-
-  def __init__(self):
-    self.dynamic: set[str] = set()  # the names of attributes that hold data
-    self.visited = False  # a cached flattening depends on this node
-    self.cache: tuple[int, Flat] | None = None
-    self.changed = False  # since JAX rebuilt it
-    self.rebuilt: Rebuilt | None = None
-    self.trace = _jax.trace_state()
-    self.home: tuple[weakref.ref | None, Any] = (None, None)
-
-
-class Node:
-  """What the traversal walks: an object with named entries, each data or static."""
-
-  __slots__ = ("__dict__", "__weakref__", "_pytree")
-  _pytree: NodeState
-
-  def __new__(cls, *args, **kwargs):
-    self = object.__new__(cls)
-    object.__setattr__(self, "_pytree", NodeState())
-    return self
-
-  def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
-    """(key, value, is it data) of every attribute, in a deterministic order."""
-    attributes, dynamic = self.__dict__, self._pytree.dynamic
-    return [(key, attributes[key], key in dynamic) for key in sorted(attributes)]
-
-  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
-    """Take the entries as they are; nothing is checked."""
-    attributes, dynamic = self.__dict__, self._pytree.dynamic
-    for key, value, is_dynamic in entries:
-      attributes[key] = value
-      if is_dynamic:
-        dynamic.add(key)
-
-  def _clear(self) -> None:
-    self.__dict__.clear()
-    self._pytree.dynamic.clear()
-
-  def _structure_changed(self) -> None:
-    self._pytree.changed = True
-    if self._pytree.visited:
-      epoch.bump()
-
-
-class GraphDef:
-  """The static half of an object: everything but the values. Hashable.
-
-  Two GraphDefs are equal when the structures are: classes, attribute names, static attributes
-  (compared with their types: 1 is not 1.0), and which places share a Variable or a Module.
-
-  >>> from refax import nnx
-  >>> a, b = (nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(s))) for s in (0, 1))
-  >>> a == b
-  True
-  """
-
-  __slots__ = ("_hash", "_plain", "_paths", "leaf_count", "nodes", "root")
-
-  def __init__(self, root: tuple, nodes: tuple, leaf_count: int):
-    self.root = root
-    self.nodes = nodes
-    self.leaf_count = leaf_count
-    self._hash: int | None = None
-    self._plain: bool | None = None
-    self._paths: tuple[Path, ...] | None = None
-
-  def __hash__(self) -> int:
-    if self._hash is None:
-      self._hash = hash((self.root, self.nodes))
-    return self._hash
-
-  def __eq__(self, other) -> bool:
-    if self is other:
-      return True
-    return (
-      isinstance(other, GraphDef)
-      and hash(self) == hash(other)
-      and self.root == other.root
-      and self.nodes == other.nodes
-    )
-
-  @property
-  def is_plain(self) -> bool:
-    """Whether it is of Nodes and leaves only, without other pytrees between them."""
-    if self._plain is None:
-      entries = [self.root, *(entry for _, node in self.nodes for _, entry in node)]
-      self._plain = all(entry[0] != REGION for entry in entries)
-    return self._plain
-
-  @property
-  def paths(self) -> tuple[Path, ...]:
-    """The path at which each Variable or array is first reached, in flattening order."""
-    if self._paths is None:
-      found: dict[int, Path] = {}
-      for path, entry in self.walk():
-        if entry[0] == LEAF:
-          found.setdefault(entry[1], path)
-      self._paths = tuple(found[i] for i in range(self.leaf_count))
-    return self._paths
-
-  def walk(self, root: tuple | None = None) -> Iterator[tuple[Path, tuple]]:
-    """(path, entry) of every place that an entry reaches; a node is entered once."""
-    entered: set[int] = set()
-
-    def visit(path: Path, entry: tuple) -> Iterator[tuple[Path, tuple]]:
-      yield path, entry
-      if entry[0] == NODE and entry[1] not in entered:
-        entered.add(entry[1])
-        for key, child in self.nodes[entry[1]][1]:
-          yield from visit((*path, key), child)
-      elif entry[0] == REGION:
-        for keys, child in zip(region_paths(entry[1]), entry[2], strict=True):
-          yield from visit(path + keys, child)
-
-    return visit((), self.root if root is None else root)
-
-  def __getstate__(self):
-    return self.root, self.nodes, self.leaf_count
-
-  def __setstate__(self, state):
-    self.__init__(*state)
-
-  def __repr__(self) -> str:
-    kind = self.nodes[self.root[1]][0].__name__ if self.root[0] == NODE else "pytree"
-    return f"GraphDef({kind}, nodes={len(self.nodes)}, leaves={self.leaf_count})"
-
-
-jax.tree_util.register_static(GraphDef)
 
 
 class Flat(NamedTuple):
@@ -192,7 +62,8 @@ class Walk:
     return walk
 
   def graphdef(self, root: tuple) -> GraphDef:
-    return GraphDef(root, tuple(self.nodes), len(self.leaves))
+    templates = tuple(map(_template, self.leaves))
+    return GraphDef(root, tuple(self.nodes), len(self.leaves), templates)
 
   def entry(self, value: Any, before: tuple | None = None) -> tuple:
     """The entry for a piece of data, and with it everything below; `before` if it had one."""
@@ -200,6 +71,10 @@ class Walk:
       return (LEAF, self._leaf(identity(value), value))
     if isinstance(value, Node):
       return (NODE, self._node(value))
+    if type(value) in CALLABLES and captured(value) is not None:
+      parts, treedef = taken_apart(value)
+      children = (self.entry(x) if is_part(x) else (STATIC, kind(x), x) for x in parts)
+      return (REGION, treedef, tuple(children))
     leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Node | Variable))
     if value is None or (len(leaves) == 1 and leaves[0] is value):
       if before is not None and before[0] == LEAF and self.leaves[before[1]] is value:
@@ -224,33 +99,63 @@ class Walk:
     return index
 
   def _node(self, node: Node) -> int:
+    """The index of a node; it and all new nodes below are described, each after its children."""
     known = self._node_index.get(id(node))
     if known is not None:
       return known
+    index = self._new_node(node)
+    open_ = [(index, self._describing(node, {}))]
+    while open_:
+      at, describing = open_[-1]
+      try:
+        child, value = next(describing)
+      except StopIteration as done:
+        self.nodes[at] = done.value
+        open_.pop()
+      else:
+        open_.append((child, self._describing(value, {})))
+    return index
+
+  def _new_node(self, node: Node) -> int:
     index = self._node_index[id(node)] = len(self.nodes)
     self.nodes.append(None)
     self.objects.append(node)
-    self.nodes[index] = self._describe(node)
     return index
 
-  def _describe(self, node: Node, before: dict[Any, tuple] | None = None) -> tuple:
-    before = before or {}
-    entries = tuple(
-      (key, self.entry(value, before.get(key)) if dynamic else (STATIC, kind(value), value))
-      for key, value, dynamic in node._entries()
-    )
-    return type(node), entries
+  def _describe(self, node: Node, before: dict[Any, tuple]) -> tuple:
+    """What a node that is known is now; new nodes below it are described first."""
+    describing = self._describing(node, before)
+    while True:
+      try:
+        child, value = next(describing)
+      except StopIteration as done:
+        return done.value
+      del self._node_index[id(value)]
+      self.nodes.pop(), self.objects.pop()
+      assert child == self._node(value)
+
+  def _describing(self, node: Node, before: dict[Any, tuple]) -> Any:
+    """Yields the index and the node of each new child; returns what the node is."""
+    entries = []
+    for key, value, dynamic in node._entries():
+      if not dynamic:
+        entries.append((key, (STATIC, kind(value), value)))
+      elif isinstance(value, Node):
+        index = self._node_index.get(id(value))
+        if index is None:
+          index = self._new_node(value)
+          yield index, value
+        entries.append((key, (NODE, index)))
+      else:
+        entries.append((key, self.entry(value, before.get(key))))
+    return type(node), tuple(entries)
 
 
-class Tracked:
-  """A container that is no Node but reports its changes, so that a cache may pass through it."""
-
-  __slots__ = ()
-  _tracked: ClassVar[bool] = True
-
-  def _visit(self) -> Iterable[Any]:
-    """Note that a cache depends on this container; the values in it."""
-    raise NotImplementedError
+def _template(leaf: Any) -> tuple[type, dict[str, Any], bool] | None:
+  """What `nnx.merge` needs to make a Variable of an array: type, metadata, storage."""
+  if not isinstance(leaf, Variable):
+    return None
+  return type(leaf), leaf._def.metadata, leaf.is_hijax
 
 
 def _tracked(value: Any) -> bool:
@@ -364,18 +269,16 @@ def _settles(owner: weakref.ref | None, parent: Node, moved: bool) -> bool:
   return old is None or (moved and old is parent)
 
 
-def region_paths(treedef: Any) -> list[Path]:
-  """The paths of the leaves of a plain pytree, as attribute names, indices and keys."""
-  tree = treedef.unflatten(range(treedef.num_leaves))
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [tuple(map(_key, keys)) for keys, _ in flat]
+def is_part(x: Any) -> bool:
+  """Whether a part of a bound method or a partial is data; all else is static."""
+  if isinstance(x, Node | Variable | Tracked | np.ndarray | jax.Array):
+    return True
+  return type(x) in CALLABLES and captured(x) is not None
 
 
-def _key(key: Any) -> Any:
-  for name in ("name", "key", "idx"):
-    if hasattr(key, name):
-      return getattr(key, name)
-  return str(key)
+def captured(value: Any) -> Any:
+  """An object that a function holds (by closure, as a method, in a partial), or None."""
+  return callables.captured(value, lambda x: isinstance(x, Node | Variable))
 
 
 class PathKey:
@@ -401,12 +304,25 @@ class PathKey:
 def register(cls: type[Node]) -> None:
   """Make a class of Nodes a JAX pytree."""
 
+  def flatten_for_jax(node: Node) -> Flat:
+    function = _jax.refusing_function()
+    flat = flatten(node)
+    if function is not None and any(_is_hijax(leaf) for leaf in flat.leaves):
+      raise RefArgumentError.function(function, type(node).__name__)
+    return flat
+
   def flatten_with_keys(node: Node):
     flat = flatten(node)
     keys = map(PathKey, flat.graphdef.paths)
     return tuple(zip(keys, flat.leaves, strict=True)), flat.graphdef
 
-  jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, _rebuild, flatten)
+  own = {name for name, x in vars(cls).items() if isinstance(x, functools.cached_property)}
+  cls._memoized = cls._memoized.difference(vars(cls)) | own
+  jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, _rebuild, flatten_for_jax)
+
+
+def _is_hijax(leaf: Any) -> bool:
+  return isinstance(leaf, Variable) and leaf.is_hijax
 
 
 def _rebuild(graphdef: GraphDef, leaves: Iterable[Any]) -> Any:
@@ -430,27 +346,39 @@ def walk_graph(root: Any) -> Iterator[tuple[Path, Any]]:
   Static attributes and arrays are yielded too.
   """
   seen: set[int] = set()
-
-  def visit(path: Path, value: Any, dynamic: bool) -> Iterator[tuple[Path, Any]]:
+  open_: list[tuple[Path, Any, Iterator]] = [((), None, iter([((), root, True)]))]
+  while open_:
+    above, owner, children = open_[-1]
+    child = next(children, None)
+    if child is None:
+      open_.pop()
+      if open_:
+        yield above, owner
+      continue
+    steps, value, dynamic = child
+    path = above + steps
     if isinstance(value, Node | Variable):
       key = identity(value) if isinstance(value, Variable) else id(value)
       if key in seen:
-        return
+        continue
       seen.add(key)
-    if isinstance(value, Node):
-      for name, child, is_data in value._entries():
-        yield from visit((*path, name), child, is_data)
-    elif dynamic and not isinstance(value, Variable):
-      for keys, leaf in region_items(value):
-        if keys:
-          yield from visit(path + keys, leaf, True)
-    yield path, value
+    open_.append((path, value, _children(value, dynamic)))
 
-  return visit((), root, True)
+
+def _children(value: Any, dynamic: bool) -> Iterator[tuple[Path, Any, bool]]:
+  """(steps, child, is it data) of everything directly below a value."""
+  if isinstance(value, Node):
+    return (((name,), child, is_data) for name, child, is_data in value._entries())
+  if not dynamic or isinstance(value, Variable):
+    return iter(())
+  return ((keys, leaf, True) for keys, leaf in region_items(value) if keys)
 
 
 def region_items(value: Any) -> list[tuple[Path, Any]]:
   """(path, leaf) of a plain pytree, down to its Nodes, Variables and other leaves."""
+  if type(value) in CALLABLES and captured(value) is not None:
+    parts, treedef = taken_apart(value)
+    return list(zip(treedef.paths, parts, strict=True))
   is_leaf = lambda x: isinstance(x, Node | Variable)
   flat, _ = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_leaf)
-  return [(tuple(map(_key, keys)), leaf) for keys, leaf in flat]
+  return [(tuple(map(path_step, keys)), leaf) for keys, leaf in flat]

@@ -5,7 +5,7 @@ rest: numbers, strings, functions), which is part of the structure that JAX comp
 """
 
 import copy as copylib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any, Generic, TypeVar
 
@@ -14,8 +14,20 @@ import numpy as np
 
 from refax import _jax
 from refax.core import storage, text
+from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
-from refax.core.flatten import Flat, Node, Tracked, adopt, flatten, register
+from refax.core.flatten import (
+  Flat,
+  Walk,
+  adopt,
+  captured,
+  fill,
+  flatten,
+  is_part,
+  register,
+  resolver,
+)
+from refax.core.node import Node, Tracked, set_attribute
 from refax.core.variable import Variable
 from refax.errors import StaticAttributeError, TraceContextError
 from refax.typing import path_str
@@ -26,7 +38,7 @@ converters: dict[type, Callable[[Any], Any]] = {}
 """What a built-in container becomes when it is assigned to an attribute; filled by `containers`."""
 
 
-_PLAIN = frozenset((type(None), bool, int, float, str, type, FunctionType))
+_PLAIN = frozenset((type(None), bool, int, float, str, type))
 """Types of values that are static without a closer look."""
 
 
@@ -79,6 +91,8 @@ def is_data(value: Any) -> bool:
     return True
   if isinstance(value, jax.Array) or _jax.is_ref(value):
     return True
+  if type(value) in CALLABLES:
+    return any(map(is_part, taken_apart(value)[0])) and captured(value) is not None
   if isinstance(value, list | tuple | dict):
     return any(map(is_data, value.values() if isinstance(value, dict) else value))
   if value is None or jax.tree_util.all_leaves([value]):
@@ -96,6 +110,9 @@ def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
     return value, False
   if isinstance(value, Variable | Node):
     return value, True
+  if type(value) is FunctionType:
+    _check_captures(value, at)
+    return value, False
   if isinstance(value, Explicit):
     value, dynamic = value.value, value.dynamic
   else:
@@ -108,7 +125,20 @@ def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
       hash(value)
     except TypeError:
       raise StaticAttributeError.unhashable(at(), value) from None
+    if callable(value):
+      _check_captures(value, at)
+  elif type(value) in CALLABLES:
+    for part in taken_apart(value)[0]:
+      if not is_part(part):
+        classify(part, at)  # it is static: hashable, and holds no object that cannot be followed
   return value, dynamic
+
+
+def _check_captures(value: Any, at: Callable[[], str]) -> None:
+  """Raise StaticAttributeError if a static function holds an object that cannot be exchanged."""
+  found = captured(value)
+  if found is not None:
+    raise StaticAttributeError.captures(at(), value, found)
 
 
 class Pytree(Node):
@@ -134,6 +164,9 @@ class Pytree(Node):
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
+    slots = vars(cls).get("__slots__")
+    if slots and not cls.__module__.startswith("refax.core."):
+      raise StaticAttributeError.slots(cls.__qualname__, slots)
     register(cls)
 
   def __setattr__(self, name: str, value: Any) -> None:
@@ -152,11 +185,31 @@ class Pytree(Node):
     was_dynamic = name in state.dynamic
     if name in self.__dict__ and dynamic == was_dynamic and _same(old, value):
       return
-    self.__dict__[name] = value
+    set_attribute(self.__dict__, name, value)
     (state.dynamic.add if dynamic else state.dynamic.discard)(name)
     if dynamic:
       adopt(self, name, value)
     self._structure_changed()
+
+  def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
+    parameters = getattr(type(self), "__dataclass_params__", None)
+    if parameters is not None and parameters.frozen:
+      self._classify_all()
+    return super()._entries()
+
+  def _classify_all(self) -> None:
+    """A frozen dataclass sets its attributes past every assignment: they are looked at here."""
+    dynamic = self._pytree.dynamic
+    for name, value in list(self.__dict__.items()):
+      if name not in dynamic and name not in self._memoized:
+        kept, is_data = classify(value, lambda name=name: type(self).__name__ + path_str((name,)))
+        set_attribute(self.__dict__, name, kept)
+        if is_data:
+          dynamic.add(name)
+          adopt(self, name, kept)
+
+  def _assign(self, name: str, value: Any) -> None:
+    Pytree.__setattr__(self, name, value)  # past a frozen dataclass's own, as `__dict__` is
 
   def __delattr__(self, name: str) -> None:
     self._check_trace(name)
@@ -169,12 +222,17 @@ class Pytree(Node):
       raise TraceContextError.attribute(type(self).__name__ + path_str((key,)))
 
   def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-    for _, value, dynamic in self._entries():
-      if not dynamic:  # a copied function would be another one, and the structure not the same
-        memo[id(value)] = value
-    memo[id(self)] = new = Node.__new__(type(self))
-    new.__setstate__(copylib.deepcopy(self.__getstate__(), memo))
-    return new
+    """A copy of everything below; static attributes are shared, for the structure is the same."""
+    walk = Walk()
+    graphdef = walk.graphdef(walk.entry(self))
+    leaves = [copylib.deepcopy(leaf, memo) for leaf in walk.leaves]
+    objects = [memo.get(id(node)) or Node.__new__(type(node)) for node in walk.objects]
+    value = resolver(leaves, objects)
+    for old, new, (_, entries) in zip(walk.objects, objects, graphdef.nodes, strict=True):
+      if id(old) not in memo:
+        memo[id(old)] = new
+        fill(new, entries, value)
+    return objects[0]
 
   def __getstate__(self) -> Any:
     return dict(self.__dict__), set(self._pytree.dynamic)

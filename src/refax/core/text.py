@@ -3,8 +3,10 @@
 Colours appear on a terminal only, never in a file or a test.
 """
 
+import functools
 import os
 import sys
+import types
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from refax import _jax
 
+DEPTH = 40  # what is below is left out
 INDENT = "  "
 
 
@@ -58,13 +61,18 @@ def _render(obj: Any, style: _Style) -> str:
     return np.dtype(obj).name
   if isinstance(obj, type):
     return obj.__name__
+  if isinstance(obj, types.MethodType):  # its own text would be that of the whole object
+    return f"<bound method {obj.__func__.__qualname__}>"
+  if isinstance(obj, functools.partial):
+    parts = [obj.func, *obj.args, *obj.keywords.values()]
+    return f"partial({', '.join(_render(x, style) for x in parts)})"
   if type(obj) in (list, tuple, dict) and obj and _has_parts(obj):
     return _builtin(obj, style)
   return repr(obj)
 
 
 def _block(obj: Any, style: _Style) -> str:
-  if id(obj) in style.seen:
+  if id(obj) in style.seen or len(style.seen) >= DEPTH:
     return f"{type(obj).__name__}(...)"
   inner = style._replace(seen=(*style.seen, id(obj)))
   parts, inner = obj.__repr_parts__(inner)

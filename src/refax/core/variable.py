@@ -20,6 +20,7 @@ from refax.core.epoch import epoch
 from refax.core.observe import before_write, note
 from refax.errors import (
   DifferentiatedWriteError,
+  RefArgumentError,
   ShapeMismatchError,
   StaticAttributeError,
   TraceContextError,
@@ -101,12 +102,19 @@ class Variable(ArrayProtocol, Generic[A]):
   @classmethod
   def _handle(cls, cell: Any, definition: VariableDef) -> "Variable":
     """A Variable on an existing cell; validates nothing."""
-    return cls._unflatten(definition, (cell,))
+    self = _new(cls)
+    _set_node(self, ((cell,), definition))
+    _set_trace(self, _jax.trace_state())
+    return self
 
   @classmethod
   def _unflatten(cls, definition: VariableDef, children: Iterable[Any]) -> "Variable":
+    """As JAX rebuilds a Variable; raises RefArgumentError in a function that it differentiates."""
+    children = tuple(children)
+    if _jax.is_differentiated_ref(children[0]):
+      raise RefArgumentError.gradient(definition.origin)
     self = _new(cls)
-    _set_node(self, (tuple(children), definition))
+    _set_node(self, (children, definition))
     _set_trace(self, _jax.trace_state())
     return self
 

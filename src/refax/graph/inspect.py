@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import Node, Walk, flatten, unflatten, walk_graph, walk_nodes
+from refax.core.flatten import Walk, flatten, unflatten, walk_graph, walk_nodes
 from refax.core.module import Module
+from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.typing import Key, Path
 

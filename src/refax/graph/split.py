@@ -11,7 +11,9 @@ from typing import Any
 from refax.core.array_protocol import unwrap
 from refax.core.containers import Dict, List
 from refax.core.filters import Filter
-from refax.core.flatten import GraphDef, Node, flatten, region_items, unflatten, walk_nodes
+from refax.core.flatten import flatten, region_items, unflatten, walk_nodes
+from refax.core.graphdef import GraphDef
+from refax.core.node import Node
 from refax.core.variable import Variable, identity, is_variable, map_variables
 from refax.core.write import commit
 from refax.errors import FilterError, TreeMismatchError

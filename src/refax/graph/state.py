@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 
+from refax import _jax
 from refax.core import text
 from refax.core.epoch import epoch
 from refax.core.filters import Filter, Predicate, to_predicates
-from refax.core.flatten import Tracked
+from refax.core.node import Tracked
 from refax.core.variable import Variable
-from refax.errors import FilterError, TreeMismatchError
+from refax.errors import FilterError, RefArgumentError, TreeMismatchError
 from refax.typing import Key, Path, path_str
 
 
@@ -34,8 +35,18 @@ class State(MutableMapping, Tracked):
   _mapping: dict[Key, Any]
 
   def __init__(self, mapping: Mapping[Key, Any] | Iterable[tuple[Key, Any]] = (), /):
-    items = {k: State(v) if type(v) is dict else v for k, v in dict(mapping).items()}
-    object.__setattr__(self, "_mapping", items)
+    self._take(dict(mapping))
+    open_ = [self]
+    while open_:  # nested dicts become States; there may be more levels than Python's stack has
+      state = open_.pop()
+      for key, value in state._mapping.items():
+        if type(value) is dict:
+          state._mapping[key] = new = object.__new__(State)
+          new._take(dict(value))
+          open_.append(new)
+
+  def _take(self, mapping: dict[Key, Any]) -> None:
+    object.__setattr__(self, "_mapping", mapping)
     object.__setattr__(self, "_visited", False)
 
   def _visit(self) -> Iterable[Any]:
@@ -126,14 +137,17 @@ def _flatten_with_keys(state: State):
 
 
 def _flatten(state: State):
+  function = _jax.refusing_function()
   keys = tuple(state)
-  return [state._mapping[k] for k in keys], keys
+  children = [state._mapping[k] for k in keys]
+  if function and any(isinstance(x, Variable) and x.is_hijax for x in children):
+    raise RefArgumentError.function(function, "State")
+  return children, keys
 
 
 def _unflatten(keys: tuple, children: Iterable[Any]) -> State:
   state = object.__new__(State)
-  object.__setattr__(state, "_mapping", dict(zip(keys, children, strict=True)))
-  object.__setattr__(state, "_visited", False)
+  state._take(dict(zip(keys, children, strict=True)))
   return state
 
 
@@ -191,16 +205,16 @@ def to_flat_state(state: Mapping) -> FlatState:
   >>> nnx.to_flat_state(nnx.state(nnx.Linear(1, 2, rngs=nnx.Rngs(0)))).paths
   (('bias',), ('kernel',))
   """
-
-  def visit(path: Path, mapping: Mapping) -> Iterator[tuple[Path, Any]]:
-    for key in sorted(mapping, key=_order):
-      value = mapping[key]
-      if isinstance(value, State | dict):
-        yield from visit((*path, key), value)
-      else:
-        yield (*path, key), value
-
-  return FlatState(visit((), state))
+  found: list[tuple[Path, Any]] = []
+  open_: list[tuple[Path, Any]] = [((), state)]
+  while open_:
+    path, value = open_.pop()
+    if isinstance(value, State | dict) or value is state:
+      keys = sorted(value, key=_order, reverse=True)
+      open_ += [((*path, key), value[key]) for key in keys]
+    else:
+      found.append((path, value))
+  return FlatState(found)
 
 
 def from_flat_state(flat: Mapping[Path, Any] | Iterable[tuple[Path, Any]]) -> State:

@@ -15,7 +15,7 @@ from refax import _jax
 from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
-from refax.core.flatten import LEAF, NODE
+from refax.core.graphdef import LEAF, NODE
 from refax.core.observe import undo_on_error
 from refax.core.variable import Param, Variable
 from refax.errors import AliasError, TreeMismatchError

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from refax.core.filters import Filter, Predicate, to_predicate
-from refax.core.flatten import LEAF, REGION, GraphDef
+from refax.core.graphdef import LEAF, REGION, GraphDef
 from refax.core.variable import Variable
 from refax.errors import FilterError, TreeMismatchError
 from refax.typing import Path, path_str

@@ -62,19 +62,19 @@ class Compiled:
     vars_ |= {("closure", i): jaxpr.constvars[i] for i in self.closures}
     self.written = [key for key, var in vars_.items() if var in writes]
     self.read = [key for key, var in vars_.items() if var in used and var not in writes]
-    self._types = {key: (ref.shape, ref.dtype) for key, ref in self._refs(flat).items()}
+    self._types = {key: (ref.shape, ref.dtype) for key, ref in self._cells_by_key(flat).items()}
     self.careful = careful or not _jax.only_refs_are_effects(traced.jaxpr)
     self.result = self._plain_result(inputs)
     self._names = names
     self._compile(traced.fun_name, flat)
 
-  def _refs(self, flat: Sequence[Any]) -> dict[Any, jax.Ref]:
+  def _cells_by_key(self, flat: Sequence[Any]) -> dict[Any, jax.Ref]:
     found: dict[Any, Any] = {i: flat[i] for i in self._slots}
     return found | {("closure", i): ref for i, ref in self.closures.items()}
 
   def cells(self, flat: Sequence[Any]) -> tuple[list[jax.Ref], list[jax.Ref]]:
     """The Refs that a call writes, and those that it only reads, among these leaves."""
-    refs = self._refs(flat)
+    refs = self._cells_by_key(flat)
     return [refs[key] for key in self.written], [refs[key] for key in self.read]
 
   def arrays(self, flat: Sequence[Any]) -> tuple[tuple, tuple]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from refax import _jax, config
 from refax.core.epoch import epoch
-from refax.core.flatten import Node, flatten
+from refax.core.flatten import flatten
+from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.lift import Inputs

@@ -11,8 +11,9 @@ import numpy as np
 
 from refax import _jax, config
 from refax.core.definition import kind
-from refax.core.flatten import GraphDef, Node
+from refax.core.graphdef import GraphDef
 from refax.core.interrupt import uninterrupted
+from refax.core.node import Node
 from refax.core.observe import observe
 from refax.core.variable import Variable
 from refax.errors import ArgumentError

@@ -22,8 +22,10 @@ from refax import _jax
 from refax.core import storage
 from refax.core.definition import Differentiation
 from refax.core.epoch import epoch
-from refax.core.flatten import LEAF, REGION, GraphDef, Node, Walk, fill, resolver, unflatten
+from refax.core.flatten import Walk, fill, resolver, unflatten
+from refax.core.graphdef import LEAF, REGION, GraphDef
 from refax.core.interrupt import uninterrupted
+from refax.core.node import Node
 from refax.core.variable import Variable, VariableDef
 from refax.errors import TraceContextError
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import LEAF
+from refax.core.graphdef import LEAF
 from refax.core.variable import Variable
 from refax.errors import InvalidArgumentError, SharedWriteError, TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, size_of

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from refax import _jax
-from refax.core.flatten import Node, flatten
+from refax.core.flatten import flatten
+from refax.core.node import Node
 from refax.core.variable import Variable
 
 _DEPTH = 8  # of functions that call functions, and of containers in containers

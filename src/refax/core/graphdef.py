@@ -1,0 +1,123 @@
+"""GraphDef: the static half of an object, what a traversal finds besides values. Hashable."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+
+from refax.core.callables import CallableDef
+from refax.typing import Path
+
+# The four sorts of entries of a node, each a tuple that starts with its sort.
+STATIC, LEAF, NODE, REGION = range(4)
+
+
+class GraphDef:
+  """The static half of an object: everything but the values. Hashable.
+
+  Two GraphDefs are equal when the structures are: classes, attribute names, static attributes
+  (compared with their types: 1 is not 1.0), and which places share a Variable or a Module.
+
+  >>> from refax import nnx
+  >>> a, b = (nnx.graphdef(nnx.Linear(2, 3, rngs=nnx.Rngs(s))) for s in (0, 1))
+  >>> a == b
+  True
+  """
+
+  __slots__ = ("_hash", "_paths", "_plain", "leaf_count", "nodes", "root", "templates")
+
+  def __init__(self, root: tuple, nodes: tuple, leaf_count: int, templates: tuple = ()):
+    self.root = root
+    self.nodes = nodes
+    self.leaf_count = leaf_count
+    self.templates = templates
+    """For each leaf what makes a Variable of an array, or None. Not compared: for `nnx.merge`."""
+    self._hash: int | None = None
+    self._plain: bool | None = None
+    self._paths: tuple[Path, ...] | None = None
+
+  def __hash__(self) -> int:
+    if self._hash is None:
+      self._hash = hash((self.root, self.nodes))
+    return self._hash
+
+  def __eq__(self, other) -> bool:
+    if self is other:
+      return True
+    return (
+      isinstance(other, GraphDef)
+      and hash(self) == hash(other)
+      and self.root == other.root
+      and self.nodes == other.nodes
+    )
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether it is of Nodes and leaves only, without other pytrees between them."""
+    if self._plain is None:
+      entries = [self.root, *(entry for _, node in self.nodes for _, entry in node)]
+      self._plain = all(entry[0] != REGION for entry in entries)
+    return self._plain
+
+  @property
+  def paths(self) -> tuple[Path, ...]:
+    """The path at which each Variable or array is first reached, in flattening order."""
+    if self._paths is None:
+      found: dict[int, Path] = {}
+      for path, entry in self.walk():
+        if entry[0] == LEAF:
+          found.setdefault(entry[1], path)
+      self._paths = tuple(found[i] for i in range(self.leaf_count))
+    return self._paths
+
+  def walk(self, root: tuple | None = None) -> Iterator[tuple[Path, tuple]]:
+    """(path, entry) of every place that an entry reaches; a node is entered once."""
+    entered: set[int] = set()
+    below: list[Iterator[tuple[Path, tuple]]] = [iter([((), self.root if root is None else root)])]
+    while below:
+      found = next(below[-1], None)
+      if found is None:
+        below.pop()
+        continue
+      yield found
+      path, entry = found
+      if entry[0] == NODE and entry[1] not in entered:
+        entered.add(entry[1])
+        below.append(_below(path, (((key,), child) for key, child in self.nodes[entry[1]][1])))
+      elif entry[0] == REGION:
+        below.append(_below(path, zip(region_paths(entry[1]), entry[2], strict=True)))
+
+  def __getstate__(self):
+    return self.root, self.nodes, self.leaf_count, self.templates
+
+  def __setstate__(self, state):
+    self.__init__(*state)
+
+  def __repr__(self) -> str:
+    kind = self.nodes[self.root[1]][0].__name__ if self.root[0] == NODE else "pytree"
+    return f"GraphDef({kind}, nodes={len(self.nodes)}, leaves={self.leaf_count})"
+
+
+jax.tree_util.register_static(GraphDef)
+
+
+def _below(path: Path, children: Iterable[tuple[Path, tuple]]) -> Iterator[tuple[Path, tuple]]:
+  for steps, child in children:
+    yield path + steps, child
+
+
+def region_paths(treedef: Any) -> list[Path]:
+  """The paths of the leaves of a plain pytree, as attribute names, indices and keys."""
+  if isinstance(treedef, CallableDef):
+    return treedef.paths
+  tree = treedef.unflatten(range(treedef.num_leaves))
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [tuple(map(path_step, keys)) for keys, _ in flat]
+
+
+def path_step(key: Any) -> Any:
+  """The step of a key path of JAX, as an attribute's name, an index or a key."""
+  for name in ("name", "key", "idx"):
+    if hasattr(key, name):
+      return getattr(key, name)
+  return str(key)

@@ -1,0 +1,160 @@
+"""Node: a Python object with named entries, each data or static, that knows when it changes."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import jax
+
+from refax import _jax
+from refax.core.callables import CALLABLES
+from refax.core.epoch import epoch
+from refax.errors import TraceContextError
+from refax.typing import path_str
+
+
+class Attributes(dict):
+  """The `__dict__` of a Node: what is written to it directly is an assignment like any other.
+
+  `vars(module)["k"] = x`, `module.__dict__.update()` and `functools.cached_property` write there.
+  """
+
+  __slots__ = ("_owner",)
+
+  def __init__(self, owner: "Node"):
+    super().__init__()
+    self._owner = weakref.ref(owner)
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    owner = self._owner()
+    assert owner is not None
+    if name in type(owner)._memoized:
+      owner._memoize(name, value)
+    else:
+      owner._assign(name, value)
+
+  def __delitem__(self, name: str) -> None:
+    owner = self._owner()
+    assert owner is not None
+    if name not in self:
+      raise KeyError(name)
+    owner.__delattr__(name)
+
+  def update(self, *args: Any, **kwargs: Any) -> None:
+    for name, value in dict(*args, **kwargs).items():
+      self[name] = value
+
+  def __ior__(self, other: Any) -> "Attributes":  # pyright: ignore[reportIncompatibleMethodOverride]
+    self.update(other)
+    return self
+
+  def setdefault(self, name: str, default: Any = None) -> Any:
+    if name not in self:
+      self[name] = default
+    return self[name]
+
+  def pop(self, name: str, *default: Any) -> Any:
+    if name not in self and default:
+      return default[0]
+    value = self[name]
+    del self[name]
+    return value
+
+  def popitem(self) -> tuple[str, Any]:
+    name = next(reversed(self))
+    return name, self.pop(name)
+
+  def clear(self) -> None:
+    for name in list(self):
+      del self[name]
+
+  def copy(self) -> dict[str, Any]:
+    return dict(self)
+
+  def __reduce__(self) -> Any:  # a copy is a plain dict
+    return dict, (dict(self),)
+
+
+set_attribute = dict.__setitem__
+"""An attribute set in a Node's `__dict__`, past the assignment."""
+
+
+class NodeState:
+  """What the traversal keeps on each node, apart from the user's attributes."""
+
+  __slots__ = ("cache", "changed", "dynamic", "home", "rebuilt", "trace", "visited")
+
+  def __init__(self):
+    self.dynamic: set[str] = set()  # the names of attributes that hold data
+    self.visited = False  # a cached flattening depends on this node
+    self.cache: tuple[int, Any] | None = None  # the epoch, and what the node flattened to
+    self.changed = False  # since JAX rebuilt it
+    self.rebuilt: Any = None  # what JAX made the node from
+    self.trace = _jax.trace_state()
+    self.home: tuple[weakref.ref | None, Any] = (None, None)
+
+
+class Node:
+  """What the traversal walks: an object with named entries, each data or static."""
+
+  __slots__ = ("__dict__", "__weakref__", "_pytree")
+  _pytree: NodeState
+  _memoized: ClassVar[frozenset[str]] = frozenset()
+  """The names of cached properties: what they keep is no part of the structure."""
+
+  def __new__(cls, *args, **kwargs):
+    self = object.__new__(cls)
+    object.__setattr__(self, "_pytree", NodeState())
+    object.__setattr__(self, "__dict__", Attributes(self))
+    return self
+
+  def _assign(self, name: str, value: Any) -> None:
+    """Set an attribute that is written to `__dict__`."""
+    setattr(self, name, value)
+
+  def _memoize(self, name: str, value: Any) -> None:
+    """Keep the value of a cached property; a tracer must not stay in an object from outside."""
+    if self._pytree.trace != _jax.trace_state() and any(
+      map(_jax.is_tracer, jax.tree.leaves(value))
+    ):
+      raise TraceContextError.attribute(type(self).__name__ + path_str((name,)))
+    set_attribute(self.__dict__, name, value)
+
+  def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
+    """(key, value, is it data) of every attribute, in a deterministic order.
+
+    Functions that hold objects come last, so that a Variable has the path of its own attribute.
+    """
+    attributes, dynamic, memoized = self.__dict__, self._pytree.dynamic, self._memoized
+    keys = sorted(attributes) if not memoized else sorted(attributes.keys() - memoized)
+    if any(type(attributes[key]) in CALLABLES for key in dynamic):
+      keys.sort(key=lambda key: key in dynamic and type(attributes[key]) in CALLABLES)
+    return [(key, attributes[key], key in dynamic) for key in keys]
+
+  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
+    """Take the entries as they are; nothing is checked."""
+    attributes, dynamic = self.__dict__, self._pytree.dynamic
+    for key, value, is_dynamic in entries:
+      set_attribute(attributes, key, value)
+      if is_dynamic:
+        dynamic.add(key)
+
+  def _clear(self) -> None:
+    dict.clear(self.__dict__)
+    self._pytree.dynamic.clear()
+
+  def _structure_changed(self) -> None:
+    self._pytree.changed = True
+    if self._pytree.visited:
+      epoch.bump()
+
+
+class Tracked:
+  """A container that is no Node but reports its changes, so that a cache may pass through it."""
+
+  __slots__ = ()
+  _tracked: ClassVar[bool] = True
+
+  def _visit(self) -> Iterable[Any]:
+    """Note that a cache depends on this container; the values in it."""
+    raise NotImplementedError

@@ -170,28 +170,29 @@ v, live = nnx.Variable(jnp.zeros(1000)), nnx.Variable(jnp.zeros(1000))
 checkpoints = nnx.Checkpointer(folder, keep=2, asynchronous=asynchronous)
 checkpoints.save(0, {"v": v})
 checkpoints.restore({"v": live})
+armed = False
 def interrupt(*_):
-  raise KeyboardInterrupt
+  if armed:
+    raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, interrupt)
+def interrupted(f, *args):
+  global armed
+  try:
+    try:
+      armed = True
+      signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 4e-2))  # one signal
+      f(*args)
+    finally:
+      armed = False
+  except KeyboardInterrupt:
+    armed = False
+    return 1
+  return 0
 interrupts = 0
 for step in range(1, 60):
   v[...] = float(step)
-  for what in ("save", "restore"):
-    try:
-      signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 4e-2))
-      if what == "save":
-        checkpoints.save(step, {"v": v})
-      else:
-        checkpoints.restore({"v": live})
-    except KeyboardInterrupt:
-      interrupts += 1
-    finally:
-      while True:
-        try:
-          signal.setitimer(signal.ITIMER_REAL, 0)
-          break
-        except KeyboardInterrupt:
-          pass
+  for f, args in ((checkpoints.save, (step, {"v": v})), (checkpoints.restore, ({"v": live},))):
+    interrupts += interrupted(f, *args)
     values = set(live[...].tolist())
     assert len(values) == 1, values
     steps = checkpoints.steps

@@ -257,11 +257,11 @@ class Checkpointer:
     function, metrics = "Checkpointer.save", {} if metrics is None else metrics
     try:
       kept = {name: float(x) for name, x in metrics.items()}
+      if not all(isinstance(name, str) for name in kept):
+        raise TypeError
     except (AttributeError, TypeError, ValueError):
-      kept = {0: 0.0}
-    if not all(isinstance(name, str) for name in kept):
       want = "a dict of numbers by their names"
-      raise InvalidArgumentError.value(function, "metrics", metrics, want)
+      raise InvalidArgumentError.value(function, "metrics", metrics, want) from None
     if self._ranking is not None and self._ranking.metric not in kept:
       want = f"the metric {self._ranking.metric!r}, by which the best checkpoints are kept"
       raise InvalidArgumentError.value(function, "metrics", metrics, want)

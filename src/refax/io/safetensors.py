@@ -11,13 +11,15 @@ model: beside it, there is at most one on the host and one on the device.
 """
 
 import json
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from refax import _jax
 from refax.core.filters import Filter
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, InvalidArgumentError
 from refax.io.keys import as_data, implementation
@@ -37,6 +39,7 @@ from refax.io.plan import (
 )
 from refax.io.rename import Rename
 from refax.io.slots import Slot, Slots, fill, slots_of
+from refax.io.snapshot import snapshot
 from refax.io.tensor_file import NAMES, order, reading, write
 from refax.typing import describe
 
@@ -67,6 +70,7 @@ def save_safetensors(
     InvalidArgumentError: something is no array, has a dtype that the format has not, or shares its
       name with another; the metadata is not text. Nothing has been written.
     OSError: the folder does not exist, the disk is full; an old file is whole.
+    CheckpointWriteError: an OSError, other threads wrote the Variables without a pause.
 
   >>> from refax import nnx; import os, tempfile
   >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
@@ -89,7 +93,37 @@ def save_safetensors(
   aliases = {name: slot.name for name, slot in slots.by_name.items() if name != slot.name}
   texts = _texts(metadata, aliases, keys)
   stored = order(stored)
-  write(path, stored, ((name, on_host(by_name[name].read())) for name in stored), texts)
+  try:
+    write(path, stored, _one_by_one(by_name, list(stored)), texts)
+  except _MovedError:
+    live = snapshot("save_safetensors", slots.selected)
+    write(path, stored, ((name, on_host(live[name])) for name in stored), texts)
+
+
+class _MovedError(Exception):
+  """Another thread has written a Variable while the file was written."""
+
+
+def _one_by_one(slots: dict[str, Slot], names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors, one in memory at a time, all of one moment.
+
+  Raises:
+    _MovedError: they are not. Only then is it worth the memory to copy them all at once.
+  """
+  refs = [slot.cell for slot in slots.values() if _jax.is_ref(slot.cell)]
+  refs = refs if _jax.no_trace_active() else []
+  before = list(map(_jax.peek_cell, refs))
+  moved = lambda: not all(map(operator.is_, before, map(_jax.peek_cell, refs)))
+  for name in names:
+    try:
+      x = on_host(slots[name].read())
+    except Exception as error:
+      if moved():
+        raise _MovedError from error
+      raise
+    yield name, x
+  if moved():
+    raise _MovedError
 
 
 def _stored_as(name: str, slot: Slot, x: Any) -> tuple[np.dtype, tuple[int, ...]]:

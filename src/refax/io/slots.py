@@ -9,7 +9,9 @@ import numpy as np
 
 from refax import _jax
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import LEAF, NODE, REGION, GraphDef, Node, flatten, region_paths
+from refax.core.flatten import flatten
+from refax.core.graphdef import LEAF, NODE, REGION, GraphDef, region_paths
+from refax.core.node import Node
 from refax.core.pytree import data
 from refax.core.storage import is_array_like
 from refax.core.variable import Variable
@@ -50,8 +52,11 @@ class Slot(NamedTuple):
     return is_key(self)
 
   def read(self) -> Any:
-    """The value, an array that no later step changes or donates."""
-    return _jax.read_cell(self.cell) if _jax.is_ref(self.cell) else self.cell
+    """The value, an array that no later step changes or donates, of another thread either."""
+    if not _jax.is_ref(self.cell):
+      return self.cell
+    copies = _jax.snapshot([self.cell])
+    return _jax.read_cell(self.cell) if copies is None else copies[0]
 
 
 class Slots(NamedTuple):

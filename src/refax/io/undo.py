@@ -43,11 +43,14 @@ def _state(iterator: Any) -> tuple[bool, Any]:
 
 
 def _undo_slots(tree: Any, slots: list[Slot]) -> Callable[[], None]:
-  if not _jax.no_trace_active():
-    return lambda: None
   holders = {id(s.holder): s.holder for s in slots if isinstance(s.holder, Variable)}
   cells = [(variable, variable.get_raw_value()) for variable in holders.values()]
-  refs = [x for _, cell in cells for x in jax.tree.leaves(cell) if _jax.is_ref(x)]
+  refs = [
+    x
+    for _, cell in cells
+    for x in jax.tree.leaves(cell)
+    if _jax.is_ref(x) and not _jax.is_tracer(x)
+  ]
   buffers = [_jax.peek_cell(ref) for ref in refs]
   places = [place_of(tree, s.path) for s in slots if not isinstance(s.holder, Variable)]
 
@@ -56,7 +59,7 @@ def _undo_slots(tree: Any, slots: list[Slot]) -> Callable[[], None]:
     for variable, cell in cells:
       if variable.get_raw_value() is not cell:
         variable.set_raw_value(cell)
-    for place in reversed(places):
+    for place in reversed([x for x in places if x is not None]):
       place.put(place.child)
 
   return undo

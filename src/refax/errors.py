@@ -9,6 +9,7 @@ RefaxError
 ├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
 ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
 ├── RefArgumentError          (TypeError)    a function of JAX for arrays was given Refs
+├── GradientOutputError       (TypeError)    a function with a gradient that returns no scalar
 ├── AliasError                (ValueError)   one cell in two places that must be apart
 ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
 ├── MissingHyperparamError    (KeyError)     a hyper-parameter that an optimizer does not keep
@@ -21,6 +22,7 @@ RefaxError
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
+import dataclasses
 from typing import Any
 
 from refax.typing import describe
@@ -237,7 +239,16 @@ class TreeMismatchError(RefaxError, ValueError):
       "the gradients do not have the structure of the parameters",
       at=path,
       got=got,
-      fix="compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with",
+      fix="compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with; for "
+      "one of several optimizers: update(model, nnx.filter_state(grads, filter))",
+    )
+
+  @classmethod
+  def swapped(cls, got: str):
+    return cls(
+      "optimizer.update takes the model first, then the gradients",
+      got=got,
+      fix="write optimizer.update(model, grads)",
     )
 
   @classmethod
@@ -305,7 +316,7 @@ class StaticAttributeError(RefaxError, TypeError):
       "a static attribute must be hashable, for it is part of what jax.jit compiles for",
       at=at,
       got=f"{type(value).__name__} ({_short(value)})",
-      fix="wrap it: nnx.data(value) if it holds arrays, else make it hashable (a tuple, a str)",
+      fix=_hashable(value),
     )
 
   @classmethod
@@ -317,6 +328,14 @@ class StaticAttributeError(RefaxError, TypeError):
       f"{type(found).__name__} by closure or as a wrapped method",
       fix="write it as a method of the class (decorated there: @nnx.jit), or assign the bound "
       "method (self.f = self.method) or functools.partial(f, layer): these are followed",
+    )
+
+  @classmethod
+  def option(cls, kind: str, name: str, value: Any, fix: str):
+    return cls(
+      f"nnx.{kind} has no option {name}; kept as metadata, it would do nothing",
+      got=f"{name}={_short(value)}",
+      fix=fix,
     )
 
   @classmethod
@@ -402,7 +421,9 @@ class DifferentiatedWriteError(RefaxError, TypeError):
       "a value that is being differentiated was written to a Variable, its gradient would be lost",
       at=at,
       got="a value that depends on what jax.grad differentiates",
-      fix="write jax.lax.stop_gradient(x), or use a type without gradients (nnx.BatchStat)",
+      fix="to keep the gradient, return the value from the function, hand it out by "
+      "self.sow(...), or name the Variable in nnx.grad(..., through=...); to drop the gradient on "
+      "purpose, write jax.lax.stop_gradient(x)",
     )
 
   @classmethod
@@ -423,7 +444,7 @@ class RefArgumentError(RefaxError, TypeError):
     return cls(
       "JAX cannot differentiate with respect to a hijax Variable: it is a jax.Ref",
       at=at,
-      got="a Variable in an argument that jax.grad, jax.vjp, jax.jvp or jax.linearize differentiates",
+      got="a Variable in an argument of jax.grad, jax.vjp, jax.jvp or jax.linearize",
       fix=_GRADIENT,
     )
 
@@ -448,6 +469,27 @@ _GRADIENT = (
 )
 
 
+class GradientOutputError(RefaxError, TypeError):
+  """A function whose gradient is taken does not return one number."""
+
+  @classmethod
+  def no_pair(cls, function: str, got: str):
+    return cls(
+      "a function with has_aux=True returns (loss, aux)",
+      at=function,
+      got=got,
+      fix="return a pair, or leave out has_aux",
+    )
+
+  @classmethod
+  def no_scalar(cls, function: str, got: str, has_aux: bool):
+    fix = "return a scalar (x.mean(), x.sum())"
+    if not has_aux:
+      fix += "; if the function returns (loss, aux), pass has_aux=True"
+    what = "a function has a gradient where it returns one number"
+    return cls(what, at=function, got=got, fix=fix)
+
+
 class AliasError(RefaxError, ValueError):
   """One cell in two places that must be apart."""
 
@@ -458,6 +500,16 @@ class AliasError(RefaxError, ValueError):
       at=at,
       got=f"the same Variable in argument {first} and in argument {second}",
       fix="differentiate one argument that holds both",
+    )
+
+  @classmethod
+  def differentiated(cls, origin: Any):
+    return cls(
+      "a Variable that is being differentiated is read through another object, without a gradient",
+      at=origin,
+      got="a read of the object outside, inside a function that got it as an argument",
+      fix="use the argument of the function (m, not model); for a constant, read it before: "
+      "old = nnx.clone(model)",
     )
 
   @classmethod
@@ -798,7 +850,6 @@ class ArgumentError(RefaxError, TypeError):
       fix=fix,
     )
 
-
   @classmethod
   def compiled(cls, function: str, got: str):
     return cls(
@@ -819,6 +870,21 @@ class InvalidArgumentError(RefaxError, ValueError):
       got=f"{name}={_short(value)}",
       fix=f"pass {want}",
     )
+
+
+def _hashable(value: Any) -> str:
+  """How a value that cannot be hashed becomes one that can, without a change of what it means."""
+  if isinstance(value, set):
+    return "assign frozenset(value)"
+  if isinstance(value, list):
+    return "assign a tuple: tuple(value)"
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    kind = type(value).__name__
+    return f"declare {kind} as @dataclass(frozen=True), or keep what is used of it as attributes"
+  return (
+    f"define __hash__ and __eq__ for {type(value).__name__}, keep what is used of it as attributes "
+    "of its own, or wrap it in nnx.data if it is a pytree of arrays"
+  )
 
 
 def _short(x: Any) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,26 @@ def _peek(variable: Variable) -> jax.Array:
   return _jax.peek_cell(cell)
 
 
+def _concrete(count: Variable) -> int | None:
+  """A count as a number, if it is one and known now."""
+  cell = count.get_raw_value()
+  if not _jax.no_trace_active() or _jax.is_tracer(cell) or count.shape != ():
+    return None
+  return int(_peek(count) if _jax.is_ref(cell) else cell)
+
+
+class _Step(NamedTuple):
+  """A stream was forked from another one that had given `count` keys, and split if there is a k."""
+
+  count: int
+  k: Splits | None = None
+
+  def key(self, key: jax.Array) -> jax.Array:
+    """The key of the new stream, from that of the old one."""
+    new = jax.random.fold_in(key, self.count)
+    return new if self.k is None else jax.random.split(new, self.k)
+
+
 class _Samplers:
   """Every sampler of `jax.random` as a method that draws a key first."""
 
@@ -147,8 +167,13 @@ class RngStream(Pytree, _Samplers):
   ((2,), 1)
   """
 
+  __slots__ = ("_lineage",)
+  _lineage: "tuple[_Step, ...] | None"
+  """How this stream came about from one that a user made, where that is known; for `reseed`."""
+
   def __init__(self, key: ArrayLike, *, tag: str):
     key = _as_key(key, tag)
+    object.__setattr__(self, "_lineage", ())
     self.tag = tag
     self.key = RngKey(key, tag=tag)
     self.count = RngCount(jnp.zeros(key.shape, jnp.uint32), tag=tag)
@@ -165,17 +190,28 @@ class RngStream(Pytree, _Samplers):
 
   def split(self, k: Splits) -> "RngStream":
     """A stream of `k` keys, from the next key of this one: an axis to map over."""
-    return type(self)(jax.random.split(self(), k), tag=self.tag)
+    return self._derived(k)
 
   def fork(self, *, split: Splits | None = None) -> "RngStream":
     """A stream of its own, from the next key of this one; `split` as in `split(k)`."""
-    return type(self)(self(), tag=self.tag) if split is None else self.split(split)
+    return self._derived(split)
+
+  def _derived(self, k: Splits | None) -> "RngStream":
+    count, before = _concrete(self.count), getattr(self, "_lineage", None)
+    step = None if count is None else _Step(count, k)
+    key = self()
+    new = type(self)(key if k is None else jax.random.split(key, k), tag=self.tag)
+    lineage = None if before is None or step is None else (*before, step)
+    object.__setattr__(new, "_lineage", lineage)
+    return new
 
   def broadcast(self, k: Splits) -> "RngStream":
     """A stream with the next key of this one, the same `k` times."""
     key = self()
     shape = (k,) if isinstance(k, int) else tuple(k)
-    return type(self)(jnp.broadcast_to(key, shape + key.shape), tag=self.tag)
+    new = type(self)(jnp.broadcast_to(key, shape + key.shape), tag=self.tag)
+    object.__setattr__(new, "_lineage", None)
+    return new
 
 
 class Rngs(Pytree, _Samplers):
@@ -285,6 +321,10 @@ class Rngs(Pytree, _Samplers):
 def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | RngStream) -> None:
   """Give the streams in an object new keys, in place, and start them from the beginning.
 
+  Each stream gets the key that it would have in a model that is built with `Rngs(tag=seed)`. Where
+  it is not known how a stream came about (the object is a copy, or was built inside a transform),
+  the streams of a tag get keys of their own in the order in which they are found.
+
   Args:
     node: a Module, or any pytree with `RngStream`s.
     policy: `(old, key, path) -> key` where a stream's key has a batch shape and the new one has
@@ -292,20 +332,26 @@ def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | 
     **streams: a seed, key or stream for each tag.
 
   >>> from refax import nnx
-  >>> dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
-  >>> _ = dropout.rngs(); nnx.reseed(dropout, dropout=0)
-  >>> int(dropout.rngs.count)
-  0
+  >>> model = nnx.Sequential(*(nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0)) for _ in range(2)))
+  >>> nnx.reseed(model, dropout=42)
+  >>> model.layers[0].rngs() == model.layers[1].rngs()
+  Array(False, dtype=bool)
   """
-  for path, stream in walk_nodes(node):
-    if not isinstance(stream, RngStream) or stream.tag not in streams:
-      continue
-    source = streams[stream.tag]
-    key = source() if isinstance(source, RngStream) else _as_key(source, stream.tag)
-    if key.shape != stream.key.shape:
-      if policy is not None:
-        key = policy(stream.key, key, path)
-      else:
-        key = jax.random.split(key, stream.key.shape)
-    stream.key.set_value(key)
-    stream.count.set_value(0)
+  found = [(path, x) for path, x in walk_nodes(node) if isinstance(x, RngStream)]
+  for tag, source in streams.items():
+    mine = [(path, stream) for path, stream in found if stream.tag == tag]
+    lineages = [getattr(stream, "_lineage", None) for _, stream in mine]
+    if None in lineages or len(set(lineages)) < len(lineages):
+      lineages = [(_Step(i),) for i in range(len(mine))] if len(mine) > 1 else [()]
+    root = None if isinstance(source, RngStream) else _as_key(source, tag)
+    for (path, stream), lineage in zip(mine, lineages, strict=True):
+      key = source() if root is None else root
+      for step in lineage if root is not None else ():
+        key = step.key(key)
+      if key.shape != stream.key.shape:
+        if policy is not None:
+          key = policy(stream.key, key, path)
+        else:
+          key = jax.random.split(key, stream.key.shape)
+      stream.key.set_value(key)
+      stream.count.set_value(0)

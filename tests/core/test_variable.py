@@ -772,7 +772,9 @@ def test_a_write_of_a_differentiated_value_is_refused_and_says_what_to_do():
     "a value that is being differentiated was written to a Variable, its gradient would be lost\n"
     f"  at:  (a Variable outside any Module)  (Variable, created at test_variable.py:{line})\n"
     "  got: a value that depends on what jax.grad differentiates\n"
-    "  fix: write jax.lax.stop_gradient(x), or use a type without gradients (nnx.BatchStat)"
+    "  fix: to keep the gradient, return the value from the function, hand it out by "
+    "self.sow(...), or name the Variable in nnx.grad(..., through=...); to drop the gradient on "
+    "purpose, write jax.lax.stop_gradient(x)"
   )
   assert float(memory) == 0.0
 

@@ -231,9 +231,9 @@ def test_a_state_of_arrays_can_be_averaged():
 
 
 def test_metadata_is_kept_and_no_gradient_flows():
-  model = {"w": nnx.Param(jnp.ones(2), sharding=("x",))}
+  model = {"w": nnx.Param(jnp.ones(2), tag=("x",))}
   ema = nnx.EMA(model, 0.5)
-  assert ema.params["w"].get_metadata("sharding") == ("x",)
+  assert ema.params["w"].get_metadata("tag") == ("x",)
 
   def loss(w):
     ema.update({"w": w})

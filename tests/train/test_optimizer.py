@@ -203,11 +203,14 @@ def test_wrt_selects_what_is_updated(name):
       assert changed is (path in selected), path
 
 
-def test_gradients_of_more_than_the_parameters_are_filtered():
+def test_gradients_of_more_than_the_parameters_are_refused_and_may_be_filtered():
   net = Net()
   optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt="scale")
-  kernel = net.a.kernel[...]
-  optimizer.update(net, nnx.grad(loss)(net))
+  kernel, grads = net.a.kernel[...], nnx.grad(loss)(net)
+  with pytest.raises(TreeMismatchError, match=r"a gradient without a parameter(.|\n)*filter_state"):
+    optimizer.update(net, grads)
+  assert float(net.scale) == 1.0 and int(optimizer.step) == 0
+  optimizer.update(net, nnx.filter_state(grads, "scale"))
   assert float(net.scale) != 1.0
   np.testing.assert_array_equal(net.a.kernel, kernel)
 
@@ -253,21 +256,24 @@ WRONG = {
     "the gradients do not have the structure of the parameters\n"
     "  at:  .a.bias\n"
     "  got: no gradient for float32[3]\n"
-    "  fix: compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with",
+    "  fix: compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with; for "
+    "one of several optimizers: update(model, nnx.filter_state(grads, filter))",
   ),
   "shape": (
     lambda g: nnx.merge_state(g, nnx.State({"a": {"bias": jnp.ones(7)}})), TreeMismatchError,
     "the gradients do not have the structure of the parameters\n"
     "  at:  .a.bias\n"
     "  got: a gradient float32[7] for a parameter float32[3]\n"
-    "  fix: compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with",
+    "  fix: compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with; for "
+    "one of several optimizers: update(model, nnx.filter_state(grads, filter))",
   ),
   "more": (
     lambda g: nnx.merge_state(g, nnx.State({"new": jnp.ones(7)})), TreeMismatchError,
     "the gradients do not have the structure of the parameters\n"
     "  at:  .new\n"
     "  got: a gradient without a parameter\n"
-    "  fix: compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with",
+    "  fix: compute them with nnx.grad(..., wrt=) and the filter the Optimizer was built with; for "
+    "one of several optimizers: update(model, nnx.filter_state(grads, filter))",
   ),
 }  # fmt: skip
 
@@ -394,3 +400,46 @@ def test_the_state_of_an_optimizer_is_saved_and_restored():
   update(other, resumed)
   assert_close(arrays(other), arrays(net))
   assert int(resumed.step) == 2
+
+
+@pytest.mark.parametrize("jit", [None, jax.jit, nnx.jit], ids=["eager", "jax.jit", "nnx.jit"])
+def test_swapped_arguments_are_refused(jit):
+  net = Net()
+  optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
+  before = arrays(net)
+
+  def swapped(net, optimizer):
+    optimizer.update(nnx.grad(loss)(net), net)
+
+  def of_states(net, optimizer):
+    optimizer.update(nnx.grad(loss)(net), nnx.state(net, nnx.Param))
+
+  def mapped(net, optimizer):
+    optimizer.update(jax.tree.map(jnp.negative, nnx.grad(loss)(net)), nnx.state(net, nnx.Param))
+
+  for f in (swapped, of_states, mapped):
+    with pytest.raises(
+      TreeMismatchError, match=r"model first(.|\n)*fix: write optimizer\.update\(model"
+    ):
+      (jit(f) if jit else f)(net, optimizer)
+  assert_close(arrays(net), before)
+  assert int(optimizer.step) == 0
+
+
+def test_swapped_states_of_a_functional_program_are_refused():
+  with nnx.use_hijax(False):
+    net = Net()
+    optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
+    params = nnx.state(net, nnx.Param)
+    with pytest.raises(TreeMismatchError, match="model first"):
+      optimizer.update(nnx.grad(loss)(net), params)
+    optimizer.update(params, nnx.grad(loss)(net))
+    assert int(optimizer.step) == 1
+
+
+@pytest.mark.parametrize("tx", [1e-3, "adam", optax.adam, None])
+def test_what_is_no_transformation_is_refused(tx):
+  with pytest.raises(
+    ValueError, match=r"Optimizer cannot work with this tx(.|\n)*optax\.adam\(1e-3\)"
+  ):
+    nnx.Optimizer(Net(), tx, wrt=nnx.Param)

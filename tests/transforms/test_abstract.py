@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from refax import nnx
+from refax.errors import ShapeMismatchError
 
 
 class Node(nnx.Module):
@@ -25,7 +27,7 @@ def shapes(tree):
 def test_a_constructor_gives_an_abstract_model_without_memory():
   size = 10**6  # 4 TB, if it were computed
   m = nnx.eval_shape(lambda: nnx.Linear(size, size, rngs=nnx.Rngs(0)))
-  assert type(m) is nnx.Linear and type(m.kernel) is nnx.Param and not m.kernel.is_hijax
+  assert type(m) is nnx.Linear and type(m.kernel) is nnx.Param and m.kernel.is_hijax
   assert m.kernel[...] == jax.ShapeDtypeStruct((size, size), jnp.float32)
   assert m.in_features == size and m.kernel.shape == (size, size)
   assert m.kernel.nbytes == 4 * size**2
@@ -131,3 +133,59 @@ def test_nothing_is_computed():
   nnx.make_jaxpr(f)(nnx.Variable(1.0))
   nnx.eval_shape(f, nnx.Variable(1.0))
   assert ran == []
+
+
+@pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+@pytest.mark.parametrize("fill", ["update", "assignment", "restore", "safetensors"])
+def test_an_abstract_model_that_is_filled_trains_as_one_that_was_built(fill, hijax, tmp_path):
+  def start():
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    return {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)}
+
+  x = jax.random.normal(jax.random.key(1), (4, 2))
+
+  def train(model, optimizer):
+    loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 3).mean())(model)
+    optimizer.update(model, grads)
+    return loss
+
+  with nnx.use_hijax(hijax):
+    built, abstract = start(), nnx.eval_shape(start)
+    for v in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+      assert v.is_hijax == hijax
+    if fill == "update":
+      nnx.update(abstract, nnx.state(built))
+    elif fill == "restore":
+      with nnx.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, built)
+        checkpointer.restore(abstract)
+    elif fill == "safetensors":
+      nnx.save_safetensors(built, tmp_path / "m.safetensors")
+      nnx.load_safetensors(abstract, tmp_path / "m.safetensors")
+    else:
+      pairs = zip(*(nnx.to_flat_state(nnx.variables(x)) for x in (built, abstract)), strict=True)
+      for (_, source), (_, target) in pairs:
+        target[...] = source[...]
+    for v in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+      assert v.is_hijax == hijax
+    step = jax.jit(train) if hijax else nnx.jit(train)
+    losses = [[float(step(**x)) for _ in range(3)] for x in (built, abstract)]
+    assert losses[0] == losses[1] and len(set(losses[0])) == 3
+
+
+def test_an_abstract_variable_takes_what_fits_and_no_more():
+  m = nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+  with pytest.raises(ShapeMismatchError, match=r"Linear\.kernel(.|\n)*got: float32\[5,5\]"):
+    m.kernel[...] = jnp.ones((5, 5))
+  assert isinstance(m.kernel.get_raw_value(), jax.ShapeDtypeStruct)
+  x = jnp.ones((2, 3))
+  m.kernel[...] = x
+  nnx.jit(lambda m: m.kernel.set_value(m.kernel * 2))(nnx.Dict(kernel=m.kernel))
+  assert not x.is_deleted() and float(m.kernel[0, 0]) == 2.0
+
+
+def test_the_gradients_of_an_abstract_model_are_lojax():
+  grads = nnx.eval_shape(
+    lambda: nnx.grad(lambda m: m(jnp.ones(2)).sum())(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+  )
+  assert not grads["kernel"].is_hijax and grads["kernel"].shape == (2, 3)

@@ -182,8 +182,16 @@ def test_holomorphic_and_allow_int_are_those_of_jax():
 
 
 def test_a_scalar_is_required_as_in_jax():
-  with pytest.raises(TypeError, match="scalar-output"):
-    nnx.grad(lambda m: m.w * 1)(Node(w=param()))
+  big = jnp.ones(1000)
+  for f, got in (
+    (lambda m: m.w * big, r"float32\[1000\]"),
+    (lambda m: (m.w.sum(), big), r"\(float32\[\], float32\[1000\]\)"),
+    (lambda m: None, "None"),
+  ):
+    with pytest.raises(TypeError, match=rf"one number(.|\n)*got: {got}\n(.|\n)*has_aux=True"):
+      nnx.grad(f)(Node(w=nnx.Param(1.0)))
+  with pytest.raises(TypeError, match=r"returns \(loss, aux\)(.|\n)*got: float32\[\]"):
+    nnx.value_and_grad(lambda m: m.w * 2, has_aux=True)(Node(w=nnx.Param(1.0)))
 
 
 # sharing

@@ -482,7 +482,9 @@ def test_message_of_a_differentiated_write(where):
     "a value that is being differentiated was written to a Variable, its gradient would be lost\n"
     "  at:  Net.last  (Variable, created at test_errors.py:N)\n"
     "  got: a value that depends on what jax.grad differentiates\n"
-    "  fix: write jax.lax.stop_gradient(x), or use a type without gradients (nnx.BatchStat)"
+    "  fix: to keep the gradient, return the value from the function, hand it out by "
+    "self.sow(...), or name the Variable in nnx.grad(..., through=...); to drop the gradient on "
+    "purpose, write jax.lax.stop_gradient(x)"
   )
 
 

@@ -77,18 +77,37 @@ class Differentiation:
     return self._runs
 
 
+_ELSEWHERE = {
+  "hijax": "is_hijax=True or False chooses the storage",
+  "ref": "is_hijax=True or False chooses the storage",
+  "use_ref": "is_hijax=True or False chooses the storage",
+  "use_hijax": "is_hijax=True or False chooses the storage",
+  "mutable": "is_hijax=True or False chooses the storage",
+  "out_sharding": "lay the array out first: jax.device_put(x, sharding)",
+  "sharding": "lay the array out first: jax.device_put(x, sharding)",
+  "sharding_names": "lay the array out first: jax.device_put(x, sharding)",
+  "eager_sharding": "lay the array out first: jax.device_put(x, sharding)",
+  "mesh": "lay the array out first: jax.device_put(x, sharding)",
+  "dtype": "convert the array first: x.astype(dtype)",
+}
+"""Keywords that do something elsewhere; as metadata, they would do nothing and say nothing."""
+
+
 class VariableDef:
   """The static half of a Variable: its metadata. Equality ignores what is only for messages.
 
   `selected` is true while the Variable is being differentiated, so that a write to it is an error
   even in a nested transform. It takes no part in equality either: inside a loss, the parameters
-  must still `jax.tree.map` together with those of another model.
+  must still `jax.tree.map` together with those of another model. Nor does `is_gradient`, which says
+  that the Variable holds a gradient, and `hijax`, the storage that an abstract Variable will have.
   """
 
-  __slots__ = ("items", "metadata", "origin", "selected", "_hash")
+  __slots__ = ("_hash", "hijax", "is_gradient", "items", "metadata", "origin", "selected")
 
-  def __init__(self, metadata: dict[str, Any], origin: Origin, selected: Any = False):
+  def __init__(self, metadata: dict[str, Any], origin: Origin):
     for name, value in metadata.items():
+      if name in _ELSEWHERE:
+        raise StaticAttributeError.option(origin.kind, name, value, _ELSEWHERE[name])
       try:
         hash(value)
       except TypeError:
@@ -97,15 +116,40 @@ class VariableDef:
     self.items = tuple((k, kind(v), v) for k, v in sorted(metadata.items()))
     self._hash = hash(self.items)
     self.origin = origin
-    self.selected = selected
+    self.selected: Any = False
+    self.is_gradient = False
+    self.hijax = False
+
+  def _like(self, origin: Origin) -> "VariableDef":
+    new = object.__new__(VariableDef)
+    new.metadata, new.items, new._hash = self.metadata, self.items, self._hash
+    new.origin, new.selected, new.is_gradient = origin, False, self.is_gradient
+    new.hijax = self.hijax
+    return new
+
+  def with_metadata(self, metadata: dict[str, Any]) -> "VariableDef":
+    """The same Variable with other metadata."""
+    new = VariableDef(metadata, self.origin)
+    new.selected, new.is_gradient, new.hijax = self.selected, self.is_gradient, self.hijax
+    return new
 
   def as_selected(self, differentiation: Differentiation) -> "VariableDef":
     """The same, for a Variable that is being differentiated."""
-    return VariableDef(self.metadata, self.origin, selected=differentiation)
+    new = self._like(self.origin)
+    new.selected = differentiation
+    return new
 
-  def elsewhere(self) -> "VariableDef":
-    """The same, for a Variable with a cell of its own in another object."""
-    return VariableDef(self.metadata, self.origin.moved())
+  def as_gradient(self) -> "VariableDef":
+    """The same, for the gradient of a Variable."""
+    new = self._like(self.origin.moved())
+    new.is_gradient, new.hijax = True, False
+    return new
+
+  def elsewhere(self, hijax: bool | None = None) -> "VariableDef":
+    """The same, for a Variable with a cell of its own in another object, and of this storage."""
+    new = self._like(self.origin.moved())
+    new.hijax = self.hijax if hijax is None else hijax
+    return new
 
   def __hash__(self) -> int:
     return self._hash

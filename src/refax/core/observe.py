@@ -13,11 +13,16 @@ import jax
 
 from refax import _jax
 from refax.core.interrupt import uninterrupted
+from refax.errors import AliasError
 
 
 class _Local(threading.local):
   seen: dict[int, Callable[[], Any]] | None = None
   log: dict[int, Any] | None = None
+  differentiated: "dict[int, Any]"
+
+  def __init__(self):
+    self.differentiated = {}
 
 
 _local = _Local()
@@ -38,6 +43,29 @@ def observe() -> Iterator[dict[int, Callable[[], Any]]]:
     _local.seen = outer
     if outer is not None:
       outer.update(seen)
+
+
+@contextlib.contextmanager
+def differentiated(variables: Iterable[Any]) -> Iterator[None]:
+  """For these Variables, arrays are differentiated meanwhile: a read of their cells is an error.
+
+  Args:
+    variables: the caller's Variables; the function that is differentiated sees others.
+  """
+  outer = _local.differentiated
+  keys = {id(x): x for v in variables for x in (v, *jax.tree.leaves(v.get_raw_value()))}
+  _local.differentiated = outer | {k: x for k, x in keys.items() if not _jax.is_tracer(x)}
+  try:
+    yield
+  finally:
+    _local.differentiated = outer
+
+
+def check_read(variable: Any, cell: Any) -> None:
+  """A Variable is about to be read; raises AliasError if another one stands for it now."""
+  found = _local.differentiated
+  if found and (id(cell) in found if _jax.is_ref(cell) else id(variable) in found):
+    raise AliasError.differentiated(variable._def.origin)
 
 
 def note(variable: Any, ref: Any) -> None:

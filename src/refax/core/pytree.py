@@ -165,7 +165,7 @@ class Pytree(Node):
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
     slots = vars(cls).get("__slots__")
-    if slots and not cls.__module__.startswith("refax.core."):
+    if slots and not cls.__module__.startswith("refax."):
       raise StaticAttributeError.slots(cls.__qualname__, slots)
     register(cls)
 

@@ -17,7 +17,7 @@ from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
-from refax.core.observe import before_write, note
+from refax.core.observe import before_write, check_read, note
 from refax.errors import (
   DifferentiatedWriteError,
   RefArgumentError,
@@ -84,6 +84,7 @@ class Variable(ArrayProtocol, Generic[A]):
   def _make(self, value: Any, hijax: bool, definition: VariableDef) -> None:
     _set_trace(self, _jax.trace_state())
     _set_node(self, ((None,), definition))
+    definition.hijax = hijax
     self._cell = self._new_cell(value, hijax)
 
   def _new_cell(self, value: Any, hijax: bool) -> Any:
@@ -137,11 +138,16 @@ class Variable(ArrayProtocol, Generic[A]):
   # storage
   @property
   def is_hijax(self) -> bool:
-    """Whether the cell is a `jax.Ref`, updated in place by JAX transforms."""
+    """Whether the cell is a `jax.Ref`, updated in place by JAX transforms.
+
+    An abstract Variable, which holds a `jax.ShapeDtypeStruct`, says which storage it will have when
+    it gets an array.
+    """
     cell = self._cell
-    return _jax.is_ref(cell) or (
-      not isinstance(cell, jax.Array) and any(map(_jax.is_ref, jax.tree.leaves(cell)))
-    )
+    if _jax.is_ref(cell) or isinstance(cell, jax.Array):
+      return _jax.is_ref(cell)
+    leaves = jax.tree.leaves(cell)
+    return any(map(_jax.is_ref, leaves)) or (self._def.hijax and any(map(_is_abstract, leaves)))
 
   def get_raw_value(self) -> Any:
     """The cell itself: a `jax.Ref` (hijax), an array (lojax), or a pytree of them."""
@@ -156,6 +162,7 @@ class Variable(ArrayProtocol, Generic[A]):
   def get_value(self, *, index: Any = ...) -> Any:
     """The value, or its part at `index`, as arrays that no later step changes or donates."""
     cell = self._cell
+    check_read(self, cell)
     if _jax.is_ref(cell):
       note(self, cell)
       value = _jax.read_cell(cell)
@@ -204,6 +211,8 @@ class Variable(ArrayProtocol, Generic[A]):
       return Writes([(cell, new, value)], cell) if hijax else Writes([], new)
     value = jax.tree.map(unwrap, value, is_leaf=is_variable)
     self._check_writable()
+    if not isinstance(cell, jax.Array | jax.Ref) and any(map(_is_abstract, jax.tree.leaves(cell))):
+      return self._filled(value)
     if index is not ...:
       value = self._indexed(unwrap(index), value)
     cells, treedef = jax.tree.flatten(self._cell)
@@ -222,8 +231,27 @@ class Variable(ArrayProtocol, Generic[A]):
       return Writes(list(zip(cells, new, values, strict=True)), self._cell)
     return Writes([], treedef.unflatten(new))
 
+  def _filled(self, value: Any) -> "Writes":
+    """The first write to an abstract Variable: a cell of the storage that it was to have."""
+    origin = self._def.origin
+    cells, treedef = jax.tree.flatten(self._cell)
+    values, got = jax.tree.flatten(value)
+    if treedef != got:
+      raise TreeMismatchError.value(origin, treedef, got)
+
+    def new(cell: Any, x: Any) -> Any:
+      if isinstance(x, jax.ShapeDtypeStruct) or not _is_abstract(cell):
+        return x
+      x = storage.as_array(storage.fit(x, cell, origin), self._def.hijax)
+      x = storage.stored(x, origin, detached=self.detached, hijax=self._def.hijax)
+      return _jax.new_cell(x) if self._def.hijax else x
+
+    return Writes([], treedef.unflatten(map(new, cells, values)))
+
   def commit(self, writes: "Writes") -> None:
     """Store what `prepare` has checked."""
+    if not isinstance(writes.cell, jax.Array) and writes.cell is not self._cell:
+      epoch.bump()  # an abstract Variable has become a real one: sharing is seen by its Ref
     for ref, new, given in writes.refs:
       note(self, ref)
       storage.write_ref(ref, new, given, self._def.origin)
@@ -304,9 +332,7 @@ class Variable(ArrayProtocol, Generic[A]):
     """Add to the metadata, or change it."""
     self._check_writable()
     epoch.bump()  # metadata is part of what jax.jit compiles for
-    self._def = VariableDef(
-      self._def.metadata | metadata, self._def.origin, selected=self._def.selected
-    )
+    self._def = self._def.with_metadata(self._def.metadata | metadata)
 
   def has_metadata(self, name: str) -> bool:
     """Whether the metadata has an entry `name`."""
@@ -335,7 +361,7 @@ class Variable(ArrayProtocol, Generic[A]):
   # copies
   def with_storage(self, hijax: bool) -> "Variable":
     """A copy with a cell of its own of this kind; metadata and origin are kept."""
-    new = self._handle(None, self._def.elsewhere())
+    new = self._handle(None, self._def.elsewhere(hijax))
     new._cell = new._new_cell(self.get_value(), hijax)
     return new
 
@@ -347,8 +373,10 @@ class Variable(ArrayProtocol, Generic[A]):
     >>> float(a), float(b)
     (1.0, 2.0)
     """
-    metadata = self._def.metadata | metadata
-    new = self._handle(None, VariableDef(metadata, self._def.origin.moved()))
+    definition = self._def.elsewhere(self.is_hijax)
+    if metadata:
+      definition = definition.with_metadata(self._def.metadata | metadata)
+    new = self._handle(None, definition)
     value = self.get_value() if value is ... else value
     new._cell = new._new_cell(unwrap(value), self.is_hijax)
     return new
@@ -395,6 +423,10 @@ def _shown(cell: Any) -> Any:
   if not _jax.is_ref(cell):
     return cell
   return _jax.peek_cell(cell) if not _jax.is_tracer(cell) else text.Tracer(cell)
+
+
+def _is_abstract(x: Any) -> bool:
+  return isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _is_key(x: Any) -> bool:

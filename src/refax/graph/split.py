@@ -8,12 +8,15 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from refax.core.array_protocol import unwrap
 from refax.core.containers import Dict, List
 from refax.core.filters import Filter
 from refax.core.flatten import flatten, region_items, unflatten, walk_nodes
 from refax.core.graphdef import GraphDef
 from refax.core.node import Node
+from refax.core.storage import is_array_like, needs_guard
 from refax.core.variable import Variable, identity, is_variable, map_variables
 from refax.core.write import commit
 from refax.errors import FilterError, TreeMismatchError
@@ -67,7 +70,8 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
 
   Args:
     graphdef: the static structure.
-    *states: the States, in any order; leaves are Variables, or arrays.
+    *states: the States or nested dicts, in any order; leaves are Variables, or arrays, which become
+      the Variables that the object had in their place.
 
   Returns:
     A new object. In hijax mode its cells are those of the States.
@@ -87,7 +91,21 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
   unexpected = [path_str(p) for p in values.keys() - set(wanted)]
   if missing or unexpected:
     raise TreeMismatchError.merge(missing, sorted(unexpected))
-  return unflatten(graphdef, _handles(values[path] for path in wanted))[0]
+  leaves = [values[path] for path in wanted]
+  if graphdef.templates:
+    leaves = [_as_variable(x, t) for x, t in zip(leaves, graphdef.templates, strict=True)]
+  return unflatten(graphdef, _handles(leaves))[0]
+
+
+def _as_variable(leaf: Any, template: tuple[type[Variable], dict, bool] | None) -> Any:
+  """An array as the Variable that the object had in its place; anything else as it is.
+
+  A traced array stays one (lojax): inside `jax.grad`, a Ref would drop its gradient.
+  """
+  if template is None or not (is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)):
+    return leaf
+  cls, metadata, hijax = template
+  return cls(leaf, is_hijax=hijax and not needs_guard(leaf), **metadata)
 
 
 def state(node: Any, *filters: Filter) -> Any:

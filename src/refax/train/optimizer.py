@@ -8,11 +8,12 @@ import optax
 
 from refax.core import storage
 from refax.core.array_protocol import unwrap
-from refax.core.filters import Filter, to_predicate
+from refax.core.filters import Filter
+from refax.core.node import Node
 from refax.core.pytree import Pytree, data
 from refax.core.variable import Variable, is_variable
 from refax.core.write import write
-from refax.errors import TreeMismatchError
+from refax.errors import InvalidArgumentError, TreeMismatchError
 from refax.graph.split import state, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.train.finite import all_finite
@@ -69,6 +70,9 @@ class Optimizer(Pytree):
     wrt: Filter,
     skip_nonfinite: bool = False,
   ):
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+      fix = "an optax transformation, such as optax.adam(1e-3)"
+      raise InvalidArgumentError.value("Optimizer", "tx", tx, fix)
     self.tx = tx
     self.wrt = tuple(wrt) if isinstance(wrt, list) else wrt
     params = variables(model, wrt)
@@ -105,6 +109,7 @@ class Optimizer(Pytree):
     Raises:
       TreeMismatchError: the gradients are not those of the parameters; nothing has been written.
     """
+    self._check_order(model, grads)
     targets = variables(model, self.wrt)
     params, grads = _arrays(targets), self._gradients(targets, grads)
     slots, treedef = jax.tree.flatten(self.opt_state, is_leaf=is_variable)
@@ -123,11 +128,26 @@ class Optimizer(Pytree):
     write(*writes, (self.step, self.step + count), (self.skipped, self.skipped + (1 - count)))
     return jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
 
+  def _check_order(self, model: Any, grads: Any) -> None:
+    """Refuse `update(grads, model)`, which would write into the gradients and move nothing."""
+    first, second = (
+      [x for x in jax.tree.leaves(tree, is_leaf=is_variable) if is_variable(x)]
+      for tree in (model, grads)
+    )
+    if any(x._def.is_gradient for x in first):
+      raise TreeMismatchError.swapped("gradients as the first argument")
+    live = any(x.is_hijax and not x._def.is_gradient for x in second)
+    cells = live and not any(x.is_hijax for x in first)  # writes would go into copies
+    if cells or (isinstance(grads, Node) and not isinstance(model, Node)):
+      raise TreeMismatchError.swapped(f"{type(grads).__name__} with parameters as the second")
+
   def _gradients(self, params: State, grads: Any) -> State:
     """The gradients as arrays, checked to have the paths and shapes of the parameters."""
-    selected, params_by_path = to_predicate(self.wrt), dict(to_flat_state(params))
-    flat = to_flat_state(grads if isinstance(grads, State | dict) else state(grads))
-    by_path = {path: unwrap(g) for path, g in flat if not is_variable(g) or selected(path, g)}
+    params_by_path = dict(to_flat_state(params))
+    # `jax.grad` of a functional model gives a model: with what is no parameter in it, too.
+    plain = isinstance(grads, State | dict)
+    flat = to_flat_state(grads if plain else state(grads, self.wrt))
+    by_path = {path: unwrap(g) for path, g in flat}
     for path, param in params_by_path.items():
       if path not in by_path:
         raise TreeMismatchError.gradients(path_str(path), f"no gradient for {describe(param)}")

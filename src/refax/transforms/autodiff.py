@@ -16,13 +16,13 @@ from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
 from refax.core.graphdef import LEAF, NODE
-from refax.core.observe import undo_on_error
+from refax.core.observe import differentiated, undo_on_error
 from refax.core.variable import Param, Variable
-from refax.errors import AliasError, TreeMismatchError
+from refax.errors import AliasError, GradientOutputError, TreeMismatchError
 from refax.graph.split import state
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.transforms.lift import Entered, Inputs, Outputs
-from refax.typing import Path, path_str
+from refax.typing import Path, describe, path_str
 
 
 class DiffState(NamedTuple):
@@ -124,7 +124,7 @@ def value_and_grad(
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
       call = _Differentiation(args, kwargs, argnums, wrt, through)
-      pure = functools.partial(call.run, f, has_aux)
+      pure = functools.partial(call.run_scalar, f, has_aux)
       transformed = jax.value_and_grad(
         pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
       )
@@ -270,13 +270,24 @@ class _Differentiation:
 
   def run(self, f: Callable, has_aux: bool, values: dict[int, Any]) -> tuple[Any, Outputs]:
     """The function of the selected values that JAX differentiates."""
-    with Differentiation() as now:
+    selected = [self.inputs.leaves[i] for i in values]
+    variables = [x for x in selected if isinstance(x, Variable)]
+    with Differentiation() as now, differentiated(variables):
       entered = {i: Entered(v, hijax=False, selected=now) for i, v in values.items()}
       frame = self.inputs.enter(entered | self._local)
       args, kwargs = frame.args
       out = f(*args, **kwargs)
+      if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):
+        raise GradientOutputError.no_pair(_name(f), _shapes(out))
       value, aux = out if has_aux else (out, None)
       return unwrap(value), frame.collect(aux)
+
+  def run_scalar(self, f: Callable, has_aux: bool, values: dict[int, Any]) -> tuple[Any, Outputs]:
+    """`run`, for a function whose gradient is taken: it returns one number."""
+    value, outputs = self.run(f, has_aux, values)
+    if not isinstance(value, int | float | complex | jax.Array) or jnp.shape(value) != ():
+      raise GradientOutputError.no_scalar(_name(f), _shapes(value), has_aux)
+    return value, outputs
 
   def state(self) -> list[Any]:
     """The Refs of the arguments that are not differentiated: `f` may write them."""
@@ -292,7 +303,7 @@ class _Differentiation:
       leaf = self.inputs.leaves[index]
       if not isinstance(leaf, Variable):
         return grads[index]
-      return leaf._handle(grads[index], leaf._def.elsewhere())
+      return leaf._handle(grads[index], leaf._def.as_gradient())
 
     forms = tuple(jax.tree.map(gradient, form) for form in self._forms)
     return forms[0] if self._single else forms
@@ -315,6 +326,16 @@ class _Differentiation:
     zeros = {i: jax.tree.map(jnp.zeros_like, v) for i, v in self.values.items() if i not in found}
     like = lambda v, t: jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), v, t)
     return zeros | {i: like(self.values[i], t) for i, t in found.items()}
+
+
+def _name(f: Callable) -> str:
+  return getattr(f, "__name__", type(f).__name__)
+
+
+def _shapes(out: Any) -> str:
+  """What a function returned, without the numbers."""
+  shown = jax.tree.map(lambda x: describe(x) if hasattr(x, "shape") else x, unwrap(out))
+  return " ".join(str(shown).replace("'", "").split())[:200]
 
 
 def _leaves(tree: Any) -> list[Any]:

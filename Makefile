@@ -9,9 +9,13 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+FLAGGED := tests/laws tests/transforms/test_autodiff.py tests/transforms/test_checks.py \
+  tests/transforms/test_control.py tests/transforms/test_custom.py tests/transforms/test_loops.py \
+  tests/transforms/test_mapping.py tests/transforms/test_remat.py tests/transforms/test_stage.py \
+  tests/transforms/test_stage_rules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help train minilm test test-slow bench lint format docs clean
+.PHONY: help train minilm test test-slow test-flags bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help: ## show these targets
@@ -28,6 +32,9 @@ test: $(VENV)/.stamp-test weights-if-there-are ## the tests, without those marke
 
 test-slow: $(VENV)/.stamp-test weights-if-there-are ## the tests marked slow
 	$(PYTEST) -m slow $(ARGS)
+
+test-flags: $(VENV)/.stamp-test ## the laws and transforms under the flags that JAX means to make its defaults
+	JAX_REMAT3=1 JAX_CUSTOM_VJP3=1 JAX_CUSTOM_JVP3=1 $(PYTEST) -m "not slow" $(FLAGGED) $(ARGS)
 
 bench: $(VENV)/.stamp-bench ## Refax beside JAX by hand, Flax NNX and Equinox (ARGS="dispatch --rounds 5")
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -28,12 +28,12 @@ try:  # private: `jax.extend`, which has these in public, also imports Pallas: 6
   if os.environ.get("REFAX_PUBLIC_JAX") == "1":
     raise ImportError
   from jax._src.core import Primitive as Primitive
-  from jax._src.core import get_opaque_trace_state, subjaxprs
+  from jax._src.core import get_opaque_trace_state as get_opaque_trace_state
   from jax._src.core import jaxpr_as_fun as jaxpr_as_fun
   from jax._src.source_info_util import register_exclusion
 except ImportError:
   from jax.extend.core import Primitive as Primitive
-  from jax.extend.core import get_opaque_trace_state, subjaxprs
+  from jax.extend.core import get_opaque_trace_state as get_opaque_trace_state
   from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
   from jax.extend.source_info_util import register_exclusion
 
@@ -399,8 +399,10 @@ def only_refs_are_effects(closed_jaxpr: Any) -> bool:
 
 
 def _calls_back(jaxpr: Any) -> bool:
-  here = any("callback" in eqn.primitive.name for eqn in jaxpr.eqns)
-  return here or any(map(_calls_back, subjaxprs(jaxpr)))
+  return any(
+    "callback" in eqn.primitive.name or any(map(_calls_back, (*_inner(eqn), *_meant(eqn))))
+    for eqn in jaxpr.eqns
+  )
 
 
 def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
@@ -410,27 +412,130 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   has branches with state that differentiate and batch, and says exactly what depends on a batch.
   Falls back to the jaxpr as it is: right too, but JAX refuses such branches, aloud.
 
-  Discharging lowers the bodies of stateful loops and branches, which inlines custom derivatives
-  (`jax.nn.relu`, a user's `custom_vjp`): a pure jaxpr that has lost one is not used.
+  Discharging lowers the bodies of stateful loops and branches, and lowering inlines derivatives of
+  the user's own (`jax.nn.relu`, `custom_vjp`, a `HiPrim`). So equations that hold one, and no
+  state, are put behind a primitive that lowering passes by, and taken out again afterwards. Where
+  the equation itself has state, its rule would be lost: then the jaxpr stays as it is.
   """
   if _private() is None:
     return closed_jaxpr
   try:
     from jax._src.state.discharge import discharge_state
 
-    pure = discharge_state(closed_jaxpr, lower=False)
-  except (ImportError, NotImplementedError, TypeError):
+    jaxpr = _rewritten(closed_jaxpr, _with_classic_remat)
+    rules = _custom_rules(jaxpr) if differentiable else 0
+    pure = discharge_state(_rewritten(jaxpr, _kept) if rules else jaxpr, lower=False)
+  except (ImportError, AttributeError, NotImplementedError, TypeError):
     return closed_jaxpr
-  if not differentiable:
-    return pure
-  same = _custom_rules(pure.jaxpr) == _custom_rules(closed_jaxpr.jaxpr)
-  return pure if same else closed_jaxpr
+  pure = _rewritten(pure, _taken_out) if rules else pure
+  return pure if not rules or _custom_rules(pure) == rules else closed_jaxpr
+
+
+def _is_custom(eqn: Any) -> bool:
+  """Whether an equation calls what has derivatives or a batching rule of its own.
+
+  `call_hi_primitive` is the one primitive of `jax.experimental.hijax`, and of `jax.custom_vjp` and
+  `jax.custom_jvp` in their new form.
+  """
+  return eqn.primitive.name.startswith(("custom_", "call_hi_primitive"))
 
 
 def _custom_rules(jaxpr: Any) -> int:
-  """How many calls with custom derivatives a jaxpr holds, at any depth."""
-  inner = sum(_custom_rules(sub) for sub in subjaxprs(jaxpr))
-  return inner + sum(eqn.primitive.name.startswith("custom_") for eqn in jaxpr.eqns)
+  """How many such calls a jaxpr holds, at any depth."""
+  return sum(_is_custom(eqn) + sum(map(_custom_rules, _inner(eqn))) for eqn in jaxpr.eqns)
+
+
+def _inner(eqn: Any) -> list[Any]:
+  """The jaxprs, closed ones too, among the parameters of an equation."""
+  flat = (y for x in eqn.params.values() for y in (x if type(x) is tuple else (x,)))
+  return [x for x in flat if hasattr(x, "eqns")]
+
+
+def _meant(eqn: Any) -> list[Any]:
+  """The jaxprs that an equation of `jax.experimental.hijax` will become.
+
+  Private: the parameter `_prim`. A `HiPrim` that holds none says in `expand` what it computes.
+  """
+  prim = eqn.params.get("_prim")
+  if prim is None:
+    return []
+  held = [getattr(x, "jaxpr", x) for x in prim.params.values()]
+  return [x for x in held if hasattr(x, "eqns")] or [jax.make_jaxpr(prim.expand)(*prim.in_avals)]
+
+
+def _has_state(eqn: Any) -> bool:
+  """Whether an equation is given Refs, or makes some inside."""
+  inside = any(type(e).__name__ == "InternalMutableArrayEffect" for e in eqn.effects)
+  return inside or any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
+
+
+def _rewritten(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
+  """A jaxpr with other equations: `change(eqn)`, or where that is None, `eqn` rewritten inside."""
+
+  def inside(x: Any) -> Any:
+    if type(x) is tuple:
+      return tuple(map(inside, x))
+    return _rewritten(x, change) if hasattr(x, "eqns") else x
+
+  def rewritten(eqn: Any) -> Any:
+    new = change(eqn)
+    if new is None and _inner(eqn):
+      params = {name: inside(x) for name, x in eqn.params.items()}
+      changed = eqn.replace(params=params)
+      new = changed if any(map(operator.is_not, _inner(eqn), _inner(changed))) else None
+    return eqn if new is None else new
+
+  old = getattr(jaxpr, "jaxpr", jaxpr)  # from 0.12 on, a closed jaxpr is one like others
+  eqns = list(map(rewritten, old.eqns))
+  if all(map(operator.is_, eqns, old.eqns)):
+    return jaxpr
+  high = (e.primitive.is_high(*(v.aval for v in e.invars), **e.params) for e in eqns)
+  new = old.replace(eqns=eqns, is_high=any(high))
+  return new if old is jaxpr else jaxpr.replace(jaxpr=new)
+
+
+class _Behind(NamedTuple):
+  """The equation that `refax_kept` stands for."""
+
+  eqn: Any
+  __hash__ = object.__hash__
+  __eq__ = object.__eq__
+
+
+_keep = Primitive("refax_kept")
+_keep.multiple_results = True
+_keep.def_effectful_abstract_eval(
+  lambda *args, behind: ([v.aval for v in behind.eqn.outvars], behind.eqn.effects)
+)
+
+
+def _kept(eqn: Any) -> Any:
+  """Put an equation behind `refax_kept`, if it has derivatives of its own inside, and no state."""
+  if _has_state(eqn) or not (_is_custom(eqn) or any(map(_custom_rules, _inner(eqn)))):
+    return None
+  return eqn.replace(primitive=_keep, params={"behind": _Behind(eqn)})
+
+
+def _taken_out(eqn: Any) -> Any:
+  if eqn.primitive is not _keep:
+    return None
+  behind = eqn.params["behind"].eqn
+  return eqn.replace(primitive=behind.primitive, params=behind.params)
+
+
+def _with_classic_remat(eqn: Any) -> Any:
+  """`jax.checkpoint` of a function with state in its form of before `jax_remat3`.
+
+  Only this form can be discharged. Private: the primitive `remat_p`, and what `RematTraced` holds.
+  """
+  prim = eqn.params.get("_prim")
+  if type(prim).__name__ != "RematTraced" or not _has_state(eqn):
+    return None
+  from jax._src.ad_checkpoint import remat_p
+
+  given = {name: getattr(prim, name) for name in ("jaxpr", "policy", "prevent_cse")}
+  given["jaxpr"] = _rewritten(given["jaxpr"], _with_classic_remat)
+  return eqn.replace(primitive=remat_p, params={**given, "differentiated": False})
 
 
 def checked(ok: jax.Array, message: str) -> jax.Array:
@@ -482,8 +587,11 @@ def has_checks(closed_jaxpr: Any) -> bool:
   """Whether a jaxpr calls `checked` or `checkify.check`, at any depth."""
 
   def found(jaxpr: Any) -> bool:
-    here = any(eqn.primitive.name in ("refax_checked", "check") for eqn in jaxpr.eqns)
-    return here or any(map(found, subjaxprs(jaxpr)))
+    return any(
+      eqn.primitive.name in ("refax_checked", "check")
+      or any(map(found, (*_inner(eqn), *_meant(eqn))))
+      for eqn in jaxpr.eqns
+    )
 
   return found(closed_jaxpr.jaxpr)
 

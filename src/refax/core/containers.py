@@ -4,8 +4,13 @@ A list or dict assigned to an attribute of a Pytree becomes one of these; a tupl
 data. Elements are data or static, as attributes are.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from typing import Any, Generic, TypeVar, overload
+
+import jax
+import numpy as np
 
 from refax.core import text
 from refax.core.flatten import adopt, flatten
@@ -31,19 +36,44 @@ def _kept(item: Any) -> Any:
   return item.value if isinstance(item, _Static) else item
 
 
-def _written(item: Any, value: Any) -> bool:
-  """Whether an assignment changes no structure: the same object, or a write to a Variable."""
-  if isinstance(item, Variable) and is_array_like(value):
-    item.set_value(value)
-    return True
-  return _kept(item) is value
+def _forget(moved: dict[int, weakref.ref], key: int, _: Any) -> None:
+  moved.pop(key, None)
 
 
 class _Container(Module):
   """What List and Dict share: elements in `_items`, kept as data or `_Static`."""
 
-  __slots__ = ("_items",)
+  __slots__ = ("_items", "_moved")
   _items: Any
+  _moved: dict[int, weakref.ref]
+  """Arrays that were elements and have been replaced: where one comes back, elements are moved."""
+
+  def _written(self, item: Any, value: Any) -> bool:
+    """Whether an assignment changes no structure: the same object, or a write to a Variable.
+
+    An array that is written to the place of a Variable is its new value, as in an attribute. But
+    where elements change places (`l[0], l[1] = l[1], l[0]`), nothing is written.
+    """
+    if isinstance(item, Variable) and is_array_like(value) and not self._is_move(item, value):
+      item.set_value(value)
+      return True
+    return _kept(item) is value
+
+  def _is_move(self, item: Variable, value: Any) -> bool:
+    items = list(self._elements())
+    moved = self._moved.get(id(value))
+    return (
+      any(_kept(x) is value for x in items if not isinstance(value, bool | int | float | complex))
+      or (moved is not None and moved() is value)
+      or sum(x is item for x in items) > 1
+    )
+
+  def _note_moved(self, item: Any) -> None:
+    if isinstance(item, jax.Array | np.ndarray):
+      self._moved[id(item)] = weakref.ref(item, functools.partial(_forget, self._moved, id(item)))
+
+  def _elements(self) -> Iterable[Any]:
+    raise NotImplementedError
 
   def _keep(self, key: Any, value: Any) -> Any:
     """The element as it is kept; raises StaticAttributeError if it can be neither."""
@@ -63,6 +93,7 @@ class _Container(Module):
   def __setstate__(self, state: Any) -> None:
     super().__setstate__(state[0])
     object.__setattr__(self, "_items", state[1])
+    object.__setattr__(self, "_moved", {})
 
   def __len__(self) -> int:
     return len(self._items)
@@ -93,6 +124,7 @@ class List(_Container, MutableSequence, Generic[A]):
   __slots__ = ()
 
   def __init__(self, items: Iterable[A] = ()):
+    object.__setattr__(self, "_moved", {})
     object.__setattr__(self, "_items", [])
     object.__setattr__(self, "_items", [self._keep(i, x) for i, x in enumerate(items)])
 
@@ -105,6 +137,7 @@ class List(_Container, MutableSequence, Generic[A]):
   def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
     entries = list(entries)
     items = [x if dynamic else _Static(x) for key, x, dynamic in entries if isinstance(key, int)]
+    object.__setattr__(self, "_moved", {})
     object.__setattr__(self, "_items", items)
     super()._fill(e for e in entries if not isinstance(e[0], int))
 
@@ -127,8 +160,9 @@ class List(_Container, MutableSequence, Generic[A]):
     if isinstance(index, slice):
       items[index] = [self._keep(index, x) for x in value]
     else:
-      if _written(items[index], value):
+      if self._written(items[index], value):
         return
+      self._note_moved(items[index])
       items[index] = self._keep(index, value)
     self._set_items(items)
 
@@ -145,6 +179,43 @@ class List(_Container, MutableSequence, Generic[A]):
 
   def __iter__(self) -> Iterator[A]:
     return map(_kept, iter(self._items))
+
+  def _elements(self) -> Iterable[Any]:
+    return self._items
+
+  def reverse(self) -> None:
+    """Reverse the order of the elements; none is written."""
+    self._set_items(self._items[::-1])
+
+  def sort(self, *, key: Callable[[A], Any] | None = None, reverse: bool = False) -> None:
+    """Sort the elements, as `list.sort`; none is written."""
+    by = _kept if key is None else lambda item: key(_kept(item))
+    self._set_items(sorted(self._items, key=by, reverse=reverse))
+
+  def copy(self) -> "List[A]":
+    """A List of the same elements."""
+    return List(self)
+
+  def __mul__(self, count: int) -> "List[A]":
+    return List(list(self) * count)
+
+  __rmul__ = __mul__
+
+  def __imul__(self, count: int) -> "List[A]":
+    self._set_items(self._items * count)
+    return self
+
+  def __lt__(self, other: Iterable[Any]) -> bool:
+    return list(self) < list(other)
+
+  def __le__(self, other: Iterable[Any]) -> bool:
+    return list(self) <= list(other)
+
+  def __gt__(self, other: Iterable[Any]) -> bool:
+    return list(self) > list(other)
+
+  def __ge__(self, other: Iterable[Any]) -> bool:
+    return list(self) >= list(other)
 
   def __add__(self, other: Iterable[Any]) -> "List":
     return List([*self, *other])
@@ -177,6 +248,7 @@ class Dict(_Container, MutableMapping, Generic[A]):
   __slots__ = ()
 
   def __init__(self, items: Mapping[Any, A] | Iterable[tuple[Any, A]] = (), /, **kwargs: A):
+    object.__setattr__(self, "_moved", {})
     object.__setattr__(self, "_items", {})
     kept = {key: self._keep(key, value) for key, value in dict(items, **kwargs).items()}
     object.__setattr__(self, "_items", kept)
@@ -189,14 +261,17 @@ class Dict(_Container, MutableMapping, Generic[A]):
 
   def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
     items = {key: value if dynamic else _Static(value) for key, value, dynamic in entries}
+    object.__setattr__(self, "_moved", {})
     object.__setattr__(self, "_items", items)
 
   def __getitem__(self, key) -> A:
     return _kept(self._items[key])
 
   def __setitem__(self, key, value: A) -> None:
-    if key in self._items and _written(self._items[key], value):
-      return
+    if key in self._items:
+      if self._written(self._items[key], value):
+        return
+      self._note_moved(self._items[key])
     self._set_items(self._items | {key: self._keep(key, value)})
 
   def __delitem__(self, key) -> None:
@@ -206,6 +281,36 @@ class Dict(_Container, MutableMapping, Generic[A]):
 
   def __iter__(self) -> Iterator[Any]:
     return iter(self._items)
+
+  def __reversed__(self) -> Iterator[Any]:
+    return reversed(self._items)
+
+  def _elements(self) -> Iterable[Any]:
+    return self._items.values()
+
+  def copy(self) -> "Dict[A]":
+    """A Dict of the same items."""
+    return Dict(self)
+
+  @classmethod
+  def fromkeys(cls, keys: Iterable[Any], value: Any = None) -> "Dict":
+    """A Dict with the same value for each key."""
+    return cls(dict.fromkeys(keys, value))
+
+  def __or__(self, other: Any) -> "Dict":
+    return Dict(dict(self) | dict(other)) if isinstance(other, Mapping) else NotImplemented
+
+  def __ror__(self, other: Any) -> "Dict":
+    return Dict(dict(other) | dict(self)) if isinstance(other, Mapping) else NotImplemented
+
+  def __ior__(self, other: Mapping[Any, A] | Iterable[tuple[Any, A]]) -> "Dict":
+    self.update(other)
+    return self
+
+  def __delattr__(self, name: str) -> None:
+    if name not in self._items:
+      raise AttributeError(f"Dict has no item {name!r}; it has {sorted(map(str, self._items))}")
+    del self[name]
 
   def __getattr__(self, name: str) -> A:
     if name.startswith("_") or name not in self._items:

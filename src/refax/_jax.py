@@ -174,6 +174,29 @@ def checks_results() -> bool:
 
 
 @functools.cache
+def _current_trace() -> Callable[[], Any]:
+  """The function that gives JAX's trace of now.
+
+  Private: `jax._src.core.trace_state_strong_ref`. Without it, warnings about what plain transforms
+  lose are not given.
+  """
+  private = _private()
+  ref = getattr(private.core, "trace_state_strong_ref", None) if private is not None else None
+  return (lambda: None) if ref is None else (lambda: ref.value)
+
+
+def is_tracing() -> bool:
+  """Whether JAX traces, as far as can be known: `not no_trace_active()` errs on the other side."""
+  private = _private()
+  return private is not None and not private.clean()
+
+
+def is_staging() -> bool:
+  """Whether JAX records operations now, for a function that it compiles and keeps."""
+  return is_tracing() and type(_current_trace()()).__name__ == "DynamicJaxprTrace"
+
+
+@functools.cache
 def steady_check() -> Callable[[], bool]:
   """`no_trace_active() and not checks_results()`, for a call that cannot afford two such calls.
 
@@ -332,9 +355,11 @@ def is_differentiated_ref(x: Any) -> bool:
 
 @functools.cache
 def _flattening_functions() -> frozenset[int]:
-  """The code of the functions in Python by which JAX's own functions flatten what they are given."""
+  """The code of the functions in Python by which JAX's own flatten what they are given."""
   public = (jax.tree_util.tree_leaves, jax.tree_util.tree_flatten, jax.tree_util.tree_map)
-  return frozenset(id(f.__code__) for f in (*public, jax.tree.leaves, jax.tree.flatten, jax.tree.map))
+  return frozenset(
+    id(f.__code__) for f in (*public, jax.tree.leaves, jax.tree.flatten, jax.tree.map)
+  )
 
 
 _REFUSING = {

@@ -19,6 +19,7 @@ RefaxError
 ├── CheckpointWriteError      (OSError)      a checkpoint that could not be written
 ├── CheckpointMismatchError   (ValueError)   a file that does not fit the model
 ├── ArgumentError             (TypeError)    an argument of a compiled function that is no array
+├── BrokenLawError            (AssertionError) what `refax.testing` asserts does not hold
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
@@ -45,6 +46,33 @@ class RefaxError(Exception):
 
   def __str__(self) -> str:
     return self.args[0]
+
+
+class StructureWarning(UserWarning):
+  """A change of an object's structure that a plain JAX transform loses, or does not see.
+
+  It is given once a place. `warnings.simplefilter("ignore", nnx.StructureWarning)` silences it.
+
+  >>> from refax import nnx
+  >>> issubclass(nnx.StructureWarning, UserWarning)
+  True
+  """
+
+  @classmethod
+  def lost(cls, at: str) -> str:
+    return (
+      f"{at} is lost: it was added inside a plain JAX transform, which rebuilds its arguments and "
+      "drops them afterwards.\n  fix: use nnx.jit (nnx.grad, nnx.vmap, ...), which hands it out; "
+      "return it; or keep it in a Variable that is there before"
+    )
+
+  @classmethod
+  def unseen(cls, kind: str, place: str) -> str:
+    return (
+      f"{kind} changes its structure, and a function that read it by closure at {place} is compiled "
+      "already: plain jax.jit goes on with the old structure.\n  fix: use nnx.jit, which sees it, "
+      "or pass the object as an argument"
+    )
 
 
 class ShapeMismatchError(RefaxError, ValueError):
@@ -857,6 +885,57 @@ class ArgumentError(RefaxError, TypeError):
       got=got,
       fix="call it with arrays of the shapes and dtypes, and objects of the structure, that were "
       "given to lower(); or call nnx.jit(f), which compiles again",
+    )
+
+
+class BrokenLawError(RefaxError, AssertionError):
+  """What `refax.testing` asserts does not hold."""
+
+  @classmethod
+  def unknown(cls, name: str, known: Any):
+    return cls(
+      "assert_same_as_functional knows no such transform",
+      got=repr(name),
+      fix=f"write one of {', '.join(known)}",
+    )
+
+  @classmethod
+  def structure(cls, what: str, transform: str, at: str, path: str, stateful: bool):
+    side = "the program" if stateful else "its functional twin"
+    return cls(
+      f"a program and its functional twin {what}",
+      at=" ".join(filter(None, (f"under {transform}", at))),
+      got=f"{path or 'a value'}, which only {side} has",
+      fix="let the program set the same attributes in each call, and return the same structure",
+    )
+
+  @classmethod
+  def value(cls, what: str, transform: str, at: str, got: Any, want: Any):
+    return cls(
+      f"a program and its functional twin {what}",
+      at=" ".join(filter(None, (f"under {transform}", at))),
+      got=f"{_short(got)} of the program, {_short(want)} of the twin",
+      fix="keep what changes in Variables of the arguments, not in globals, closures or lists",
+    )
+
+  @classmethod
+  def traces(cls, name: str, count: int, most: int, now: str, last: list[str]):
+    before = f", after {last[0]}" if last else ""
+    limit = "once" if most == 1 else f"{most} times"
+    return cls(
+      f"{name} is traced {count} times, and may be traced {limit}",
+      got=f"arguments {now or '(none)'}{before}",
+      fix="call it with the same shapes, dtypes and static values, and compile it once; or raise n",
+    )
+
+  @classmethod
+  def leak(cls, what: str, at: str):
+    return cls(
+      f"an object holds {what}",
+      at=at,
+      fix="return the value from the function, or keep it in a Variable of an argument"
+      if "tracer" in what
+      else "let nnx.jit donate: it puts the new buffers in place; restore the Variable from a copy",
     )
 
 

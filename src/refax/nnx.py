@@ -18,7 +18,7 @@ from refax.core.graphdef import GraphDef
 from refax.core.module import Module
 from refax.core.pytree import Pytree, data, is_data, static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
-from refax.errors import NonFiniteError
+from refax.errors import NonFiniteError, StructureWarning
 from refax.graph.inspect import find_duplicates, iter_children, iter_graph, iter_modules, map
 from refax.graph.split import clone, graphdef, merge, pop, split, state, update, variables
 from refax.graph.state import (
@@ -204,6 +204,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Stack",
   "State",
   "StateAxes",
+  "StructureWarning",
   "Transaction",
   "TransformerBlock",
   "TransformerDecoder",

@@ -85,7 +85,7 @@ class _Container(Module):
   def _set_items(self, items: Any) -> None:
     self._check_trace("...")
     object.__setattr__(self, "_items", items)
-    self._structure_changed()
+    self._structure_changed(added=(...,))
 
   def __getstate__(self) -> Any:
     return super().__getstate__(), self._items

@@ -19,15 +19,28 @@ def kind(value: Any) -> Any:
   return (float, math.copysign(1.0, value)) if type(value) is float else type(value)
 
 
+def _user_frame() -> Any:
+  """The innermost frame that is not of Refax itself."""
+  frame = sys._getframe(1)
+  inner = (_PACKAGE, "<frozen ")  # `<frozen _collections_abc>`: the methods of our List and Dict
+  while frame.f_back is not None and frame.f_code.co_filename.startswith(inner):
+    frame = frame.f_back
+  return frame
+
+
+def user_place() -> tuple[str, int]:
+  """The file and line of the user's code that runs now."""
+  frame = _user_frame()
+  return frame.f_code.co_filename, frame.f_lineno
+
+
 class Origin:
   """Where a Variable was created and where it lives in its model, for messages."""
 
   __slots__ = ("code", "kind", "line", "name", "owner")
 
   def __init__(self, kind: str):
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-      frame = frame.f_back
+    frame = _user_frame()
     self.kind = kind
     self.code = frame.f_code
     self.line = frame.f_lineno

@@ -307,6 +307,8 @@ def register(cls: type[Node]) -> None:
   def flatten_for_jax(node: Node) -> Flat:
     function = _jax.refusing_function()
     flat = flatten(node)
+    if node._pytree.in_trace:
+      on_handed_out(x for _, x in walk_nodes(node))
     if function is not None and any(_is_hijax(leaf) for leaf in flat.leaves):
       raise RefArgumentError.function(function, type(node).__name__)
     return flat
@@ -321,6 +323,10 @@ def register(cls: type[Node]) -> None:
   jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, _rebuild, flatten_for_jax)
 
 
+on_handed_out: Callable[[Iterable[Node]], None] = lambda nodes: None
+"""Called when JAX takes an object out of a trace; see `structure`."""
+
+
 def _is_hijax(leaf: Any) -> bool:
   return isinstance(leaf, Variable) and leaf.is_hijax
 
@@ -330,6 +336,9 @@ def _rebuild(graphdef: GraphDef, leaves: Iterable[Any]) -> Any:
   root, objects = unflatten(graphdef, leaves)
   rebuilt = Rebuilt(epoch.value, Flat(leaves, graphdef), [x for x in objects if x is not root])
   root._pytree.rebuilt, root._pytree.changed = rebuilt, False
+  if _jax.is_tracing():
+    for node in objects:
+      node._pytree.in_trace = True
   return root
 
 

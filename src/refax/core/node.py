@@ -1,7 +1,7 @@
 """Node: a Python object with named entries, each data or static, that knows when it changes."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -82,7 +82,18 @@ set_attribute = dict.__setitem__
 class NodeState:
   """What the traversal keeps on each node, apart from the user's attributes."""
 
-  __slots__ = ("cache", "changed", "dynamic", "home", "rebuilt", "trace", "visited")
+  __slots__ = (
+    "cache",
+    "changed",
+    "dynamic",
+    "home",
+    "in_trace",
+    "lost",
+    "read",
+    "rebuilt",
+    "trace",
+    "visited",
+  )
 
   def __init__(self):
     self.dynamic: set[str] = set()  # the names of attributes that hold data
@@ -91,6 +102,9 @@ class NodeState:
     self.changed = False  # since JAX rebuilt it
     self.rebuilt: Any = None  # what JAX made the node from
     self.trace = _jax.trace_state()
+    self.in_trace = False  # JAX rebuilt the node, in a trace
+    self.lost: Any = None  # what was added to it since
+    self.read: Any = None  # where a trace has read it by closure
     self.home: tuple[weakref.ref | None, Any] = (None, None)
 
 
@@ -143,10 +157,18 @@ class Node:
     dict.clear(self.__dict__)
     self._pytree.dynamic.clear()
 
-  def _structure_changed(self) -> None:
-    self._pytree.changed = True
-    if self._pytree.visited:
+  def _structure_changed(self, added: Iterable[Any] = (), removed: Iterable[Any] = ()) -> None:
+    """Attributes were set or deleted; data under the keys `added`, and `removed`."""
+    state = self._pytree
+    state.changed = True
+    if state.visited:
       epoch.bump()
+    if state.in_trace or state.read is not None:
+      on_change(self, added, removed)
+
+
+on_change: Callable[[Node, Iterable[Any], Iterable[Any]], None] = lambda *_: None
+"""Called when a change of structure may be lost or not seen; see `structure`."""
 
 
 class Tracked:

@@ -45,6 +45,10 @@ def observe() -> Iterator[dict[int, Callable[[], Any]]]:
       outer.update(seen)
 
 
+on_closure_read: Callable[[Any], None] = lambda variable: None
+"""Called when a trace that is none of Refax's own uses a Variable by closure; see `structure`."""
+
+
 @contextlib.contextmanager
 def differentiated(variables: Iterable[Any]) -> Iterator[None]:
   """For these Variables, arrays are differentiated meanwhile: a read of their cells is an error.
@@ -71,7 +75,10 @@ def check_read(variable: Any, cell: Any) -> None:
 def note(variable: Any, ref: Any) -> None:
   """A Variable is read or written now."""
   seen = _local.seen
-  if seen is not None:
+  if seen is None:
+    if not _jax.is_tracer(ref) and _jax.is_staging():
+      on_closure_read(variable)
+  else:
     seen[id(ref)] = weakref.ref(variable) if _jax.is_tracer(ref) else lambda: variable
 
 

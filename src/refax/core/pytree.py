@@ -189,7 +189,7 @@ class Pytree(Node):
     (state.dynamic.add if dynamic else state.dynamic.discard)(name)
     if dynamic:
       adopt(self, name, value)
-    self._structure_changed()
+    self._structure_changed((name,) if dynamic else (), () if dynamic else (name,))
 
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
     parameters = getattr(type(self), "__dataclass_params__", None)
@@ -215,7 +215,7 @@ class Pytree(Node):
     self._check_trace(name)
     object.__delattr__(self, name)
     self._pytree.dynamic.discard(name)
-    self._structure_changed()
+    self._structure_changed(removed=(name,))
 
   def _check_trace(self, key: Any) -> None:
     if self._pytree.trace != _jax.trace_state():

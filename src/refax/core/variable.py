@@ -167,6 +167,7 @@ class Variable(ArrayProtocol, Generic[A]):
       note(self, cell)
       value = _jax.read_cell(cell)
     elif isinstance(cell, jax.Array):
+      note(self, cell)
       value = cell
     else:
       value = jax.tree.map(self._read_part, cell)

@@ -23,7 +23,7 @@ from refax.core import storage
 from refax.core.definition import Differentiation
 from refax.core.epoch import epoch
 from refax.core.flatten import Walk, fill, resolver, unflatten
-from refax.core.graphdef import LEAF, REGION, GraphDef
+from refax.core.graphdef import LEAF, REGION, STATIC, GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.node import Node
 from refax.core.variable import Variable, VariableDef
@@ -124,7 +124,7 @@ class Inputs:
     for index in changed:
       objects[index]._clear()
       fill(objects[index], spec.graphdef.nodes[index][1], value)
-      objects[index]._structure_changed()
+      objects[index]._structure_changed(*_difference(self.graphdef, spec.graphdef, index))
     return value(spec.graphdef.root)
 
   def _check_trace(self, changed: list[int], spec: OutputSpec) -> None:
@@ -136,6 +136,13 @@ class Inputs:
       variable = self.leaves[index]
       if not variable.is_hijax and variable._trace != now:
         raise TraceContextError.variable(variable._def.origin)
+
+
+def _difference(old: GraphDef, new: GraphDef, index: int) -> tuple[list[Any], list[Any]]:
+  """The keys under which a node has got data, and those that it has lost."""
+  was, now = (dict(graphdef.nodes[index][1]) for graphdef in (old, new))
+  added = [k for k, entry in now.items() if entry[0] != STATIC and was.get(k) != entry]
+  return added, [k for k in was if k not in now]
 
 
 class Frame:

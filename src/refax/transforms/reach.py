@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from refax import _jax
 from refax.core.flatten import flatten
 from refax.core.node import Node
+from refax.core.structure import root_of
 from refax.core.variable import Variable
 
 _DEPTH = 8  # of functions that call functions, and of containers in containers
@@ -82,7 +83,7 @@ class Reach:
 
   def add(self, variables: Iterable[Variable]) -> bool:
     """Variables were read by a trace that the search did not find; whether any is new."""
-    found = {id(root): root for root in map(_root, variables)}
+    found = {id(root): root for root in map(root_of, variables)}
     known = {id(x) for x in self._objects} | self._seen.keys()
     new = {key: x for key, x in found.items() if key not in known}
     covered = {id(leaf) for x in self._objects for leaf in flatten(x).leaves}
@@ -95,17 +96,6 @@ class Reach:
     search.visit(self._fun, 0)
     self._objects, self._slots = list(search.objects.values()), search.slots
     self._is_listed, self._scanned = search.is_listed, True
-
-
-def _root(variable: Variable) -> Any:
-  """The outermost object that a Variable is known to live in, or itself."""
-  owner = variable._def.origin.owner
-  found: Any = variable
-  for _ in range(1000):
-    if owner is None or (node := owner()) is None:
-      break
-    found, owner = node, node._pytree.home[0]
-  return found
 
 
 class _Search:

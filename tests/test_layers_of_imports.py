@@ -15,7 +15,7 @@ LAYERS = [
   {"graph", "rngs"},
   {"transforms"},
   {"nn"},
-  {"train", "io", "display"},
+  {"train", "io", "display", "testing"},
   {"nnx", ""},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

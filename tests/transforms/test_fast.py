@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refax import _jax, nnx
+from refax import _jax, nnx, testing
 from refax.transforms.fast import FastCalls, steady
 
 pytestmark = pytest.mark.skipif(
@@ -32,15 +32,10 @@ class Net(nnx.Module):
 X = jax.random.normal(jax.random.key(0), (4, 3))
 
 
-def counted(f):
-  """`nnx.jit(f)`, and a list that grows by one with each trace."""
-  traces = []
-
-  def traced(*args, **kwargs):
-    traces.append(None)
-    return f(*args, **kwargs)
-
-  return nnx.jit(traced), traces
+def counted(f, most=4):
+  """`nnx.jit(f)`, and the function inside, which counts its traces and may have so many."""
+  traced = testing.assert_max_traces(f, most)
+  return nnx.jit(traced), traced
 
 
 def is_fast(jitted, *args):
@@ -61,13 +56,13 @@ def assert_same_state(a, b):
 
 def test_many_steps_equal_those_of_plain_jit_and_are_traced_once():
   net, twin = Net(), Net()
-  step, traces = counted(lambda net, x: net(x).sum())
+  step, traced = counted(lambda net, x: net(x).sum())
   plain = jax.jit(lambda net, x: net(x).sum())
   for _ in range(5):
     np.testing.assert_array_equal(step(net, X), plain(twin, X))
   assert is_fast(step, net, X)
   assert_same_state(net, twin)
-  assert len(traces) == 1
+  assert traced.traces == 1
 
 
 def test_state_that_is_written_is_donated_and_state_that_is_read_is_kept():
@@ -95,7 +90,7 @@ def test_state_that_is_not_touched_is_not_passed():
 
 def test_the_last_call_is_found_again_and_only_that():
   net, other = Net(), Net()
-  step, traces = counted(lambda net, x: net(x).sum())
+  step, traced = counted(lambda net, x: net(x).sum())
   twin = Net()
   want = [float(jax.jit(lambda net, x: net(x).sum())(twin, X)) for _ in range(4)]
   assert [float(step(net, X)) for _ in range(2)] == want[:2]
@@ -113,7 +108,7 @@ def test_the_last_call_is_found_again_and_only_that():
   assert float(step(net, X)) == want[3]
   net.linear.extra = 1
   assert way(net, X) == "general"
-  assert len(traces) == 2
+  assert traced.traces == 2
 
 
 def test_an_array_that_was_read_before_a_step_stays_as_it_was():
@@ -169,14 +164,14 @@ def test_what_goes_in_or_comes_out_never_shares_a_buffer_with_a_cell():
 
 def test_a_structural_change_is_seen_and_back_and_forth_compiles_twice():
   net = Net()
-  step, traces = counted(lambda net, x: net(x))
+  step, traced = counted(lambda net, x: net(x))
   assert np.isin(0.0, step(net, X))
   for _ in range(3):
     net.eval()
     assert not np.isin(0.0, step(net, X))
     net.train()
     assert np.isin(0.0, step(net, X))
-  assert len(traces) == 2
+  assert traced.traces == 2
   compiled = [c for c in step._fast._compiled.values() if c is not None]
   assert [c.call._cache_size() for c in compiled] == [1, 1]
   net.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -189,18 +184,18 @@ def test_a_structural_change_is_seen_and_back_and_forth_compiles_twice():
 
 def test_a_replaced_cell_and_changed_metadata_are_seen():
   v = nnx.Variable(1.0, scale=2.0)
-  step, traces = counted(lambda v: v * v.scale)
+  step, traced = counted(lambda v: v * v.scale)
   assert float(step(v)) == float(step(v)) == 2.0
   v.set_raw_value(nnx.Variable(5.0).get_raw_value())
   assert float(step(v)) == 10.0
   v.set_metadata(scale=3.0)
   assert float(step(v)) == 15.0
-  assert len(traces) == 2
+  assert traced.traces == 2
 
 
 def test_keywords_and_trees_of_arrays_are_ordinary():
   net, other = Net(), nnx.Variable(0.0)
-  step, traces = counted(lambda net, batch, *, other, scale: (
+  step, traced = counted(lambda net, batch, *, other, scale: (
     other.set_value(other + scale), {"y": net(batch["x"]) * scale, "pair": batch["pair"]}
   )[1])  # fmt: skip
   batch = {"x": X, "pair": (jnp.ones(2), np.zeros(3))}
@@ -214,7 +209,7 @@ def test_keywords_and_trees_of_arrays_are_ordinary():
   assert step._fast.find((net, batch, other, 2.0), ("other", "scale")) is not None
   assert step._fast.find((net, {"x": X}, other, 2.0), ("other", "scale")) is None
   assert step._fast.find((net, batch, 2.0, other), ("other", "scale")) is None
-  assert len(traces) == 1
+  assert traced.traces == 1
   nested = nnx.jit(lambda trees: trees["net"](X))
   for i in (4, 5):
     assert nested({"net": net}).shape == (4, 3)  # an object inside a tree goes the general way
@@ -228,7 +223,7 @@ def test_keywords_and_trees_of_arrays_are_ordinary():
 
 
 def test_other_shapes_dtypes_objects_and_settings_each_get_their_own_call():
-  step, traces = counted(lambda v, x: (v.set_value(v + 1), v * x)[1])
+  step, traced = counted(lambda v, x: (v.set_value(v + 1), v * x)[1])
   v, w = nnx.Variable(1.0), nnx.Variable(2.0)
   for _ in range(2):
     assert step(v, jnp.ones(2)).shape == (2,)
@@ -238,7 +233,7 @@ def test_other_shapes_dtypes_objects_and_settings_each_get_their_own_call():
     assert step(v, np.ones(2, np.int32)).dtype == jnp.float32
   assert float(v) == 9.0
   assert float(w) == 4.0
-  assert len(traces) == 4
+  assert traced.traces == 4
   make, _ = counted(lambda v: nnx.Variable(v[...]).is_hijax)
   assert make(v)
   with nnx.use_hijax(False):
@@ -271,13 +266,13 @@ def test_a_model_is_not_kept_alive():
 
 def test_another_context_traces_again_and_is_right():
   v = nnx.Variable(jnp.eye(3))
-  step, traces = counted(lambda v, x: x @ v[...])
+  step, traced = counted(lambda v, x: x @ v[...])
   step(v, X)
   with jax.default_matmul_precision("highest"):
     np.testing.assert_allclose(step(v, X), X, rtol=1e-6)
     np.testing.assert_allclose(step(v, X), X, rtol=1e-6)
   np.testing.assert_allclose(step(v, X), X, rtol=1e-6)
-  assert len(traces) == 2
+  assert traced.traces == 2
 
 
 def test_inside_a_trace_and_without_jit_it_goes_the_general_way():

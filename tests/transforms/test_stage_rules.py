@@ -137,7 +137,8 @@ def test_relu_in_a_branch_that_writes_state():
 
   model, x = Gated(), jnp.array([[1.0, -2.0], [3.0, 4.0]])
   grads: Any = nnx.grad(lambda m: m(x).sum())(model)
-  kernel, bias = model.linear.kernel[...], model.linear.bias[...]
+  linear: Any = model.linear
+  kernel, bias = linear.kernel[...], linear.bias[...]
   want = jax.grad(lambda k: jax.nn.relu(x @ k + bias).sum())(kernel)
   np.testing.assert_allclose(grads["linear"]["kernel"][...], want, rtol=1e-6)
   # At 0 the derivative of relu is 0 by its rule; by what it computes, `max`, it is a half.

@@ -333,3 +333,41 @@ def test_reseed_works_under_plain_jit():
   net = Net()
   jax.jit(lambda net, seed: nnx.reseed(net, params=seed))(net, 5)
   assert keys(net.rngs.params, 1) == folded(5, 0)
+
+
+class Layers(nnx.Module):
+  """Layers whose names are not in the order in which they are built."""
+
+  def __init__(self, rngs):
+    self.z = nnx.Dropout(0.5, rngs=rngs)
+    self.a = nnx.Dropout(0.5, rngs=rngs)
+    self.m = [nnx.Dropout(0.5, rngs=rngs) for _ in range(2)]
+    self.attention = nnx.MultiHeadAttention(2, 4, 4, dropout_rate=0.5, rngs=rngs)
+
+  def streams(self):
+    return [self.z, self.a, *self.m, self.attention]
+
+
+def test_reseed_gives_each_stream_the_key_of_a_model_that_is_built_so():
+  model, want = Layers(nnx.Rngs(0, dropout=1)), Layers(nnx.Rngs(0, dropout=42))
+  for layer in model.streams():
+    layer.rngs()
+  nnx.reseed(model, dropout=42)
+  for a, b in zip(model.streams(), want.streams(), strict=True):
+    assert bits(a.rngs.key[...]) == bits(b.rngs.key[...])
+    assert int(a.rngs.count) == 0
+
+
+@pytest.mark.parametrize("copied", [nnx.clone, nnx.to_lojax, lambda m: nnx.merge(*nnx.split(m))])
+def test_reseed_gives_the_streams_of_a_copy_keys_of_their_own(copied):
+  model = copied(Layers(nnx.Rngs(0, dropout=1)))
+  nnx.reseed(model, dropout=42)
+  assert len({str(bits(x.rngs.key[...])) for x in model.streams()}) == 5
+  x = jnp.ones((1, 64))
+  assert not bool((model.z(x) == model.a(x)).all())
+
+
+def test_reseed_tells_streams_of_equal_ancestry_apart():
+  model = [nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=i)) for i in range(3)]
+  nnx.reseed(model, dropout=42)
+  assert len({str(bits(x.rngs.key[...])) for x in model}) == 3

@@ -796,3 +796,28 @@ def test_a_lojax_variable_by_closure_is_not_written_inside_a_transform():
     "  fix: pass it as an argument and return it, or use a hijax Variable (nnx.to_hijax)"
   )
   assert float(v) == 0.0
+
+
+@pytest.mark.parametrize(
+  "option",
+  [
+    "hijax",
+    "mutable",
+    "ref",
+    "use_ref",
+    "out_sharding",
+    "sharding",
+    "sharding_names",
+    "mesh",
+    "dtype",
+  ],
+)
+def test_keywords_that_mean_something_elsewhere_are_refused(option):
+  with pytest.raises(
+    StaticAttributeError, match=rf"no option {option}(.|\n)*got: {option}=(.|\n)*fix: "
+  ):
+    nnx.Param(jnp.ones(2), **{option: None})
+  v = nnx.Param(jnp.ones(2))
+  with pytest.raises(StaticAttributeError, match=option):
+    v.set_metadata(**{option: True})
+  assert v.get_metadata() == {}

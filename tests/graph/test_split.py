@@ -1,6 +1,7 @@
 """split, merge, update, state, variables, clone, pop: an object taken apart and put together."""
 
 import copy
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -365,3 +366,55 @@ def test_copies_of_a_state_are_independent_mappings():
   twin = copy.copy(state)
   twin["new"] = 1
   assert "new" not in state
+
+
+# arrays in the place of Variables
+class Tagged(nnx.Module):
+  """Variables of several types, with metadata, one of them shared."""
+
+  def __init__(self):
+    self.conv = nnx.Conv(1, 2, (3,), rngs=nnx.Rngs(0))
+    self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    self.tagged = nnx.Param(jnp.ones(2), tag="x")
+    self.tied = self.tagged
+
+  def __call__(self, x):
+    return self.norm(self.conv(x)) * self.tagged + self.tied
+
+
+@pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+@pytest.mark.parametrize("form", [nnx.to_pure_dict, lambda s: s.map(lambda _, v: v[...])])
+def test_merge_builds_the_variables_of_arrays(form, hijax):
+  x = jnp.arange(8.0).reshape(1, 8, 1)
+  with nnx.use_hijax(hijax):
+    model = Tagged()
+  graphdef, state = nnx.split(model)
+  merged = nnx.merge(graphdef, form(state))
+  assert nnx.graphdef(merged) == graphdef
+  assert merged.tied is merged.tagged and merged.tagged.tag == "x"
+  for (path, a), (_, b) in zip(
+    nnx.to_flat_state(nnx.state(merged)), nnx.to_flat_state(state), strict=True
+  ):
+    assert type(a) is type(b) and a.is_hijax == b.is_hijax == hijax, path
+  loss = lambda m: (m(x) ** 3).sum()
+  want, got = (nnx.grad(loss)(m) for m in (model, merged))
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+    np.testing.assert_array_equal(a, b)
+  merged.tagged[...] = jnp.zeros(2)
+  np.testing.assert_array_equal(model.tagged, [1.0, 1.0])
+
+
+def test_merge_of_abstract_values_is_an_abstract_model():
+  graphdef, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+  shapes = state.map(lambda _, v: jax.ShapeDtypeStruct(v.shape, v.dtype))
+  merged = nnx.merge(graphdef, shapes)
+  assert merged.kernel.is_hijax and merged.kernel.shape == (2, 3)
+  nnx.update(merged, state)
+  assert merged(jnp.ones(2)).shape == (3,)
+
+
+def test_a_graphdef_that_was_pickled_builds_them_too():
+  graphdef, state = nnx.split(Node(mean=nnx.BatchStat(0.0), tagged=nnx.Param(1.0, tag="x")))
+  merged = nnx.merge(pickle.loads(pickle.dumps(graphdef)), nnx.to_pure_dict(state))
+  assert type(merged.mean) is nnx.BatchStat and merged.tagged.tag == "x"

@@ -334,3 +334,20 @@ def test_a_transaction_while_tracing():
 
   f(v)
   assert int(v) == 2
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["a Variable", "a Module"])
+def test_what_a_transaction_undoes_is_seen_by_compiled_functions(bare):
+  v = nnx.Variable(jnp.zeros(2), tag="old")
+  holder = v if bare else nnx.Dict(v=v)
+  get = lambda x: x if isinstance(x, nnx.Variable) else x["v"]
+  step = nnx.jit(lambda x: (get(x).set_value(get(x) + 1), 0.0 if get(x).tag == "old" else 1.0)[1])
+  assert float(step(holder)) == 0.0
+  with pytest.raises(KeyError), nnx.transaction(holder):
+    v.set_metadata(tag="new")
+    v.set_raw_value(nnx.Variable(jnp.full(2, 7.0)).get_raw_value())
+    assert float(step(holder)) == 1.0
+    raise KeyError
+  assert v.tag == "old"
+  assert float(step(holder)) == 0.0
+  np.testing.assert_array_equal(v, [2.0, 2.0])

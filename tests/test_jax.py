@@ -243,3 +243,18 @@ def test_the_quick_look_at_the_trace_is_used_only_where_it_is_right():
 
   for changed in (Without, Other):
     assert _jax._trace_check(changed) is Without.trace_state_clean
+
+
+def test_a_snapshot_waits_for_a_buffer_that_another_call_is_taking(monkeypatch):
+  """XLA refuses such a buffer some time before it says that it is deleted; a soak met that."""
+  refused = iter(["Buffer has been deleted or donated.", None])
+  together = _jax._copied_together
+
+  def refusing(xs):
+    if message := next(refused):
+      raise ValueError(message)
+    return together(xs)
+
+  monkeypatch.setattr(_jax, "_copied_together", refusing)
+  refs = [nnx.Variable(2.0).get_raw_value()]
+  assert [float(x) for x in _jax.snapshot(refs)] == [2.0]

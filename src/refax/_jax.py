@@ -268,6 +268,24 @@ def write_cell(ref: jax.Ref, value: jax.Array) -> None:
   )
 
 
+def move_cell(ref: jax.Ref, value: jax.Array) -> jax.Ref:
+  """Let a concrete Ref hold `value`, an array of its type that is on other devices.
+
+  Private: the buffer `ref._refs._buf`, and the type of a Ref, `_aval`, which includes the sharding
+  where the axes of a mesh are explicit. Falls back to a new Ref: whoever holds the old one keeps it.
+
+  Returns:
+    The Ref that holds the value: `ref` itself, or the new one.
+  """
+  if _private() is None:
+    return jax.new_ref(value, kind=CELL_KIND)
+  cell: Any = ref
+  value = _committed(value)
+  cell._refs._buf = value
+  cell._aval = cell._refs._aval = _ref_type(jax.typeof(value))
+  return ref
+
+
 def write_copy(ref: jax.Ref, value: jax.Array) -> None:
   """Store a copy of `value`, for which `is_write_now` holds."""
   impl: Any = ref._refs  # pyright: ignore[reportAttributeAccessIssue]

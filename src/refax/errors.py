@@ -477,6 +477,16 @@ class RefArgumentError(RefaxError, TypeError):
     )
 
   @classmethod
+  def moved(cls, at: Any):
+    return cls(
+      "inside a transform a hijax Variable has no device that it could leave",
+      at=at,
+      got="a call of nnx.device_put while JAX traces",
+      fix="move the object before the call; inside, lay out arrays: "
+      "jax.lax.with_sharding_constraint(variable[...], sharding)",
+    )
+
+  @classmethod
   def function(cls, function: str, kind: str):
     if function == "jax.device_put":
       return cls(

@@ -20,6 +20,7 @@ from refax.core.pytree import Pytree, data, is_data, static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
 from refax.errors import NonFiniteError, StructureWarning
 from refax.graph.inspect import find_duplicates, iter_children, iter_graph, iter_modules, map
+from refax.graph.placement import device_put
 from refax.graph.split import clone, graphdef, merge, pop, split, state, update, variables
 from refax.graph.state import (
   FlatState,
@@ -32,7 +33,7 @@ from refax.graph.state import (
   to_flat_state,
   to_pure_dict,
 )
-from refax.graph.storage import to_hijax, to_lojax
+from refax.graph.storage import pure, to_hijax, to_lojax
 from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
 from refax.io.safetensors import load_safetensors, save_safetensors
@@ -224,6 +225,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "cond",
   "custom_vjp",
   "data",
+  "device_put",
   "dot_product_attention",
   "dot_product_attention_weights",
   "dot_product_attention_with_rope",
@@ -274,6 +276,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "one_hot",
   "pool",
   "pop",
+  "pure",
   "relu",
   "relu6",
   "remat",

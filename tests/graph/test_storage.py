@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from refax import nnx
@@ -116,3 +117,34 @@ def test_a_converted_model_crosses_the_border_of_plain_transforms():
 def test_a_hijax_model_returned_from_plain_jit_is_refused_aloud():
   with pytest.raises(Exception, match=r"[Rr]ef"):
     jax.jit(lambda: Node(w=nnx.Param(1.0)))()
+
+
+@pytest.mark.parametrize("hijax", [False, True])
+def test_pure_has_an_array_in_the_place_of_each_variable(hijax):
+  with nnx.use_hijax(hijax):
+    m = model()
+  pure = nnx.pure(m)
+  assert type(pure) is Node and type(pure.l) is nnx.List and pure.l[2] == "x"
+  assert all(isinstance(x, jax.Array) and type(x) is not jax.Ref for x in jax.tree.leaves(pure))
+  assert not any(isinstance(v, nnx.Variable) for _, v in nnx.iter_graph(pure))
+  assert pure.a.tolist() == [1.0, 1.0] and pure.d["k"].tolist() == [1.0, 1.0] and pure.x is m.x
+  assert type(nnx.pure(m.a)) is type(pure.a) and nnx.pure({"v": m.a, "x": 1})["x"] == 1
+
+
+def test_pure_arrays_stay_when_the_variables_are_written():
+  v = nnx.Variable(jnp.zeros(2))
+  before = nnx.pure([v])[0]
+  nnx.jit(lambda v: v.set_value(v + 1))(v)
+  v[0] = 5.0
+  assert before.tolist() == [0.0, 0.0] and v[...].tolist() == [5.0, 1.0]
+
+
+def test_functions_for_pytrees_of_arrays_take_what_pure_returns():
+  layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  arrays = nnx.pure(nnx.state(layer, nnx.Param))
+  assert type(arrays) is nnx.State
+  want = jnp.sqrt((layer.kernel[...] ** 2).sum())
+  assert jnp.allclose(optax.global_norm(arrays), want)
+  assert jnp.allclose(jax.jit(lambda m: optax.global_norm(nnx.pure(nnx.state(m))))(layer), want)
+  zeros = jax.tree.map(lambda x: x * 0, nnx.pure(layer))
+  assert not zeros.kernel.any() and zeros(jnp.ones((1, 2))).shape == (1, 3)

@@ -1,4 +1,4 @@
-"""to_hijax and to_lojax: an object with its Variables in the other kind of storage."""
+"""to_hijax, to_lojax and pure: a copy of an object whose state is kept in another way."""
 
 from typing import Any
 
@@ -35,6 +35,30 @@ def to_lojax(tree: Any, /, *, only: Filter = ...) -> Any:
   False
   """
   return _convert(tree, only, hijax=False)
+
+
+def pure(tree: Any, /) -> Any:
+  """A copy of an object with an array in the place of each Variable: its value.
+
+  No later step changes these arrays. What is written for pytrees of arrays (`optax.global_norm`,
+  `jax.tree.map` with arithmetic, `jax.flatten_util.ravel_pytree`) takes them, where the Refs of
+  hijax Variables would be no arrays. A Variable that is reached at two places of a Module is two
+  arrays; a State has it once.
+
+  Args:
+    tree: a Module, Variable, State, or any pytree of these.
+
+  >>> from refax import nnx; import jax, optax
+  >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+  >>> optax.global_norm(nnx.pure(nnx.state(model, nnx.Param))).shape
+  ()
+  >>> float(abs(jax.tree.map(lambda x: x * 0, nnx.pure(model)).kernel).sum())
+  0.0
+  """
+  walk = Walk()
+  graphdef = walk.graphdef(walk.entry(tree))
+  values = [x.get_value() if isinstance(x, Variable) else x for x in walk.leaves]
+  return unflatten(graphdef, values)[0]
 
 
 def _convert(tree: Any, only: Filter, *, hijax: bool) -> Any:

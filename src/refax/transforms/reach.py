@@ -66,7 +66,7 @@ class Reach:
     for x in objects:
       flat = flatten(x)
       cells = [leaf.get_raw_value() if isinstance(leaf, Variable) else leaf for leaf in flat.leaves]
-      parts.append((flat.graphdef, tuple(map(Same, cells))))
+      parts.append((flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
       steady = steady and all(map(_jax.is_ref, cells))
       steady = steady and (not isinstance(x, Node) or x._pytree.cache is not None)
     self.is_steady = self._is_listed and steady
@@ -168,6 +168,11 @@ class _Search:
       self.visit(part, depth + 1)
     if len(self.objects) > before and not isinstance(x, tuple):
       self.is_listed = False
+
+
+def _place(cell: Any) -> Any:
+  """Where a Ref is: `nnx.device_put` moves it, and a compiled function keeps it where it was."""
+  return cell.sharding if _jax.is_ref(cell) and not _jax.is_tracer(cell) else None
 
 
 def _contents(cell: Any) -> Any:

@@ -24,7 +24,7 @@ def shard_map(
   """Run a function on each shard of its arguments, as `jax.shard_map`.
 
   State that passes through an enclosing transform must be on the devices of the mesh: put it there
-  with `nnx.to_hijax(jax.device_put(nnx.to_lojax(model), NamedSharding(mesh, P())))`.
+  with `nnx.device_put(model, NamedSharding(mesh, P()))`.
 
   Args:
     f: a function of Modules, Variables and arrays; without it, a decorator is returned.

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from refax import _jax
 from refax.core.epoch import epoch
 from refax.core.flatten import fill, resolver
+from refax.core.graphdef import REGION, STATIC
 from refax.core.interrupt import uninterrupted
+from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
 from refax.transforms.lift import Inputs, Outputs
@@ -211,9 +213,17 @@ class _Saved:
     value = resolver(self._inputs.leaves, self._inputs.objects)
     nodes = zip(self._inputs.objects, self._inputs.graphdef.nodes, strict=True)
     for node, (_, entries) in nodes:
-      node._clear()
-      fill(node, entries, value)
-      node._structure_changed()
+      if not _is_as(node, entries, value):
+        node._clear()
+        fill(node, entries, value)
+        node._structure_changed()
+
+
+def _is_as(node: Node, entries: tuple, value: Callable[[tuple], Any]) -> bool:
+  """Whether a node has these entries now: nothing about it need be undone."""
+  now = [(key, id(x), is_data) for key, x, is_data in node._entries()]
+  was = [(key, id(value(entry)), entry[0] != STATIC) for key, entry in entries]
+  return now == was and all(entry[0] != REGION for _, entry in entries)
 
 
 def _other_refs(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+SECONDS ?= 600
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -15,7 +16,7 @@ FLAGGED := tests/laws tests/transforms/test_autodiff.py tests/transforms/test_ch
   tests/transforms/test_stage_rules.py
 
 .DEFAULT_GOAL := help
-.PHONY: help train minilm test test-slow test-flags bench lint format docs clean
+.PHONY: help train minilm test test-slow test-flags soak bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help: ## show these targets
@@ -35,6 +36,9 @@ test-slow: $(VENV)/.stamp-test weights-if-there-are ## the tests marked slow
 
 test-flags: $(VENV)/.stamp-test ## the laws and transforms under the flags that JAX means to make its defaults
 	JAX_REMAT3=1 JAX_CUSTOM_VJP3=1 JAX_CUSTOM_JVP3=1 $(PYTEST) -m "not slow" $(FLAGGED) $(ARGS)
+
+soak: $(VENV)/.stamp-test ## random calls from four threads, with interrupts, against a twin (SECONDS=600, ARGS=seed)
+	$(BIN)/python tests/soak/soak.py $(SECONDS) $(or $(ARGS),0)
 
 bench: $(VENV)/.stamp-bench ## Refax beside JAX by hand, Flax NNX and Equinox (ARGS="dispatch --rounds 5")
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -174,17 +174,6 @@ def checks_results() -> bool:
 
 
 @functools.cache
-def _current_trace() -> Callable[[], Any]:
-  """The function that gives JAX's trace of now.
-
-  Private: `jax._src.core.trace_state_strong_ref`. Without it, warnings about what plain transforms
-  lose are not given.
-  """
-  private = _private()
-  ref = getattr(private.core, "trace_state_strong_ref", None) if private is not None else None
-  return (lambda: None) if ref is None else (lambda: ref.value)
-
-
 def is_tracing() -> bool:
   """Whether JAX traces, as far as can be known: `not no_trace_active()` errs on the other side."""
   private = _private()
@@ -192,8 +181,16 @@ def is_tracing() -> bool:
 
 
 def is_staging() -> bool:
-  """Whether JAX records operations now, for a function that it compiles and keeps."""
-  return is_tracing() and type(_current_trace()()).__name__ == "DynamicJaxprTrace"
+  """Whether JAX records operations now, for a function that it compiles and keeps.
+
+  Private: `jax._src.core.trace_state_strong_ref`, JAX's trace of now. Without it the answer is no,
+  and warnings about what plain transforms do not see are not given.
+  """
+  private = _private()
+  if private is None or private.clean():
+    return False
+  trace = getattr(private.core, "trace_state_strong_ref", None)
+  return trace is not None and type(trace.value).__name__ == "DynamicJaxprTrace"
 
 
 @functools.cache

@@ -65,21 +65,19 @@ def differentiated(variables: Iterable[Any]) -> Iterator[None]:
     _local.differentiated = outer
 
 
-def check_read(variable: Any, cell: Any) -> None:
-  """A Variable is about to be read; raises AliasError if another one stands for it now."""
-  found = _local.differentiated
+def note(variable: Any, cell: Any) -> None:
+  """A Variable is read or written now.
+
+  Raises:
+    AliasError: another Variable stands for it, whose value is being differentiated.
+  """
+  found, seen = _local.differentiated, _local.seen
   if found and (id(cell) in found if _jax.is_ref(cell) else id(variable) in found):
     raise AliasError.differentiated(variable._def.origin)
-
-
-def note(variable: Any, ref: Any) -> None:
-  """A Variable is read or written now."""
-  seen = _local.seen
-  if seen is None:
-    if not _jax.is_tracer(ref) and _jax.is_staging():
-      on_closure_read(variable)
-  else:
-    seen[id(ref)] = weakref.ref(variable) if _jax.is_tracer(ref) else lambda: variable
+  if seen is not None:
+    seen[id(cell)] = weakref.ref(variable) if _jax.is_tracer(cell) else lambda: variable
+  elif _jax.is_staging() and not _jax.is_tracer(cell):
+    on_closure_read(variable)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
-from refax.core.observe import before_write, check_read, note
+from refax.core.observe import before_write, note
 from refax.errors import (
   DifferentiatedWriteError,
   RefArgumentError,
@@ -162,7 +162,6 @@ class Variable(ArrayProtocol, Generic[A]):
   def get_value(self, *, index: Any = ...) -> Any:
     """The value, or its part at `index`, as arrays that no later step changes or donates."""
     cell = self._cell
-    check_read(self, cell)
     if _jax.is_ref(cell):
       note(self, cell)
       value = _jax.read_cell(cell)

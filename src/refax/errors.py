@@ -19,6 +19,8 @@ RefaxError
 ├── CheckpointWriteError      (OSError)      a checkpoint that could not be written
 ├── CheckpointMismatchError   (ValueError)   a file that does not fit the model
 ├── ArgumentError             (TypeError)    an argument of a compiled function that is no array
+├── KeywordError              (TypeError)    a keyword that a constructor does not take
+├── ForeignNameError          (AttributeError) a method of Modules of another library
 ├── BrokenLawError            (AssertionError) what `refax.testing` asserts does not hold
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
@@ -947,6 +949,29 @@ class BrokenLawError(RefaxError, AssertionError):
       if "tracer" in what
       else "let nnx.jit donate: it puts the new buffers in place; restore the Variable from a copy",
     )
+
+
+class KeywordError(RefaxError, TypeError):
+  """A keyword that a constructor does not take."""
+
+  @classmethod
+  def unknown(
+    cls, kind: str, name: str, value: Any, meant: str | None, note: str, known: list[str]
+  ):
+    takes = f"{kind} takes {', '.join(known) or 'no arguments'}"
+    return cls(
+      f"{kind} has no argument {name}",
+      got=f"{name}={_short(value)}",
+      fix=takes if meant is None else f"did you mean {meant}={note}? {takes}",
+    )
+
+
+class ForeignNameError(RefaxError, AttributeError):
+  """A method that Modules of another library have."""
+
+  @classmethod
+  def habit(cls, kind: str, name: str, fix: str):
+    return cls(f"{kind} has no attribute {name!r}", fix=fix)
 
 
 class InvalidArgumentError(RefaxError, ValueError):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from refax.core.filters import Filter, to_predicates
 from refax.core.flatten import walk_nodes
+from refax.core.habits import Habits
 from refax.core.pytree import Pytree
 from refax.core.variable import Perturbation, Variable
 from refax.errors import FilterError, TreeMismatchError
@@ -17,7 +18,7 @@ def _append(old: tuple, new: Any) -> tuple:
   return (*old, new)
 
 
-class Module(Pytree):
+class Module(Pytree, Habits):
   """The base of layers and models.
 
   >>> from refax import nnx; import jax.numpy as jnp

@@ -9,6 +9,7 @@ import jax
 from refax import _jax
 from refax.core.callables import CALLABLES
 from refax.core.epoch import epoch
+from refax.core.keywords import check_keywords
 from refax.errors import TraceContextError
 from refax.typing import path_str
 
@@ -116,7 +117,12 @@ class Node:
   _memoized: ClassVar[frozenset[str]] = frozenset()
   """The names of cached properties: what they keep is no part of the structure."""
 
+  _accepted: ClassVar[tuple[Any, frozenset[str] | None] | None] = None
+  """A constructor, and the keywords that it takes; see `keywords`."""
+
   def __new__(cls, *args, **kwargs):
+    if kwargs:
+      check_keywords(cls, kwargs)
     self = object.__new__(cls)
     object.__setattr__(self, "_pytree", NodeState())
     object.__setattr__(self, "__dict__", Attributes(self))

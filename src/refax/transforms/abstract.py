@@ -20,9 +20,9 @@ def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
     **kwargs: its keyword arguments.
 
   Returns:
-    What `f` returns, with Variables that hold a `jax.ShapeDtypeStruct`. Nothing is written. When such
-    a Variable gets an array (by `nnx.Checkpointer.restore`, `nnx.update`, an assignment), it has the
-    storage that it would have been built with.
+    What `f` returns, with Variables that hold a `jax.ShapeDtypeStruct`. Nothing is written. When
+    such a Variable gets an array (by `nnx.Checkpointer.restore`, `nnx.update`, an assignment), it
+    has the storage that it would have been built with.
 
   >>> from refax import nnx
   >>> nnx.eval_shape(lambda: nnx.Linear(1000, 1000, rngs=nnx.Rngs(0))).kernel.shape

@@ -30,7 +30,8 @@ class Compiled:
     traced: the trace of the function on them, by `jax.jit(...).trace`.
     jitted: the function of leaves that was traced.
     careful: keep what is written until the call has succeeded, for it may fail while it runs.
-    picks: whether arrays are passed as the arguments that they are, not as flat leaves.
+    picks: where arrays are passed as the arguments that they are, and not as flat leaves, what the
+      user calls these arguments.
     names: what the user calls each flat leaf.
   """
 
@@ -42,7 +43,7 @@ class Compiled:
     jitted: Callable[..., Outputs],
     *,
     careful: bool,
-    picks: bool,
+    picks: list[str] | None,
     names: Callable[[], list[str]],
   ):
     flat, self._tree = jax.tree.flatten(leaves)
@@ -162,16 +163,20 @@ class Compiled:
     return error if text == str(error) else type(error)(text)
 
   def _named(self, match: re.Match) -> str:
-    names, (sort, index) = self._names(), (match[1], int(match[2]))
-    refs = set(self._slots)
+    sort, index = match[1], None if match[2] is None else int(match[2])
+    if sort == "arrays" and self.picks is not None:
+      if len(self.picks) == 1:  # it is passed without a tuple
+        return self.picks[0] + ("" if index is None else f"[{index}]")
+      return match[0] if index is None else self.picks[index]
+    names, refs = self._names(), set(self._slots)
     kept = [i for i in range(self._kept_count) if i not in refs]
     keys = {"written": self.written, "read": self.read, "arrays": kept}
     keys["given"] = list(range(self._kept_count, len(names)))
-    key = keys[sort][index] if index < len(keys[sort]) else None
+    key = None if index is None or index >= len(keys[sort]) else keys[sort][index]
     return names[key] if isinstance(key, int) else "a Variable that came by closure"
 
 
-_OURS = re.compile(r"\b(written|given|read|arrays)\[(\d+)\]")
+_OURS = re.compile(r"(?<=argument )(written|given|read|arrays)(?:\[(\d+)\])?")
 
 
 def _pure(call: Callable) -> Callable:

@@ -178,7 +178,7 @@ def is_steady(args: tuple, compiled: Compiled) -> bool:
   """Whether the objects among the arguments, as long as they are the same, make the same call."""
   return (
     compiled.result is not None
-    and compiled.picks
+    and compiled.picks is not None
     and not compiled.careful
     and all(_is_cached(x) for x in args if isinstance(x, Node))
   )

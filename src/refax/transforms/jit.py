@@ -1,9 +1,11 @@
 """nnx.jit: `jax.jit` for functions of objects that share, return and change them."""
 
+import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -125,7 +127,7 @@ class _Jitted:
     compiled = self._compiled(values, inputs, spec, leaves)
     flat = jax.tree.leaves(leaves)
     picks = picker([i for i, x in enumerate(values) if not isinstance(x, Node | Variable)])
-    arrays = ((), picks(values)) if compiled.picks else compiled.arrays(flat)
+    arrays = ((), picks(values)) if compiled.picks is not None else compiled.arrays(flat)
     result = uninterrupted(lambda: inputs.commit(compiled.run(flat, arrays)))
     if self._may_be_steady and self._reach.is_steady:
       self.fast.learn(values, names, flat, compiled, self._reach.slots)
@@ -137,7 +139,8 @@ class _Jitted:
     key = (spec, *rest)
     compiled = self.fast.compiled(key)
     if compiled is None:
-      picks = self._may_be_steady and takes_arrays_as_they_are(values, inputs)
+      steady = self._may_be_steady and takes_arrays_as_they_are(values, inputs)
+      picks = self._array_names(values, inputs) if steady else None
       compiled, found = self._trace(inputs, spec, leaves, picks=picks)
       if self._reach.add(found):
         key = (self._spec(inputs, spec[1], spec[2]), *rest)
@@ -145,11 +148,11 @@ class _Jitted:
     return compiled
 
   def _trace(
-    self, inputs: Inputs, spec: tuple, leaves: tuple, *, picks: bool
+    self, inputs: Inputs, spec: tuple, leaves: tuple, *, picks: list[str] | None
   ) -> tuple[Compiled, list[Variable]]:
     """What is compiled for these leaves, and the Variables that are reached by closure."""
     static = self._static_of(spec)
-    with observe() as seen:
+    with observe() as seen, self._naming(inputs, spec[2]):
       traced = self._jitted.trace(static, *leaves)
     compiled = Compiled(
       inputs,
@@ -167,7 +170,7 @@ class _Jitted:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
     if is_eager() and not any(map(_is_abstract, inputs.leaves)):
-      compiled = self._trace(inputs, spec, leaves, picks=False)[0]
+      compiled = self._trace(inputs, spec, leaves, picks=None)[0]
       lowered = compiled.lower(jax.tree.leaves(leaves))
       run = lambda executable, now: compiled.run(
         flat := jax.tree.leaves(now), compiled.arrays(flat), executable
@@ -245,6 +248,30 @@ class _Jitted:
       return [name for wanted in (False, True) for f in flat for d, name in f if d is wanted]
 
     return names
+
+  def _array_names(self, values: tuple, inputs: Inputs) -> list[str]:
+    """What the user calls the arguments that are no objects."""
+    count = len(values) - len(inputs.names)
+    keys = [(0, i) for i in range(count)] + [(1, name) for name in inputs.names]
+    pairs = zip(keys, values, strict=True)
+    return [_name(self._fun, key) for key, x in pairs if not isinstance(x, Node | Variable)]
+
+  @contextlib.contextmanager
+  def _naming(self, inputs: Inputs, mask: tuple[bool, ...]) -> Iterator[None]:
+    """Errors of JAX about an argument name that of the user."""
+    try:
+      yield
+    except (OverflowError, TypeError, ValueError) as error:
+      paths = list(zip(mask, inputs.graphdef.paths, strict=True))
+
+      def named(match: re.Match) -> str:
+        lot = [path for given, path in paths if given is (match[1] == "donated")]
+        return _name(self._fun, lot[int(match[2])])
+
+      text = re.sub(r"(?<=argument path is )(kept|donated)\[(\d+)\]", named, str(error))
+      if text == str(error):
+        raise
+      raise type(error)(text) from None
 
   def _donation(self, inputs: Inputs) -> tuple[bool, ...]:
     nums, names = self._donated

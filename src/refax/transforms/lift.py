@@ -68,10 +68,14 @@ jax.tree_util.register_pytree_node(
 class Inputs:
   """The arguments of a lifted call, flat: each distinct Variable, array and object once."""
 
-  def __init__(self, graphdef: GraphDef, leaves: list[Any], objects: list[Node]):
+  def __init__(
+    self, graphdef: GraphDef, leaves: list[Any], objects: list[Node], names: tuple[str, ...] = ()
+  ):
     self.graphdef = graphdef
     self.leaves = leaves
     self.objects = objects
+    self.names = names
+    """The keywords of the call, sorted."""
 
   @classmethod
   def of(cls, args: tuple, kwargs: dict[str, Any]) -> "Inputs":
@@ -80,7 +84,7 @@ class Inputs:
     treedef = jax.tree.structure((tuple(range(len(args))), dict.fromkeys(kwargs, 0)))
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     root = (REGION, treedef, tuple(map(walk.entry, values)))
-    return cls(walk.graphdef(root), walk.leaves, walk.objects)
+    return cls(walk.graphdef(root), walk.leaves, walk.objects, tuple(sorted(kwargs)))
 
   @property
   def arguments(self) -> tuple:

@@ -91,14 +91,14 @@ def _concrete(count: Variable) -> int | None:
 
 
 class _Step(NamedTuple):
-  """A stream was forked from another one that had given `count` keys, and split if there is a k."""
+  """A stream was forked from another one that had given `drawn` keys, and split if there is a k."""
 
-  count: int
+  drawn: int
   k: Splits | None = None
 
   def key(self, key: jax.Array) -> jax.Array:
     """The key of the new stream, from that of the old one."""
-    new = jax.random.fold_in(key, self.count)
+    new = jax.random.fold_in(key, self.drawn)
     return new if self.k is None else jax.random.split(new, self.k)
 
 
@@ -340,14 +340,9 @@ def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | 
   found = [(path, x) for path, x in walk_nodes(node) if isinstance(x, RngStream)]
   for tag, source in streams.items():
     mine = [(path, stream) for path, stream in found if stream.tag == tag]
-    lineages = [getattr(stream, "_lineage", None) for _, stream in mine]
-    if None in lineages or len(set(lineages)) < len(lineages):
-      lineages = [(_Step(i),) for i in range(len(mine))] if len(mine) > 1 else [()]
     root = None if isinstance(source, RngStream) else _as_key(source, tag)
-    for (path, stream), lineage in zip(mine, lineages, strict=True):
-      key = source() if root is None else root
-      for step in lineage if root is not None else ():
-        key = step.key(key)
+    for (path, stream), lineage in zip(mine, _lineages([x for _, x in mine]), strict=True):
+      key = source() if root is None else functools.reduce(lambda k, s: s.key(k), lineage, root)
       if key.shape != stream.key.shape:
         if policy is not None:
           key = policy(stream.key, key, path)
@@ -355,3 +350,11 @@ def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | 
           key = jax.random.split(key, stream.key.shape)
       stream.key.set_value(key)
       stream.count.set_value(0)
+
+
+def _lineages(streams: list[RngStream]) -> list[tuple[_Step, ...]]:
+  """How each stream came about; where that is not known, or not unique, by its place in the list."""
+  known = [lineage for x in streams if (lineage := getattr(x, "_lineage", None)) is not None]
+  if len(set(known)) == len(streams):
+    return known
+  return [(_Step(i),) for i in range(len(streams))] if len(streams) > 1 else [()]

@@ -131,7 +131,7 @@ class Walk:
       except StopIteration as done:
         return done.value
       del self._node_index[id(value)]
-      self.nodes.pop(), self.objects.pop()
+      del self.nodes[-1], self.objects[-1]
       assert child == self._node(value)
 
   def _describing(self, node: Node, before: dict[Any, tuple]) -> Any:

@@ -36,7 +36,7 @@ class State(MutableMapping, Tracked):
 
   def __init__(self, mapping: Mapping[Key, Any] | Iterable[tuple[Key, Any]] = (), /):
     self._take(dict(mapping))
-    open_ = [self]
+    open_: list[State] = [self]
     while open_:  # nested dicts become States; there may be more levels than Python's stack has
       state = open_.pop()
       for key, value in state._mapping.items():

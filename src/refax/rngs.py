@@ -353,7 +353,7 @@ def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | 
 
 
 def _lineages(streams: list[RngStream]) -> list[tuple[_Step, ...]]:
-  """How each stream came about; where that is not known, or not unique, by its place in the list."""
+  """How each stream came about; where that is unknown or not unique, by its place in the list."""
   known = [lineage for x in streams if (lineage := getattr(x, "_lineage", None)) is not None]
   if len(set(known)) == len(streams):
     return known

@@ -19,8 +19,8 @@ from jax.experimental import checkify
 
 from refax import _jax
 from refax.core.containers import Dict
-from refax.core.flatten import Node
 from refax.core.module import Module
+from refax.core.node import Node
 from refax.core.pytree import static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Variable
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, ExportError

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
-from refax.core.flatten import LEAF, NODE, REGION, GraphDef
+from refax.core.graphdef import LEAF, NODE, REGION, GraphDef
 from refax.core.variable import Variable
 from refax.errors import TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, move, size_of

@@ -173,7 +173,6 @@ def checks_results() -> bool:
   return bool(flag("jax_debug_nans") or flag("jax_debug_infs"))
 
 
-@functools.cache
 def is_tracing() -> bool:
   """Whether JAX traces, as far as can be known: `not no_trace_active()` errs on the other side."""
   private = _private()
@@ -399,6 +398,28 @@ def refusing_function() -> str | None:
   if frame is None or not frame.f_code.co_filename.endswith("api.py"):
     return None
   return _REFUSING.get(frame.f_code.co_name)
+
+
+def returning_function() -> tuple[str, str] | None:
+  """The function whose result JAX flattens now, and what for, if JAX lets no Ref out of it.
+
+  Private: `FlatTree.flatten` is called by `trace_to_jaxpr` in `jax/_src/interpreters`, which looks
+  for Refs next. Where they are others, JAX's own error arrives. As `refusing_function`.
+  """
+  frame = sys._getframe(2)
+  if frame.f_code.co_name != "flatten":
+    return None
+  caller = frame.f_back
+  if caller is None or not caller.f_code.co_name.startswith("trace_to_jaxpr"):
+    return None
+  if not caller.f_code.co_filename.endswith("partial_eval.py") or not _refuses_refs():
+    return None
+  info = caller.f_locals.get("debug_info")
+  return getattr(info, "func_src_info", None) or "a function", getattr(info, "traced_for", "jit")
+
+
+def _refuses_refs() -> bool:
+  return bool(getattr(jax.config, "jax_mutable_array_checks", True))
 
 
 def is_batched_write_refusal(error: Exception) -> bool:

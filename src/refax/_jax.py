@@ -268,7 +268,7 @@ def move_cell(ref: jax.Ref, value: jax.Array) -> jax.Ref:
   """Let a concrete Ref hold `value`, an array of its type that is on other devices.
 
   Private: the buffer `ref._refs._buf`, and the type of a Ref, `_aval`, which includes the sharding
-  where the axes of a mesh are explicit. Falls back to a new Ref: whoever holds the old one keeps it.
+  where the axes of a mesh are explicit. Falls back to a new Ref: who holds the old one keeps it.
 
   Returns:
     The Ref that holds the value: `ref` itself, or the new one.

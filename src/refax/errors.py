@@ -9,6 +9,7 @@ RefaxError
 ├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
 ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
 ├── RefArgumentError          (TypeError)    a function of JAX for arrays was given Refs
+├── ReturnedRefError          (ValueError)   a function that JAX traces returned Refs
 ├── GradientOutputError       (TypeError)    a function with a gradient that returns no scalar
 ├── AliasError                (ValueError)   one cell in two places that must be apart
 ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
@@ -502,6 +503,32 @@ class RefArgumentError(RefaxError, TypeError):
       fix=_GRADIENT,
     )
 
+
+class ReturnedRefError(RefaxError, ValueError):
+  """A function that JAX traces returned Variables that are Refs."""
+
+  @classmethod
+  def result(cls, function: str, traced_for: str, kind: str, path: str, ref: Any):
+    ours = _RETURNING.get(traced_for, "nnx.jit, nnx.scan, nnx.cond, ...")
+    return cls(
+      f"{function}, traced for {traced_for}, returned a mutable array reference of type "
+      f"Ref{{{describe(ref)}}}",
+      at=f"{kind}{path}",
+      got=f"{kind} with hijax Variables, which JAX lets out of no function that it compiles",
+      fix="return arrays: nnx.pure(x); what came as an argument is updated in place and need not "
+      f"be returned; or use {ours}, which returns objects",
+    )
+
+
+_RETURNING = {
+  "jit": "nnx.jit (nnx.eval_shape, nnx.make_jaxpr)",
+  "scan": "nnx.scan",
+  "cond": "nnx.cond",
+  "switch": "nnx.switch",
+  "while_body": "nnx.while_loop",
+  "fori_loop": "nnx.fori_loop",
+  "checkpoint / remat": "nnx.remat",
+}
 
 _GRADIENT = (
   "use the transform of Refax (nnx.grad, nnx.value_and_grad, nnx.vjp, nnx.jvp), or differentiate "

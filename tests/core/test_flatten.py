@@ -11,6 +11,7 @@ import pytest
 
 from refax import nnx
 from refax.core.flatten import Walk, flatten
+from refax.errors import ReturnedRefError
 
 
 class Node(nnx.Pytree):
@@ -303,3 +304,69 @@ def test_one_variable_in_two_places_of_a_rebuilt_object_is_one():
   assert len(jax.tree.leaves(refs)) == 2
   numbers = jax.tree.map(lambda _: 0, model, is_leaf=is_variable)
   assert jax.tree.leaves(numbers) == [0, 0]
+
+
+class Returning(nnx.Module):
+  """An object that a function gives back."""
+
+  def __init__(self):
+    self.v = nnx.Param(jnp.ones(3))
+
+
+RETURNS = {
+  "jit": (lambda m, f: jax.jit(f)(m), "nnx.jit"),
+  "eval_shape": (lambda m, f: jax.eval_shape(f, m), "nnx.jit"),
+  "scan": (lambda m, f: jax.lax.scan(lambda c, _: (c, f(m)), 0.0, None, length=2), "nnx.scan"),
+  "carry": (lambda m, f: jax.lax.scan(lambda c, _: (f(c), 0), m, None, length=2), "nnx.scan"),
+  "cond": (lambda m, f: jax.lax.cond(True, lambda: f(m), lambda: f(m)), "nnx.cond"),
+  "while": (lambda m, f: jax.lax.while_loop(lambda c: True, f, m), "nnx.while_loop"),
+  "checkpoint": (lambda m, f: jax.checkpoint(f)(m), "nnx.remat"),
+  "jit in vmap": (lambda m, f: jax.vmap(lambda x: jax.jit(f)(m))(jnp.ones(2)), "nnx.jit"),
+}
+RETURNED = {
+  "an argument": lambda m: m,
+  "in a tuple": lambda m: (1, {"m": m}),
+  "a new object": lambda m: Returning(),
+  "a State": lambda m: nnx.state(m),
+}
+
+
+@pytest.mark.parametrize("what", RETURNED)
+@pytest.mark.parametrize("where", RETURNS)
+def test_an_object_returned_where_jax_lets_none_out_is_an_error_with_a_fix(where, what):
+  call, function = RETURNS[where]
+  m = Returning()
+  before = m.v[...]
+  with pytest.raises(ValueError) as info:  # as JAX's own error is
+    call(m, RETURNED[what])
+  assert type(info.value) is ReturnedRefError
+  text = str(info.value)
+  assert "returned a mutable array reference of type Ref{float32[3]}" in text
+  assert "\n  at:  " in text and "v" in text.split("at:")[1].split("\n")[0]
+  assert "fix: return arrays: nnx.pure(" in text and function in text.split("fix:")[1]
+  assert jnp.array_equal(m.v[...], before)
+
+
+def test_the_fix_of_a_returned_object_works():
+  m = Returning()
+  assert jax.jit(nnx.pure)(m).v.tolist() == [1.0] * 3
+  assert nnx.jit(lambda m: m)(m) is m
+  assert type(nnx.jit(Returning)()) is Returning
+
+
+def test_what_jax_lets_out_is_returned():
+  m = Returning()
+  x = jnp.ones(2)
+  assert jax.vmap(lambda x: Returning())(x).v.shape == (2, 3)
+  assert jax.grad(lambda x: (x, m), has_aux=True)(1.0)[1].v.shape == (3,)
+  assert jax.vjp(lambda x: m, 1.0)[0].v.shape == (3,)
+  assert jax.jvp(lambda x: (x, m), (1.0,), (1.0,))[0][1].v.shape == (3,)
+  lojax = nnx.to_lojax(m)
+  assert jax.jit(lambda m: m)(lojax).v.shape == (3,)
+  assert jax.eval_shape(lambda m: nnx.state(m), lojax)["v"].shape == (3,)
+  assert jax.lax.scan(lambda c, _: (c, lojax), 0.0, None, length=2)[1].v.shape == (2, 3)
+  for f in (nnx.jit, nnx.remat, lambda f: functools.partial(nnx.eval_shape, f)):
+    assert f(lambda m: (m, nnx.state(m)))(m)[1]["v"].shape == (3,)
+  assert nnx.vmap(lambda x: Returning())(x).v.shape == (2, 3)
+  assert nnx.scan(lambda c, x: (c, Returning()))(0.0, x)[1].v.shape == (2, 3)
+  assert nnx.jit(lambda m: jax.vmap(lambda x: Returning())(x))(m).v.shape == (2, 3)

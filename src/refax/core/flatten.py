@@ -23,7 +23,7 @@ from refax.core.epoch import epoch
 from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
 from refax.core.node import Node, Tracked
 from refax.core.variable import Variable, identity
-from refax.errors import RefArgumentError
+from refax.errors import RefArgumentError, ReturnedRefError
 from refax.typing import Path, path_str
 
 
@@ -305,8 +305,10 @@ def register(cls: type[Node]) -> None:
   """Make a class of Nodes a JAX pytree."""
 
   def flatten_for_jax(node: Node) -> Flat:
-    function = _jax.refusing_function()
+    function, returning = _jax.refusing_function(), _jax.returning_function()
     flat = flatten(node)
+    if returning is not None:
+      _check_returned(returning, node, flat)
     if node._pytree.in_trace:
       on_handed_out(x for _, x in walk_nodes(node))
     if function is not None and any(_is_hijax(leaf) for leaf in flat.leaves):
@@ -329,6 +331,19 @@ on_handed_out: Callable[[Iterable[Node]], None] = lambda nodes: None
 
 def _is_hijax(leaf: Any) -> bool:
   return isinstance(leaf, Variable) and leaf.is_hijax
+
+
+def _check_returned(returning: tuple[str, str], node: Node, flat: Flat) -> None:
+  """Raise ReturnedRefError if an object that must be arrays, outside, holds Refs."""
+  for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True):
+    if (ref := ref_in(leaf)) is not None:
+      raise ReturnedRefError.result(*returning, type(node).__name__, path_str(path), ref)
+
+
+def ref_in(leaf: Any) -> Any:
+  """The first Ref of a Variable; None for anything else."""
+  cells = jax.tree.leaves(leaf.get_raw_value()) if isinstance(leaf, Variable) else ()
+  return next(filter(_jax.is_ref, cells), None)
 
 
 def _rebuild(graphdef: GraphDef, leaves: Iterable[Any]) -> Any:

@@ -9,9 +9,10 @@ from refax import _jax
 from refax.core import text
 from refax.core.epoch import epoch
 from refax.core.filters import Filter, Predicate, to_predicates
+from refax.core.flatten import ref_in
 from refax.core.node import Tracked
 from refax.core.variable import Variable
-from refax.errors import FilterError, RefArgumentError, TreeMismatchError
+from refax.errors import FilterError, RefArgumentError, ReturnedRefError, TreeMismatchError
 from refax.typing import Key, Path, path_str
 
 
@@ -137,11 +138,15 @@ def _flatten_with_keys(state: State):
 
 
 def _flatten(state: State):
-  function = _jax.refusing_function()
+  function, returning = _jax.refusing_function(), _jax.returning_function()
   keys = tuple(state)
   children = [state._mapping[k] for k in keys]
   if function and any(isinstance(x, Variable) and x.is_hijax for x in children):
     raise RefArgumentError.function(function, "State")
+  if returning is not None:
+    for key, child in zip(keys, children, strict=True):
+      if (ref := ref_in(child)) is not None:
+        raise ReturnedRefError.result(*returning, "State", path_str((key,)), ref)
   return children, keys
 
 

@@ -5,6 +5,7 @@ rest: numbers, strings, functions), which is part of the structure that JAX comp
 """
 
 import copy as copylib
+import weakref
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any, Generic, TypeVar
@@ -136,9 +137,17 @@ def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
 
 def _check_captures(value: Any, at: Callable[[], str]) -> None:
   """Raise StaticAttributeError if a static function holds an object that cannot be exchanged."""
+  if type(value) is FunctionType and value in _holds_nothing:
+    return
   found = captured(value)
   if found is not None:
     raise StaticAttributeError.captures(at(), value, found)
+  if type(value) is FunctionType:
+    _holds_nothing.add(value)
+
+
+_holds_nothing: "weakref.WeakSet[FunctionType]" = weakref.WeakSet()
+"""Functions that have been looked through: layers share theirs, and a look takes 5 us."""
 
 
 class Pytree(Node):

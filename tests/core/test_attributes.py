@@ -93,6 +93,17 @@ def test_a_cached_property_takes_no_tracer_into_an_object_from_outside():
   assert float(jax.jit(lambda x: net.size * x)(1.0)) == 3.0
 
 
+def test_a_new_dict_and_a_variable_set_past_everything_are_seen():
+  net = Net()
+  nnx.state(net)
+  net.__dict__ = {"b": nnx.Param(1.0), "n": 2}
+  assert list(nnx.state(net)) == ["b"] and net.n == 2 and not hasattr(net, "w")
+  other = Net()
+  object.__setattr__(other, "b", nnx.Param(1.0))
+  assert list(nnx.state(other)) == ["b", "w"]
+  assert float(nnx.grad(lambda m: m.b * 2.0)(other)["b"]) == 2.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Frozen(nnx.Module):
   w: nnx.Param

@@ -182,6 +182,10 @@ class Pytree(Node):
     if isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)
       return
+    if name == "__dict__":
+      self.__dict__.clear()
+      self.__dict__.update(value)
+      return
     old = self.__dict__.get(name)
     if old is value and isinstance(value, Variable | Node):
       return  # `self.count += 1` has written it in place
@@ -201,13 +205,17 @@ class Pytree(Node):
     self._structure_changed((name,) if dynamic else (), () if dynamic else (name,))
 
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
+    dynamic = self._pytree.dynamic
     parameters = getattr(type(self), "__dataclass_params__", None)
-    if parameters is not None and parameters.frozen:
+    frozen = parameters is not None and parameters.frozen
+    if frozen or any(
+      isinstance(x, Variable) and name not in dynamic for name, x in self.__dict__.items()
+    ):
       self._classify_all()
     return super()._entries()
 
   def _classify_all(self) -> None:
-    """A frozen dataclass sets its attributes past every assignment: they are looked at here."""
+    """Look at attributes set by `object.__setattr__`, as a frozen dataclass sets all of its own."""
     dynamic = self._pytree.dynamic
     for name, value in list(self.__dict__.items()):
       if name not in dynamic and name not in self._memoized:

@@ -228,6 +228,8 @@ class _Jitted:
 
   def _static_of(self, spec: tuple) -> "_Static":
     """The argument that stands for `spec`: one for each."""
+    if len(self._statics) > STRUCTURES and spec not in self._statics:
+      self.clear_cache()
     return self._statics.setdefault(spec, _Static(spec))
 
   def _check(self, inputs: Inputs, abstract: bool) -> None:
@@ -285,6 +287,7 @@ class _Jitted:
 
 
 _VERSIONS = itertools.count(1)
+STRUCTURES = 1024  # of one function; a program with more makes new ones all the time
 
 
 class _Static:

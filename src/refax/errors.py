@@ -72,9 +72,9 @@ class StructureWarning(UserWarning):
   @classmethod
   def unseen(cls, kind: str, place: str) -> str:
     return (
-      f"{kind} changes its structure, and a function that read it by closure at {place} is compiled "
-      "already: plain jax.jit goes on with the old structure.\n  fix: use nnx.jit, which sees it, "
-      "or pass the object as an argument"
+      f"{kind} changes its structure, and a function that read it by closure at {place} is "
+      "compiled already: plain jax.jit goes on with the old structure.\n  fix: use nnx.jit, which "
+      "sees it, or pass the object as an argument"
     )
 
 

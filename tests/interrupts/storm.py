@@ -118,7 +118,7 @@ class Scenario:
     self.ema.update(self.model)
 
   def _save(self):
-    self.checkpointer.save(self.count, model=self.model)
+    self.checkpointer.save(self.count, self.model)
 
   def _transaction(self):
     try:
@@ -190,6 +190,10 @@ def run(name, count, seed):
           while time.perf_counter() < until:
             scenario.step()
       except KeyboardInterrupt:
+        interrupts += 1
+      except Exception as error:  # where JAX compares objects in C++, it wraps what is raised there
+        if "KeyboardInterrupt" not in str(error):
+          raise
         interrupts += 1
       if gone := lost(scenario.state) or is_between(scenario):
         losses += 1

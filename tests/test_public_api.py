@@ -1,12 +1,13 @@
 """The public namespace: every name resolves, is sorted, is documented and shows an example."""
 
 import inspect
+import re
 import types
 
 import pytest
 
 import refax
-from refax import nnx
+from refax import errors, nnx
 
 
 def defined_here(value):
@@ -64,3 +65,10 @@ def test_public_signatures_are_annotated(name):
   for parameter in list(inspect.signature(target).parameters.values()):
     if parameter.name != "self":
       assert parameter.annotation is not parameter.empty, f"nnx.{name}: {parameter.name}"
+
+
+def test_what_the_errors_tell_users_to_write_exists():
+  text = inspect.getsource(errors)
+  names = set(re.findall(r"\bnnx\.(\w+)", text))
+  assert {"grad", "pure", "device_put"} <= names
+  assert [name for name in names if not hasattr(nnx, name)] == []

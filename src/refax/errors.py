@@ -29,6 +29,8 @@ RefaxError
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from refax.typing import describe
 
 
@@ -96,7 +98,7 @@ class ShapeMismatchError(RefaxError, ValueError):
       "a Variable keeps its shape and dtype",
       at=origin,
       got=f"{describe(x)}, the Variable holds {describe(want)}",
-      fix=f"write x.astype('{want.dtype}'), or assign a new nnx.{origin.kind}",
+      fix=f"{_cast(x.dtype, want.dtype)}assign a new nnx.{origin.kind}",
     )
 
   @classmethod
@@ -463,7 +465,7 @@ class DifferentiatedWriteError(RefaxError, TypeError):
       "a Variable cannot be written while it is differentiated",
       at=at,
       got="a write inside a function whose gradient is taken with respect to it",
-      fix="write it after the gradient, or leave it out with wrt=",
+      fix="write it after the gradient, or leave it out with wrt=: it has no gradient then",
     )
 
 
@@ -531,8 +533,8 @@ _RETURNING = {
 }
 
 _GRADIENT = (
-  "use the transform of Refax (nnx.grad, nnx.value_and_grad, nnx.vjp, nnx.jvp), or differentiate "
-  "arrays: f(nnx.to_lojax(model))"
+  "use the transform of Refax (nnx.grad, nnx.value_and_grad, nnx.vjp, nnx.jvp), or give JAX's own "
+  "a model of arrays: jax.grad(f)(nnx.to_lojax(model))"
 )
 
 
@@ -1026,6 +1028,25 @@ def _hashable(value: Any) -> str:
     f"define __hash__ and __eq__ for {type(value).__name__}, keep what is used of it as attributes "
     "of its own, or wrap it in nnx.data if it is a pytree of arrays"
   )
+
+
+def _cast(old: Any, new: Any) -> str:
+  """How an array gets another dtype without a number that is wrong in silence."""
+  number = jnp.number, jnp.bool_
+  if not all(any(jnp.issubdtype(d, n) for n in number) for d in (old, new)):
+    return ""
+  cast, is_complex = f"x.astype('{new}')", jnp.issubdtype(old, jnp.complexfloating)
+  part = "x.real" if is_complex and not jnp.issubdtype(new, jnp.complexfloating) else "x"
+  if new == jnp.bool_:
+    cast = "x != 0"
+  elif jnp.issubdtype(new, jnp.integer) and jnp.issubdtype(old, jnp.inexact):
+    cast = f"jnp.round({part}).astype('{new}')"
+  elif part != "x":
+    cast = f"{part}.astype('{new}')"
+  elif jnp.issubdtype(new, jnp.integer) and old != jnp.bool_ and not jnp.can_cast(old, new):
+    info = jnp.iinfo(new)
+    cast = f"jnp.clip(x, {info.min}, {info.max}).astype('{new}')"
+  return f"write {cast}, or "
 
 
 def _short(x: Any) -> str:

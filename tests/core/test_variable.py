@@ -204,6 +204,12 @@ def test_value_is_refused_with_what_to_write_instead():
 
 
 # conversions
+def test_a_write_of_no_key_to_a_variable_of_keys_names_no_cast():
+  v = nnx.Variable(jax.random.key(0))
+  with pytest.raises(ShapeMismatchError, match=r"fix: assign a new nnx\.Variable$"):
+    v[...] = jnp.zeros(())
+
+
 @STORAGE
 def test_a_scalar_variable_converts_to_python_numbers(hijax):
   v = nnx.Variable(3, is_hijax=hijax)
@@ -353,17 +359,22 @@ def test_a_write_of_another_shape_is_refused_and_leaves_the_cell(name, hijax):
 
 @STORAGE
 @pytest.mark.parametrize(
-  ("dtype", "value", "got"),
+  ("dtype", "value", "got", "fix"),
   [
-    ("int32", 1.5, "float32[]"),
-    ("bool", 1, "int32[]"),
-    ("float32", 1j, "complex64[]"),
-    ("bfloat16", np.float32(1), "float32[]"),
-    ("float32", jnp.ones(2, jnp.bfloat16), "bfloat16[2]"),
-    ("float32", np.ones(2, np.int32), "int32[2]"),
+    # a plain cast would cut off, wrap around, or drop a part, in silence
+    ("int32", 1.5, "float32[]", "jnp.round(x).astype('int32')"),
+    ("bool", 1, "int32[]", "x != 0"),
+    ("float32", 1j, "complex64[]", "x.real.astype('float32')"),
+    ("int32", 1.5j, "complex64[]", "jnp.round(x.real).astype('int32')"),
+    ("int8", np.full(2, 300, np.int32), "int32[2]", "jnp.clip(x, -128, 127).astype('int8')"),
+    ("uint8", np.full(2, -1, np.int8), "int8[2]", "jnp.clip(x, 0, 255).astype('uint8')"),
+    ("bfloat16", np.float32(1), "float32[]", "x.astype('bfloat16')"),
+    ("int32", np.ones(2, np.int8), "int8[2]", "x.astype('int32')"),
+    ("float32", jnp.ones(2, jnp.bfloat16), "bfloat16[2]", "x.astype('float32')"),
+    ("float32", np.ones(2, np.int32), "int32[2]", "x.astype('float32')"),
   ],
 )
-def test_a_write_of_another_dtype_is_refused_and_leaves_the_cell(dtype, value, got, hijax):
+def test_a_write_of_another_dtype_is_refused_and_leaves_the_cell(dtype, value, got, fix, hijax):
   v = nnx.Param(jnp.zeros(2, dtype), is_hijax=hijax)
   with pytest.raises(ShapeMismatchError) as error:
     v[...] = value
@@ -372,9 +383,10 @@ def test_a_write_of_another_dtype_is_refused_and_leaves_the_cell(dtype, value, g
     "a Variable keeps its shape and dtype\n"
     f"  at:  (a Variable outside any Module)  (Param, created at test_variable.py:{line})\n"
     f"  got: {got}, the Variable holds {dtype}[2]\n"
-    f"  fix: write x.astype('{dtype}'), or assign a new nnx.Param"
+    f"  fix: write {fix}, or assign a new nnx.Param"
   )
   assert v[...].tolist() == jnp.zeros(2, dtype).tolist()
+  v[...] = eval(fix, {"jnp": jnp, "x": jnp.asarray(value)})  # what it says can be written
 
 
 @STORAGE

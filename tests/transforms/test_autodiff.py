@@ -282,7 +282,7 @@ def test_a_write_to_what_is_differentiated_is_refused(hijax):
       "a Variable cannot be written while it is differentiated\n"
       f"  at:  Node.w  (Param, created at test_autodiff.py:{m.w._def.origin.line})\n"
       "  got: a write inside a function whose gradient is taken with respect to it\n"
-      "  fix: write it after the gradient, or leave it out with wrt="
+      "  fix: write it after the gradient, or leave it out with wrt=: it has no gradient then"
     )
     assert plain(m.w) == [3.0, 3.0]
   m.w[...] = 1.0  # afterwards it is writable again

@@ -508,7 +508,7 @@ def test_message_of_a_write_of_a_variable_that_is_differentiated(where):
     "a Variable cannot be written while it is differentiated\n"
     "  at:  Net.linear.kernel  (Param, created at test_errors.py:N)\n"
     "  got: a write inside a function whose gradient is taken with respect to it\n"
-    "  fix: write it after the gradient, or leave it out with wrt="
+    "  fix: write it after the gradient, or leave it out with wrt=: it has no gradient then"
   )
 
 

@@ -113,20 +113,21 @@ def _moved(leaf: Any, device: Any) -> Any:
   return jax.device_put(leaf, device) if _is_array(leaf) else leaf
 
 
-def _install(cells: list[tuple[Variable, Any]]) -> dict[int, Any]:
+def _install(cells: list[tuple[Variable, Any]]) -> dict[int, tuple[Any, Any]]:
   """Exchange the buffers of Refs, and the arrays of lojax Variables.
 
   Returns:
-    The Refs that took the place of others, by the identity of these.
+    The Refs that took the place of others, by the identity of these; they are kept alive with
+    them, for a new Ref could be where an old one was.
   """
-  renewed: dict[int, Any] = {}
+  renewed: dict[int, tuple[Any, Any]] = {}
 
   def cell_of(old: Any, new: Any) -> Any:
     if not _jax.is_ref(old):
       return new
     ref = _jax.move_cell(old, new)
     if ref is not old:
-      renewed[id(old)] = ref
+      renewed[id(old)] = old, ref
     return ref
 
   for variable, new in cells:
@@ -138,10 +139,11 @@ def _install(cells: list[tuple[Variable, Any]]) -> dict[int, Any]:
   return renewed
 
 
-def _renew(handles: Iterator[Variable], renewed: dict[int, Any]) -> None:
+def _renew(handles: Iterator[Variable], renewed: dict[int, tuple[Any, Any]]) -> None:
   """Let all handles of a Ref have the one that took its place."""
   for variable in handles:
-    variable._cell = jax.tree.map(lambda x: renewed.get(id(x), x), variable.get_raw_value())
+    cell = variable.get_raw_value()
+    variable._cell = jax.tree.map(lambda x: renewed.get(id(x), (x, x))[1], cell)
 
 
 def _handles(tree: Any, objects: list[Node]) -> Iterator[Variable]:

@@ -6,7 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
+
+pytestmark = pytest.mark.skipif(
+  not _jax.no_trace_active(), reason="without the private API, calls go through Refs, as in jax.jit"
+)
 
 
 class Net(nnx.Module):

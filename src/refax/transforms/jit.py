@@ -123,7 +123,10 @@ class _Jitted:
   def _call(self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple) -> Any:
     inputs, spec, leaves = self._split(args, kwargs)
     if not is_eager():
-      return inputs.commit(self._jitted(self._static_of(spec), *leaves))
+      with observe() as seen, self._naming(inputs, spec[2]):
+        outputs = self._jitted(self._static_of(spec), *leaves)
+      self._reach.add(_concrete(seen))
+      return inputs.commit(outputs)
     compiled = self._compiled(values, inputs, spec, leaves)
     flat = jax.tree.leaves(leaves)
     picks = picker([i for i, x in enumerate(values) if not isinstance(x, Node | Variable)])
@@ -163,8 +166,7 @@ class _Jitted:
       picks=picks,
       names=self._names(inputs, spec[2]),
     )
-    found = [seen[id(ref)]() for ref in compiled.closures.values() if id(ref) in seen]
-    return compiled, [x for x in found if x is not None]
+    return compiled, _concrete(seen)
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
@@ -301,6 +303,12 @@ class _Static:
 
   def __init__(self, spec: tuple):
     self.spec = spec
+
+
+def _concrete(seen: dict[int, Callable[[], Any]]) -> list[Variable]:
+  """Of the Variables that a trace has used, those from outside it."""
+  found = [x for read in seen.values() if (x := read()) is not None]
+  return [x for x in found if not any(map(_jax.is_tracer, jax.tree.leaves(x.get_raw_value())))]
 
 
 def _is_argument(x: Any, abstract: bool) -> bool:

@@ -400,8 +400,11 @@ def refusing_function() -> str | None:
   return _REFUSING.get(frame.f_code.co_name)
 
 
-def returning_function() -> tuple[str, str] | None:
-  """The function whose result JAX flattens now, and what for, if JAX lets no Ref out of it.
+def returning_function() -> Callable[[], tuple[str, str]] | None:
+  """Of the function whose result JAX flattens now, what names it, and what JAX traces it for.
+
+  None if JAX lets Refs out of it. The names are looked up when they are asked for, for an error:
+  `f_locals` keeps what it shows alive with the frame, and tracers must not outlive their trace.
 
   Private: `FlatTree.flatten` is called by `trace_to_jaxpr` in `jax/_src/interpreters`, which looks
   for Refs next. Where they are others, JAX's own error arrives. As `refusing_function`.
@@ -414,8 +417,12 @@ def returning_function() -> tuple[str, str] | None:
     return None
   if not caller.f_code.co_filename.endswith("partial_eval.py") or not _refuses_refs():
     return None
-  info = caller.f_locals.get("debug_info")
-  return getattr(info, "func_src_info", None) or "a function", getattr(info, "traced_for", "jit")
+
+  def names() -> tuple[str, str]:
+    info = caller.f_locals.get("debug_info")
+    return getattr(info, "func_src_info", None) or "a function", getattr(info, "traced_for", "jit")
+
+  return names
 
 
 def _refuses_refs() -> bool:

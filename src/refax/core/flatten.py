@@ -333,11 +333,11 @@ def _is_hijax(leaf: Any) -> bool:
   return isinstance(leaf, Variable) and leaf.is_hijax
 
 
-def _check_returned(returning: tuple[str, str], node: Node, flat: Flat) -> None:
+def _check_returned(returning: Callable[[], tuple[str, str]], node: Node, flat: Flat) -> None:
   """Raise ReturnedRefError if an object that must be arrays, outside, holds Refs."""
   for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True):
     if (ref := ref_in(leaf)) is not None:
-      raise ReturnedRefError.result(*returning, type(node).__name__, path_str(path), ref)
+      raise ReturnedRefError.result(*returning(), type(node).__name__, path_str(path), ref)
 
 
 def ref_in(leaf: Any) -> Any:

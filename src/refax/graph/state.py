@@ -146,7 +146,7 @@ def _flatten(state: State):
   if returning is not None:
     for key, child in zip(keys, children, strict=True):
       if (ref := ref_in(child)) is not None:
-        raise ReturnedRefError.result(*returning, "State", path_str((key,)), ref)
+        raise ReturnedRefError.result(*returning(), "State", path_str((key,)), ref)
   return children, keys
 
 

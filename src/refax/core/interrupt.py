@@ -47,6 +47,18 @@ def uninterrupted(f: Callable[[], T]) -> T:
       held[number](number, frame)
 
 
+def surely(f: Callable[[], None]) -> None:
+  """Call `f` in `uninterrupted`, and once more if a signal came before that: it may run twice.
+
+  For what undoes: an exception is on its way already, and Ctrl-C must not come in its place.
+  """
+  try:
+    uninterrupted(f)
+  except BaseException:
+    uninterrupted(f)
+    raise
+
+
 # Those that programs handle by raising. `signal.valid_signals` would take 80 us to look through.
 _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from refax import _jax
-from refax.core.interrupt import uninterrupted
+from refax.core.interrupt import surely
 from refax.errors import AliasError
 
 
@@ -93,12 +93,17 @@ def undo_on_error(refs: Iterable[Any]) -> Iterator[None]:
   try:
     yield
   except BaseException:
-    uninterrupted(lambda: [_jax.write_cell(ref, value) for ref, value in log.values()])
+    surely(lambda: _put_back(log.values()))
     raise
   finally:
     _local.log = outer
     if outer is not None:
       outer.update((key, entry) for key, entry in log.items() if key not in outer)
+
+
+def _put_back(entries: Iterable[tuple[Any, Any]]) -> None:
+  for ref, value in entries:
+    _jax.write_cell(ref, value)
 
 
 def before_write(ref: Any) -> None:

@@ -12,7 +12,7 @@ from refax import _jax
 from refax.core.epoch import epoch
 from refax.core.flatten import fill, resolver
 from refax.core.graphdef import REGION, STATIC
-from refax.core.interrupt import uninterrupted
+from refax.core.interrupt import surely
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
@@ -186,7 +186,7 @@ def transaction(*objects: Any) -> Iterator[Transaction]:
   try:
     yield Transaction()
   except BaseException:
-    uninterrupted(saved.restore)
+    surely(saved.restore)
     raise
 
 

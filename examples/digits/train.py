@@ -100,7 +100,8 @@ def fit(
       accuracy = accuracy_of(model, digits)
       reading = f"{accuracy:.1%}"
       history.append(Epoch(float(np.mean(losses)), accuracy))
-      checkpoints.save(epoch + 1, training, user={"settings": settings, "history": history})
+      notes = {"settings": settings, "history": [tuple(epoch) for epoch in history]}
+      checkpoints.save(epoch + 1, training, user=notes)
       yield history[-1]
 
 

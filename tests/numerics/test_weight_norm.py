@@ -48,8 +48,8 @@ def shared(model, layer, x, **kwargs):
 
 
 ROUNDED = {jnp.dtype(jnp.float32): 2e-2, jnp.dtype(jnp.bfloat16): 2e-2}
-"""Linen normalizes weights of bfloat16 in bfloat16, Refax in float32. Where a gradient is 0, that of
-Linen is a difference of numbers near 2, whose last bit is 0.0156."""
+"""Linen normalizes weights of bfloat16 in bfloat16, Refax in float32. Where a gradient is 0, that
+of Linen is a difference of numbers near 2, whose last bit is 0.0156."""
 
 
 def assert_wrappers_equal(model, layer, variables, x, tolerance=None, **kwargs):

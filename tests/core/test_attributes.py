@@ -190,3 +190,13 @@ def test_a_model_may_be_deeper_than_the_stack(depth):
     assert other.depth() == depth
   assert len(list(nnx.iter_modules(model))) == depth
   model.eval()
+
+
+def test_a_name_that_an_interrupt_has_left_half_set_does_no_harm():
+  net = Net()
+  nnx.state(net)
+  net._pytree.dynamic.add("half")
+  net._structure_changed()
+  assert list(nnx.state(net)) == ["w"]
+  net.half = 3
+  assert nnx.graphdef(net) == nnx.graphdef(nnx.clone(net)) and len(jax.tree.leaves(net)) == 1

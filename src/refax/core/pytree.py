@@ -198,11 +198,16 @@ class Pytree(Node):
     was_dynamic = name in state.dynamic
     if name in self.__dict__ and dynamic == was_dynamic and _same(old, value):
       return
-    set_attribute(self.__dict__, name, value)
-    (state.dynamic.add if dynamic else state.dynamic.discard)(name)
+    try:  # Ctrl-C may come between any two lines: a name that is data and missing does no harm
+      if dynamic:
+        state.dynamic.add(name)
+      set_attribute(self.__dict__, name, value)
+      if not dynamic:
+        state.dynamic.discard(name)
+    finally:
+      self._structure_changed((name,) if dynamic else (), () if dynamic else (name,))
     if dynamic:
       adopt(self, name, value)
-    self._structure_changed((name,) if dynamic else (), () if dynamic else (name,))
 
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
     dynamic = self._pytree.dynamic
@@ -230,9 +235,11 @@ class Pytree(Node):
 
   def __delattr__(self, name: str) -> None:
     self._check_trace(name)
-    object.__delattr__(self, name)
-    self._pytree.dynamic.discard(name)
-    self._structure_changed(removed=(name,))
+    try:
+      object.__delattr__(self, name)
+      self._pytree.dynamic.discard(name)
+    finally:
+      self._structure_changed(removed=(name,))
 
   def _check_trace(self, key: Any) -> None:
     if self._pytree.trace != _jax.trace_state():
@@ -252,7 +259,7 @@ class Pytree(Node):
     return objects[0]
 
   def __getstate__(self) -> Any:
-    return dict(self.__dict__), set(self._pytree.dynamic)
+    return dict(self.__dict__), self._pytree.dynamic.intersection(self.__dict__)
 
   def __setstate__(self, state: Any) -> None:
     attributes, dynamic = state

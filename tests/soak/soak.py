@@ -10,6 +10,7 @@ exit code.
 
 import gc
 import os
+import pathlib
 import random
 import signal
 import sys
@@ -28,6 +29,9 @@ import optax
 
 from refax import nnx, testing
 from refax.errors import RefaxError
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "interrupts"))
+from storm import mended
 
 BATCHES = [np.linspace(-1, 1, 4 * n, dtype=np.float32).reshape(n, 4) for n in (4, 8)]
 # An interrupt of a plain jax.jit may lose what it was given: JAX, not ours to mend. One that comes
@@ -425,23 +429,6 @@ def _like(x, found):
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.wrap_key_data(jnp.asarray(found), impl=jax.random.key_impl(x))
   return jnp.asarray(found)
-
-
-def mended():
-  """Whether JAX was left without a trace, and is no more.
-
-  `Primitive.bind` sets its current trace to None, and then begins the `try` that gives it back: an
-  interrupt in between breaks every operation that follows, with or without Refax. What JAX's own
-  tests use to begin afresh is used here too, and nowhere else: it is private.
-  """
-  try:
-    jax.lax.neg(1.0)  # an operation by itself: compiled functions go past `bind`
-  except AttributeError as error:
-    if "NoneType" not in str(error):
-      raise
-    jax._src.core.reset_trace_state()
-    return True
-  return False
 
 
 def main(seconds, seed):

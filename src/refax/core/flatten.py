@@ -58,7 +58,7 @@ class Walk:
         walk._leaf_index[identity(leaf)] = i
     walk._node_index = {id(node): i for i, node in enumerate(objects)}
     for i, node in enumerate(objects):
-      walk.nodes[i] = walk._describe(node, dict(graphdef.nodes[i][1]))
+      walk._describe(i, node, dict(graphdef.nodes[i][1]))
     return walk
 
   def graphdef(self, root: tuple) -> GraphDef:
@@ -71,7 +71,7 @@ class Walk:
       return (LEAF, self._leaf(identity(value), value))
     if isinstance(value, Node):
       return (NODE, self._node(value))
-    if type(value) in CALLABLES and captured(value) is not None:
+    if is_followed(value):
       parts, treedef = taken_apart(value)
       children = (self.entry(x) if is_part(x) else (STATIC, kind(x), x) for x in parts)
       return (REGION, treedef, tuple(children))
@@ -104,7 +104,18 @@ class Walk:
     if known is not None:
       return known
     index = self._new_node(node)
-    open_ = [(index, self._describing(node, {}))]
+    self._describe(index, node, {})
+    return index
+
+  def _new_node(self, node: Node) -> int:
+    index = self._node_index[id(node)] = len(self.nodes)
+    self.nodes.append(None)
+    self.objects.append(node)
+    return index
+
+  def _describe(self, index: int, node: Node, before: dict[Any, tuple]) -> None:
+    """Describe a node, and all new nodes below it, each after its children."""
+    open_ = [(index, self._describing(node, before))]
     while open_:
       at, describing = open_[-1]
       try:
@@ -114,25 +125,6 @@ class Walk:
         open_.pop()
       else:
         open_.append((child, self._describing(value, {})))
-    return index
-
-  def _new_node(self, node: Node) -> int:
-    index = self._node_index[id(node)] = len(self.nodes)
-    self.nodes.append(None)
-    self.objects.append(node)
-    return index
-
-  def _describe(self, node: Node, before: dict[Any, tuple]) -> tuple:
-    """What a node that is known is now; new nodes below it are described first."""
-    describing = self._describing(node, before)
-    while True:
-      try:
-        child, value = next(describing)
-      except StopIteration as done:
-        return done.value
-      del self._node_index[id(value)]
-      del self.nodes[-1], self.objects[-1]
-      assert child == self._node(value)
 
   def _describing(self, node: Node, before: dict[Any, tuple]) -> Any:
     """Yields the index and the node of each new child; returns what the node is."""
@@ -273,6 +265,11 @@ def is_part(x: Any) -> bool:
   """Whether a part of a bound method or a partial is data; all else is static."""
   if isinstance(x, Node | Variable | Tracked | np.ndarray | jax.Array):
     return True
+  return is_followed(x)
+
+
+def is_followed(x: Any) -> bool:
+  """Whether a value is a bound method or a partial that holds an object."""
   return type(x) in CALLABLES and captured(x) is not None
 
 
@@ -400,7 +397,7 @@ def _children(value: Any, dynamic: bool) -> Iterator[tuple[Path, Any, bool]]:
 
 def region_items(value: Any) -> list[tuple[Path, Any]]:
   """(path, leaf) of a plain pytree, down to its Nodes, Variables and other leaves."""
-  if type(value) in CALLABLES and captured(value) is not None:
+  if is_followed(value):
     parts, treedef = taken_apart(value)
     return list(zip(treedef.paths, parts, strict=True))
   is_leaf = lambda x: isinstance(x, Node | Variable)

@@ -123,7 +123,7 @@ def value_and_grad(
   def decorate(f: Callable) -> Callable:
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-      call = _Differentiation(args, kwargs, argnums, wrt, through)
+      call = Differentiated(args, kwargs, argnums, wrt, through)
       pure = functools.partial(call.run_scalar, f, has_aux)
       transformed = jax.value_and_grad(
         pure, has_aux=True, holomorphic=holomorphic, allow_int=allow_int
@@ -162,7 +162,7 @@ def vjp(
   >>> [float(g) for g in pull(1.0)]
   [2.0, 3.0]
   """
-  call = _Differentiation(primals, {}, tuple(range(len(primals))), wrt, through)
+  call = Differentiated(primals, {}, tuple(range(len(primals))), wrt, through)
   pure = functools.partial(call.run, f, has_aux)
   with undo_on_error(call.state()):
     value, pull, outputs = jax.vjp(pure, call.values, has_aux=True)
@@ -203,7 +203,7 @@ def jvp(
   >>> float(value), float(tangent)
   (9.0, 6.0)
   """
-  call = _Differentiation(tuple(primals), {}, tuple(range(len(primals))), wrt, through)
+  call = Differentiated(tuple(primals), {}, tuple(range(len(primals))), wrt, through)
   pure = functools.partial(call.run, f, has_aux)
   with undo_on_error(call.state()):
     value, tangent, outputs = jax.jvp(
@@ -213,7 +213,7 @@ def jvp(
   return (value, tangent, aux) if has_aux else (value, tangent)
 
 
-class _Differentiation:
+class Differentiated:
   """One call: what is selected, what is local, and the form of the gradients."""
 
   def __init__(
@@ -288,6 +288,23 @@ class _Differentiation:
     if not isinstance(value, int | float | complex | jax.Array) or jnp.shape(value) != ():
       raise GradientOutputError.no_scalar(_name(f), _shapes(value), has_aux)
     return value, outputs
+
+  def pull(
+    self, f: Callable, has_aux: bool, wider: Callable[[Any], Any]
+  ) -> tuple[jax.Array, Any, Any]:
+    """The value of `f`, its aux, and what pulls a cotangent back, in `wider(dtype)`.
+
+    State that `f` writes is written.
+    """
+    wide = jax.tree.map(lambda x: jnp.asarray(x, wider(jnp.result_type(x))), self.values)
+
+    def run(wide: dict[int, Any]) -> tuple[Any, Outputs]:
+      values = jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), wide, self.values)
+      return self.run_scalar(f, has_aux, values)
+
+    with undo_on_error(self.state()):
+      value, pull, outputs = jax.vjp(run, wide, has_aux=True)
+      return value, self.inputs.commit(outputs), pull
 
   def state(self) -> list[Any]:
     """The Refs of the arguments that are not differentiated: `f` may write them."""

@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -226,17 +226,37 @@ def new_cell(value: jax.Array) -> jax.Ref:
   return core.Ref(aval, core.ArrayRefImpl(aval, value))
 
 
-def read_cell(ref: jax.Ref) -> jax.Array:
+def cells_like(value: jax.Array) -> Callable[[jax.Array], jax.Ref]:
+  """`new_cell` for more arrays of one type, results of one compiled function; when eager.
+
+  Private: builds the Refs as `new_cell` does; half of its time goes into the type of the array.
+  """
+  private = _private()
+  if private is None:
+    return new_cell
+  new, impl = private.core.Ref, private.core.ArrayRefImpl
+  aval = _ref_type(jax.typeof(_committed(value)))
+
+  def new_like(value: jax.Array) -> jax.Ref:
+    return new(aval, impl(aval, value if value.committed else _committed(value)))
+
+  return new_like
+
+
+def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
   """The value of `ref`, as an array that no later step can donate.
 
   Private when eager: copies the buffer `ref._refs._buf` instead of dispatching `ref[...]`.
 
-  In a trace, the value has no tangent, and says so: a Ref made under `jax.jvp` or `jax.checkpoint`
-  gives zeros that are not known to be zero, and a guard could not tell them from a gradient.
+  In a trace, the value has no tangent, and says so, unless `has_no_tangent` is known: a Ref made
+  under `jax.jvp` or `jax.checkpoint` gives zeros that are not known to be zero, and a guard could
+  not tell them from a gradient.
   """
   if is_tracer(ref) or not no_trace_active():
     value = ref[...]
-    return jax.lax.stop_gradient(value) if jnp.issubdtype(ref.dtype, jnp.inexact) else value
+    if has_no_tangent or not jnp.issubdtype(ref.dtype, jnp.inexact):
+      return value
+    return jax.lax.stop_gradient(value)
   return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -291,6 +311,14 @@ def write_copy(ref: jax.Ref, value: jax.Array) -> None:
   impl._buf = copy(value if same else jax.device_put(value, sharding))
 
 
+def bits(x: Any) -> Any:
+  """The array behind typed PRNG keys, anything else as it is: keys find their sharding in 7 us.
+
+  Private: `_base_array`. Falls back to the keys themselves.
+  """
+  return getattr(x, "_base_array", x)
+
+
 def peek_cell(ref: jax.Ref) -> jax.Array:
   """The value of a concrete `ref`, uncopied, also while JAX traces: it must not reach the user.
 
@@ -304,10 +332,12 @@ def peek_cell(ref: jax.Ref) -> jax.Array:
 
 def exchange(
   call: Any,
-  written: list[jax.Ref],
-  read: list[jax.Ref],
+  cells: tuple[list[jax.Ref], list[jax.Ref]],
   pick: Callable[[Any], Any],
   result: Callable[[Iterator], Any],
+  *,
+  give: Callable[[Any], list] | None = None,
+  store: Callable[[Any, Iterator], Iterator] | None = None,
 ) -> Callable[[Any], Any]:
   """A compiled function without its buffers of Refs, which installs the new ones as it returns.
 
@@ -319,28 +349,34 @@ def exchange(
   true without the private path, may use it.
 
   Args:
-    call: `(buffers of written Refs, arrays, buffers of read Refs) -> (*new buffers, *rest)`, called
-      without the last argument where no Ref is only read.
-    written: the Refs whose buffers are replaced.
-    read: the Refs whose buffers are only read.
+    call: `([*buffers of written Refs, *given arrays], arrays, buffers of read Refs) -> (*new
+      buffers, *rest)`, called without the last argument where no Ref is only read.
+    cells: the Refs whose buffers are replaced, and those whose buffers are only read.
     pick: from the arguments of `run` to the arrays.
     result: from an iterator over the rest of what the call returns to the result of `run`.
+    give: from the arguments of `run` to the arrays that the call may overwrite, if there are any.
+    store: from the arguments of `run` and the iterator to another one, which stores some of the
+      rest elsewhere as it is used up; it must do so in C.
 
   Returns:
     `run(args) -> result`.
   """
-  refs: Any = (written, read)
-  writes, reads = ([ref._refs for ref in some] for some in refs)
+  writes, reads = ([ref._refs for ref in some] for some in cast(Any, cells))
   name = itertools.repeat("_buf")
-  flat, consume = itertools.chain.from_iterable, collections.deque
+  flat, chain, consume = itertools.chain.from_iterable, itertools.chain, collections.deque
 
   def run(args: Any) -> Any:
-    old, arrays = ([c._buf for c in writes],), (pick(args),)
+    old, arrays = [c._buf for c in writes], (pick(args),)
+    if give is not None:
+      old += give(args)
     if reads:
-      new = flat(map(call, old, arrays, ([c._buf for c in reads],)))
+      new = flat(map(call, (old,), arrays, ([c._buf for c in reads],)))
     else:
-      new = flat(map(call, old, arrays))
-    consume(map(setattr, writes, name, new), 0)
+      new = flat(map(call, (old,), arrays))
+    if store is None:
+      consume(map(setattr, writes, name, new), 0)
+    else:
+      consume(chain(map(setattr, writes, name, new), store(args, new)), 0)
     return result(new)
 
   return run

@@ -196,7 +196,7 @@ def test_a_name_that_an_interrupt_has_left_half_set_does_no_harm():
   net = Net()
   nnx.state(net)
   net._pytree.dynamic.add("half")
-  net._structure_changed()
+  net._structure_changed(None)
   assert list(nnx.state(net)) == ["w"]
   net.half = 3
   assert nnx.graphdef(net) == nnx.graphdef(nnx.clone(net)) and len(jax.tree.leaves(net)) == 1

@@ -95,7 +95,7 @@ def test_the_last_call_is_found_again_and_only_that():
   want = [float(jax.jit(lambda net, x: net(x).sum())(twin, X)) for _ in range(4)]
   assert [float(step(net, X)) for _ in range(2)] == want[:2]
   calls = FastCalls()
-  calls.last = step._fast.last._replace(run=lambda args: "at once")
+  calls.last = (*step._fast.last[:-1], lambda args: "at once")
   way = steady(calls, lambda args, kwargs: "general")
   assert way(net, X) == way(net, X + 1) == "at once"
   for args in ((other, X), (net, X[:1]), (net, np.asarray(X)), (net,), (net, X, X), (net, None)):
@@ -206,20 +206,26 @@ def test_keywords_and_trees_of_arrays_are_ordinary():
     assert [p.shape for p in out["pair"]] == [(2,), (3,)]
     assert float(other) == 2.0 * i
     assert int(net.calls) == i
-  assert step._fast.find((net, batch, other, 2.0), ("other", "scale")) is not None
-  assert step._fast.find((net, {"x": X}, other, 2.0), ("other", "scale")) is None
-  assert step._fast.find((net, batch, 2.0, other), ("other", "scale")) is None
+  find = step._fast.find
+  assert find((net, batch, 2.0, other), ("scale", "other")) is not None
+  assert find((net, {"x": X}, 2.0, other), ("scale", "other")) is None
+  assert find((net, batch, other, 2.0), ("scale", "other")) is None
+  assert find((net, batch, other, 2.0), ("other", "scale")) is None  # not in this order, yet
+  step(net, batch, other=other, scale=2.0)
+  assert find((net, batch, other, 2.0), ("other", "scale")) is not None
   assert traced.traces == 1
   nested = nnx.jit(lambda trees: trees["net"](X))
-  for i in (4, 5):
-    assert nested({"net": net}).shape == (4, 3)  # an object inside a tree goes the general way
+  for i in (5, 6):
+    assert nested({"net": net}).shape == (4, 3)
     assert int(net.calls) == i
-  assert nested._fast.find(({"net": net},)) is None
+  assert nested._fast.find(({"net": net},)) is not None
+  assert nested._fast.find(({"net": Net()},)) is None
   both = nnx.jit(lambda net, trees: net(trees["net"](X)))
-  for i in (7, 9):
+  for i in (8, 10):
     assert both(net, {"net": net}).shape == (4, 3)
     assert int(net.calls) == i
-  assert both._fast.find((net, {"net": net})) is None
+  assert both._fast.find((net, {"net": net})) is not None
+  assert both._fast.find((net, {"net": Net()})) is None
 
 
 def test_other_shapes_dtypes_objects_and_settings_each_get_their_own_call():

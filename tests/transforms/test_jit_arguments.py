@@ -141,7 +141,7 @@ def test_an_error_of_jax_names_the_arguments_of_the_user():
   if fast is None:
     pytest.skip("calls go through Refs without the private API")
   text = "Got argument read[1] of f with shape 3 and argument arrays[0] of f; x['read[1]']"
-  want = "Got argument m.kernel of f with shape 3 and argument x[0] of f; x['read[1]']"
+  want = "Got argument m.kernel of f with shape 3 and argument x of f; x['read[1]']"
   assert str(fast.renamed(ValueError(text))) == want
   other = ValueError("something else")
   assert fast.renamed(other) is other

@@ -44,6 +44,7 @@ class _Container(Module):
   """What List and Dict share: elements in `_items`, kept as data or `_Static`."""
 
   __slots__ = ("_items", "_moved")
+  _altered_by_key = False
   _items: Any
   _moved: dict[int, weakref.ref]
   """Arrays that were elements and have been replaced: where one comes back, elements are moved."""
@@ -75,6 +76,10 @@ class _Container(Module):
   def _elements(self) -> Iterable[Any]:
     raise NotImplementedError
 
+  def _alter(self, entries: Iterable[tuple[Any, Any, bool]], removed: Iterable[Any]) -> None:
+    self._clear()
+    self._fill(entries)
+
   def _keep(self, key: Any, value: Any) -> Any:
     """The element as it is kept; raises StaticAttributeError if it can be neither."""
     value, dynamic = classify(value, lambda: type(self).__name__ + path_str((key,)))
@@ -85,7 +90,7 @@ class _Container(Module):
   def _set_items(self, items: Any) -> None:
     self._check_trace("...")
     object.__setattr__(self, "_items", items)
-    self._structure_changed(added=(...,))
+    self._structure_changed(None, added=(...,))
 
   def __getstate__(self) -> Any:
     return super().__getstate__(), self._items

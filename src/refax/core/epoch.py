@@ -1,8 +1,13 @@
-"""The structure epoch: a count of structural changes that any cached flattening could miss."""
+"""The epoch: a count of the changes to Variables that a kept walk could miss.
+
+Objects tell their watches what has changed (`refax.core.watch`). A Variable has none: that its cell
+or its metadata is replaced, and not written, is rare, and all that is kept of any model is made
+anew.
+"""
 
 
 class Epoch:
-  """A counter. A cached flattening is valid while the counter stands where it was."""
+  """A counter. What was kept of a walk is of use while the counter stands where it was."""
 
   __slots__ = ("value",)
 
@@ -10,7 +15,7 @@ class Epoch:
     self.value = 0
 
   def bump(self) -> None:
-    """A structure that some cached flattening has visited has changed."""
+    """A Variable has another cell, or other metadata."""
     self.value += 1
 
 

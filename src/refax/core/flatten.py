@@ -23,6 +23,7 @@ from refax.core.epoch import epoch
 from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
 from refax.core.node import Node, Tracked
 from refax.core.variable import Variable, identity
+from refax.core.watch import Watch, Watches
 from refax.errors import RefArgumentError, ReturnedRefError
 from refax.typing import Path, path_str
 
@@ -35,13 +36,18 @@ class Flat(NamedTuple):
 
 
 class Walk:
-  """One traversal. Several roots may be flattened together; what they share is seen."""
+  """One traversal. Several roots may be flattened together; what they share is seen.
 
-  def __init__(self):
+  Args:
+    watch: is told of changes to all objects that the walk sees.
+  """
+
+  def __init__(self, watch: Watch | None = None):
     self.leaves: list[Any] = []
     self.objects: list[Node] = []  # by node index
     self.nodes: list[Any] = []
-    self.cacheable = True
+    self.cacheable = True  # a watch knows of every change to what is in the objects
+    self._watch = watch
     self._leaf_index: dict[int, int] = {}
     self._node_index: dict[int, int] = {}
 
@@ -81,7 +87,6 @@ class Walk:
         return before
       self.leaves.append(value)
       return (LEAF, len(self.leaves) - 1)
-    self.cacheable = self.cacheable and _tracked(value)
     same = before is not None and before[0] == REGION and before[1] == treedef
     children = before[2] if before is not None and same else [None] * len(leaves)
     return (REGION, treedef, tuple(map(self.entry, leaves, children)))
@@ -108,6 +113,8 @@ class Walk:
     return index
 
   def _new_node(self, node: Node) -> int:
+    if self._watch is not None:
+      _watch(node, self._watch)
     index = self._node_index[id(node)] = len(self.nodes)
     self.nodes.append(None)
     self.objects.append(node)
@@ -139,7 +146,9 @@ class Walk:
           yield index, value
         entries.append((key, (NODE, index)))
       else:
-        entries.append((key, self.entry(value, before.get(key))))
+        entries.append((key, entry := self.entry(value, before.get(key))))
+        if entry[0] == REGION and not _tracked(value, self._watch):
+          self.cacheable = False
     return type(node), tuple(entries)
 
 
@@ -150,34 +159,45 @@ def _template(leaf: Any) -> tuple[type, dict[str, Any], bool] | None:
   return type(leaf), leaf._def.metadata, leaf.is_hijax
 
 
-def _tracked(value: Any) -> bool:
-  """Whether every container in a region is immutable or reports its changes."""
+def _watch(node: Node, watch: Watch) -> None:
+  """Let a watch know of changes to an object."""
+  state = node._pytree
+  if state.watches is None:
+    state.watches = Watches()
+  state.watches.add(watch)
+
+
+def _tracked(value: Any, watch: Watch | None) -> bool:
+  """Whether every container in a region is immutable or reports its changes, to the watch."""
   if isinstance(value, tuple):
-    return all(map(_tracked, value))
+    return all([_tracked(x, watch) for x in value])
   if isinstance(value, Tracked):
-    return all(map(_tracked, value._visit()))
+    return all([_tracked(x, watch) for x in value._visit(watch)])
   return value is None or isinstance(value, Node | Variable) or jax.tree_util.all_leaves([value])
 
 
 def flatten(root: Any) -> Flat:
   """Flatten any object; a Node keeps the result until a structure that it visited changes."""
   state = root._pytree if isinstance(root, Node) else None
-  if state is not None and state.cache is not None and state.cache[0] == epoch.value:
-    return state.cache[1]
-  rebuilt = None if state is None or state.changed else state.rebuilt
-  if rebuilt is not None and rebuilt.holds():
-    flat, objects, cacheable = rebuilt.flat, rebuilt.objects, True
-  else:
+  if state is None:
     walk = Walk()
     entry = walk.entry(root)
-    flat = Flat(tuple(walk.leaves), walk.graphdef(entry))
-    objects, cacheable = walk.objects, walk.cacheable
-  if state is not None:
-    state.rebuilt = None
-    if cacheable:
-      for node in (root, *objects):
-        node._pytree.visited = True
-      state.cache = (epoch.value, flat)
+    return Flat(tuple(walk.leaves), walk.graphdef(entry))
+  if state.cache is not None:
+    watch, then, flat = state.cache
+    if then == epoch.value and watch.holds():
+      return flat
+  watch, then = Watch(), epoch.value
+  rebuilt = None if state.changed else state.rebuilt
+  if rebuilt is not None and rebuilt.holds():
+    flat, cacheable = rebuilt.flat, True
+    for node in (root, *rebuilt.objects):
+      _watch(node, watch)
+  else:
+    walk = Walk(watch)
+    entry = walk.entry(root)
+    flat, cacheable = Flat(tuple(walk.leaves), walk.graphdef(entry)), walk.cacheable
+  state.rebuilt, state.cache = None, (watch, then, flat) if cacheable else None
   return flat
 
 
@@ -230,7 +250,8 @@ def resolver(leaves: list[Any], objects: list[Node]) -> Callable[[tuple], Any]:
       return objects[entry[1]]
     if sort == STATIC:
       return entry[2]
-    return entry[1].unflatten(map(value, entry[2]))
+    _, treedef, children = entry
+    return treedef.unflatten([leaves[e[1]] if e[0] == LEAF else value(e) for e in children])
 
   return value
 
@@ -359,6 +380,33 @@ def walk_nodes(root: Any) -> Iterator[tuple[Path, Node]]:
   for path, value in walk_graph(root):
     if isinstance(value, Node):
       yield path, value
+
+
+def variable_places(root: Any) -> Iterator[tuple[Path, Node | None, Variable]]:
+  """(path, owner, Variable) of every place of a Variable, in flattening order.
+
+  The owner is the Node whose entry the Variable is; None for one inside another pytree there.
+  """
+  seen: set[int] = set()
+  open_: list[tuple[Path, Node | None, Iterator]] = [((), None, iter([((), root, True)]))]
+  while open_:
+    above, owner, children = open_[-1]
+    for steps, value, is_data in children:
+      if not is_data:
+        continue
+      path = above + steps
+      if isinstance(value, Variable):
+        yield path, owner, value
+      elif isinstance(value, Node):
+        if id(value) not in seen:
+          seen.add(id(value))
+          open_.append((path, value, _children(value, True)))
+          break
+      elif not isinstance(value, jax.Array | np.ndarray):
+        open_.append((path, None, _children(value, True)))
+        break
+    else:
+      open_.pop()
 
 
 def walk_graph(root: Any) -> Iterator[tuple[Path, Any]]:

@@ -10,6 +10,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+try:  # what is under `signal`: its functions make an enum of each result, 1 us a time
+  import _signal as raw
+except ImportError:
+  raw = signal
+
 T = TypeVar("T")
 
 _MAIN = threading.main_thread()
@@ -36,13 +41,13 @@ def uninterrupted(f: Callable[[], T]) -> T:
   held: dict[int, Any] = {}
   try:
     for number in _handled():
-      held[number] = signal.getsignal(number)
-      signal.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
+      held[number] = raw.getsignal(number)
+      raw.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
     return f()
   finally:
     # Ctrl-C comes first and is given back last, so it cannot leave another one without its handler.
     for number in reversed(held):
-      signal.signal(number, held[number])
+      raw.signal(number, held[number])
     for number, frame in came:
       held[number](number, frame)
 
@@ -61,9 +66,9 @@ def surely(f: Callable[[], None]) -> None:
 
 # Those that programs handle by raising. `signal.valid_signals` would take 80 us to look through.
 _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGBREAK")
-_NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_NUMBERS = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))
 
 
 def _handled() -> list[int]:
   """The signals with a handler in Python, Ctrl-C first."""
-  return [n for n in _NUMBERS if callable(signal.getsignal(n))]
+  return [n for n in _NUMBERS if callable(raw.getsignal(n))]

@@ -1,5 +1,6 @@
 """Module: a Pytree that computes something, with what all layers share."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -7,15 +8,37 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.filters import Filter, to_predicates
-from refax.core.flatten import walk_nodes
+from refax.core.flatten import Walk, walk_nodes
 from refax.core.habits import Habits
+from refax.core.node import Node, Tracked
 from refax.core.pytree import Pytree
 from refax.core.variable import Perturbation, Variable
+from refax.core.watch import MISSING, Watch
 from refax.errors import FilterError, TreeMismatchError
 
 
 def _append(old: tuple, new: Any) -> tuple:
   return (*old, new)
+
+
+def _modules_only(x: Any) -> Any:
+  """What decides which Modules there are, and which attributes they have."""
+  is_seen = x is MISSING or isinstance(x, Node | Tracked | list | tuple | dict)
+  return x if is_seen else None
+
+
+def _having(
+  root: "Module", names: tuple[str, ...], filters: tuple[Filter, ...]
+) -> list[tuple["Module", str]]:
+  """The Modules below that match a filter, and which of these attributes each of them has."""
+  predicates = to_predicates(filters)
+  return [
+    (module, name)
+    for path, module in walk_nodes(root)
+    if isinstance(module, Module) and any(p(path, module) for p in predicates)
+    for name in names
+    if hasattr(module, name)
+  ]
 
 
 class Module(Pytree, Habits):
@@ -53,20 +76,27 @@ class Module(Pytree, Habits):
     >>> model.layers[1].deterministic
     True
     """
-    predicates = to_predicates(filters or (...,))
-    modules = [(p, m) for p, m in walk_nodes(self) if isinstance(m, Module)]
-    found = [
-      (module, name)
-      for path, module in modules
-      if any(p(path, module) for p in predicates)
-      for name in attributes
-      if hasattr(module, name)
-    ]
+    names = tuple(attributes)
+    found = _having(self, names, filters) if filters else self._having(names)
     missing = attributes.keys() - {name for _, name in found}
     if missing and raise_if_not_found:
       raise FilterError.attributes(sorted(missing), type(self).__name__)
     for module, name in found:
       setattr(module, name, attributes[name])
+
+  def _having(self, names: tuple[str, ...]) -> list[tuple["Module", str]]:
+    """The Modules from here on that have one of these attributes; kept, as loops ask each step."""
+    kept = self._pytree.having
+    if kept is None or kept[0] != names or not kept[1].holds():
+      watch = Watch(seen_as=_modules_only)
+      walk = Walk(watch)
+      walk.entry(self)
+      found = _having(self, names, (...,))
+      if not walk.cacheable:
+        return found
+      kept = (names, watch, [(weakref.ref(module), name) for module, name in found])
+      self._pytree.having = kept
+    return [(module, name) for ref, name in kept[2] if (module := ref()) is not None]
 
   def train(self, **attributes: Any) -> None:
     """Training mode: `deterministic=False` and `use_running_average=False` in all Modules below.

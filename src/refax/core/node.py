@@ -8,8 +8,8 @@ import jax
 
 from refax import _jax
 from refax.core.callables import CALLABLES
-from refax.core.epoch import epoch
 from refax.core.keywords import check_keywords
+from refax.core.watch import MISSING, Before, Watches
 from refax.errors import TraceContextError
 from refax.typing import path_str
 
@@ -87,20 +87,22 @@ class NodeState:
     "cache",
     "changed",
     "dynamic",
+    "having",
     "home",
     "in_trace",
     "lost",
     "read",
     "rebuilt",
     "trace",
-    "visited",
+    "watches",
   )
 
   def __init__(self):
     self.dynamic: set[str] = set()  # the names of attributes that hold data
-    self.visited = False  # a cached flattening depends on this node
-    self.cache: tuple[int, Any] | None = None  # the epoch, and what the node flattened to
+    self.watches: Watches | None = None  # of the walks that have seen this node
+    self.cache: Any = None  # what the node flattened to
     self.changed = False  # since JAX rebuilt it
+    self.having: Any = None  # the Modules below that have some attributes; see `module`
     self.rebuilt: Any = None  # what JAX made the node from
     self.trace = _jax.trace_state()
     self.in_trace = False  # JAX rebuilt the node, in a trace
@@ -116,6 +118,9 @@ class Node:
   _pytree: NodeState
   _memoized: ClassVar[frozenset[str]] = frozenset()
   """The names of cached properties: what they keep is no part of the structure."""
+
+  _altered_by_key: ClassVar[bool] = True
+  """Whether `_alter` takes only the entries that are new or others, and not all of them."""
 
   _accepted: ClassVar[tuple[Any, frozenset[str] | None] | None] = None
   """A constructor, and the keywords that it takes; see `keywords`."""
@@ -163,12 +168,35 @@ class Node:
     dict.clear(self.__dict__)
     self._pytree.dynamic.clear()
 
-  def _structure_changed(self, added: Iterable[Any] = (), removed: Iterable[Any] = ()) -> None:
-    """Attributes were set or deleted; data under the keys `added`, and `removed`."""
+  def _alter(
+    self, entries: Iterable[tuple[Any, Any, bool]], removed: Iterable[Any]
+  ) -> Before | None:
+    """Take entries as they are, and lose some keys; returns what there was, if that is known."""
+    attributes, dynamic = self.__dict__, self._pytree.dynamic
+    before = {}
+    for key, value, is_dynamic in entries:
+      before[key] = (attributes.get(key, MISSING), key in dynamic)
+      (dynamic.add if is_dynamic else dynamic.discard)(key)
+      set_attribute(attributes, key, value)
+    for key in removed:
+      before[key] = (dict.pop(attributes, key, MISSING), key in dynamic)
+      dynamic.discard(key)
+    return before
+
+  def _structure_changed(
+    self, before: Before | None, added: Iterable[Any] = (), removed: Iterable[Any] = ()
+  ) -> None:
+    """Attributes were set or deleted; data under the keys `added`, and `removed`.
+
+    Args:
+      before: what there was under the keys that have changed; None if that is not known.
+      added: the keys under which there is data that was not there.
+      removed: the keys under which there is none any more.
+    """
     state = self._pytree
     state.changed = True
-    if state.visited:
-      epoch.bump()
+    if state.watches is not None:
+      state.watches.touch(self, before)
     if state.in_trace or state.read is not None:
       on_change(self, added, removed)
 
@@ -183,6 +211,6 @@ class Tracked:
   __slots__ = ()
   _tracked: ClassVar[bool] = True
 
-  def _visit(self) -> Iterable[Any]:
-    """Note that a cache depends on this container; the values in it."""
+  def _visit(self, watch: Any) -> Iterable[Any]:
+    """Let a watch know of changes, if there is one; the values in the container."""
     raise NotImplementedError

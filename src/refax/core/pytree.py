@@ -30,6 +30,7 @@ from refax.core.flatten import (
 )
 from refax.core.node import Node, Tracked, set_attribute
 from refax.core.variable import Variable
+from refax.core.watch import MISSING
 from refax.errors import StaticAttributeError, TraceContextError
 from refax.typing import path_str
 
@@ -186,7 +187,7 @@ class Pytree(Node):
       self.__dict__.clear()
       self.__dict__.update(value)
       return
-    old = self.__dict__.get(name)
+    old = self.__dict__.get(name, MISSING)
     if old is value and isinstance(value, Variable | Node):
       return  # `self.count += 1` has written it in place
     if isinstance(old, Variable) and storage.is_array_like(value):
@@ -196,7 +197,7 @@ class Pytree(Node):
     self._check_trace(name)
     state = self._pytree
     was_dynamic = name in state.dynamic
-    if name in self.__dict__ and dynamic == was_dynamic and _same(old, value):
+    if old is not MISSING and dynamic == was_dynamic and _same(old, value):
       return
     try:  # Ctrl-C may come between any two lines: a name that is data and missing does no harm
       if dynamic:
@@ -205,7 +206,8 @@ class Pytree(Node):
       if not dynamic:
         state.dynamic.discard(name)
     finally:
-      self._structure_changed((name,) if dynamic else (), () if dynamic else (name,))
+      before = {name: (old, was_dynamic)}
+      self._structure_changed(before, (name,) if dynamic else (), () if dynamic else (name,))
     if dynamic:
       adopt(self, name, value)
 
@@ -235,11 +237,12 @@ class Pytree(Node):
 
   def __delattr__(self, name: str) -> None:
     self._check_trace(name)
+    before = {name: (self.__dict__.get(name, MISSING), name in self._pytree.dynamic)}
     try:
       object.__delattr__(self, name)
       self._pytree.dynamic.discard(name)
     finally:
-      self._structure_changed(removed=(name,))
+      self._structure_changed(before, removed=(name,))
 
   def _check_trace(self, key: Any) -> None:
     if self._pytree.trace != _jax.trace_state():

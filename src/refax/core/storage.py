@@ -12,7 +12,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir
 
 from refax import _jax
-from refax.core.observe import before_write
+from refax.core.observe import before_write, has_no_tangents
 from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
 
 NUMBERS = (bool, int, float, complex, np.generic)
@@ -64,7 +64,7 @@ mlir.register_lowering(_guard, lambda ctx, x, *, origin: [x])
 
 def stored(x: jax.Array, origin: Any, *, detached: bool, hijax: bool) -> jax.Array:
   """`x` as it may be stored: detached types store no tangent, Refs refuse one, arrays keep it."""
-  if not needs_guard(x):
+  if not needs_guard(x) or has_no_tangents():
     return x
   if detached:
     return jax.lax.stop_gradient(x)
@@ -160,6 +160,17 @@ def fit_index(old: jax.Array, index: Any, value: Any, origin: Any) -> jax.Array:
     if "broadcast" not in str(error):
       raise
     raise ShapeMismatchError.index(origin, old, index, x) from error
+
+
+def settled(ref: jax.Ref, value: jax.Array, *, copy: bool) -> jax.Array:
+  """`value` as the next buffer of a concrete `ref`: where that lies, and if need be a copy."""
+  if copy:
+    value = _jax.copied_for_cell(value)
+  new, old = _jax.bits(value), _jax.bits(_jax.peek_cell(ref))
+  same = new.sharding is old.sharding or new.sharding == old.sharding
+  if same and getattr(new, "committed", True):
+    return value
+  return jax.device_put(value, _jax.peek_cell(ref).sharding)
 
 
 def write_ref(ref: jax.Ref, value: jax.Array, given: Any, origin: Any) -> None:

@@ -17,7 +17,7 @@ from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
-from refax.core.observe import before_write, note
+from refax.core.observe import before_write, is_read_without_tangent, note
 from refax.errors import (
   DifferentiatedWriteError,
   RefArgumentError,
@@ -101,11 +101,11 @@ class Variable(ArrayProtocol, Generic[A]):
     return new(value) if treedef is _ARRAY else treedef.unflatten(map(new, leaves))
 
   @classmethod
-  def _handle(cls, cell: Any, definition: VariableDef) -> "Variable":
-    """A Variable on an existing cell; validates nothing."""
+  def _handle(cls, cell: Any, definition: VariableDef, trace: Any = None) -> "Variable":
+    """A Variable on an existing cell; validates nothing. `trace` is the trace state of now."""
     self = _new(cls)
     _set_node(self, ((cell,), definition))
-    _set_trace(self, _jax.trace_state())
+    _set_trace(self, _jax.trace_state() if trace is None else trace)
     return self
 
   @classmethod
@@ -164,7 +164,7 @@ class Variable(ArrayProtocol, Generic[A]):
     cell = self._cell
     if _jax.is_ref(cell):
       note(self, cell)
-      value = _jax.read_cell(cell)
+      value = _jax.read_cell(cell, has_no_tangent=is_read_without_tangent(cell))
     elif isinstance(cell, jax.Array):
       note(self, cell)
       value = cell
@@ -176,7 +176,7 @@ class Variable(ArrayProtocol, Generic[A]):
     if not _jax.is_ref(cell):
       return cell
     note(self, cell)
-    return _jax.read_cell(cell)
+    return _jax.read_cell(cell, has_no_tangent=is_read_without_tangent(cell))
 
   def set_value(self, value: A | Any, *, index: Any = ...) -> None:
     """Write the value, or its part at `index`; the shape and dtype stay those of the cell.
@@ -188,23 +188,29 @@ class Variable(ArrayProtocol, Generic[A]):
       DifferentiatedWriteError: the Variable, or the value, is being differentiated.
     """
     cell = self._cell
-    if (
-      index is ...
-      and type(cell) is jax.Ref
-      and isinstance(value, jax.Array)
-      and _jax.is_write_now(cell, value)
-      and not self._def.selected
-    ):  # most writes
+    if index is ... and self._is_plain_write(value):
       note(self, cell)
       before_write(cell)
       _jax.write_copy(cell, value)
       return
     self.commit(self.prepare(value, index=index))
 
+  def _is_plain_write(self, value: Any) -> bool:
+    """Whether a write is a copy of an array into a concrete Ref and nothing else, as most are."""
+    cell = self._cell
+    return (
+      type(cell) is jax.Ref
+      and isinstance(value, jax.Array)
+      and _jax.is_write_now(cell, value)
+      and not self._def.selected
+    )
+
   def prepare(self, value: Any, *, index: Any = ...) -> "Writes":
     """Check a write and convert its value; `commit` then cannot fail half-way."""
     cell = self._cell
-    if index is ... and storage.is_exact(value, cell):  # the ordinary case
+    if index is ... and self._is_plain_write(value):
+      return Writes([(cell, value, value)], cell)
+    if index is ... and storage.is_exact(value, cell):
       self._check_writable()
       hijax = _jax.is_ref(cell)
       new = storage.stored(value, self._def.origin, detached=self.detached, hijax=hijax)
@@ -361,9 +367,15 @@ class Variable(ArrayProtocol, Generic[A]):
   # copies
   def with_storage(self, hijax: bool) -> "Variable":
     """A copy with a cell of its own of this kind; metadata and origin are kept."""
-    new = self._handle(None, self._def.elsewhere(hijax))
-    new._cell = new._new_cell(self.get_value(), hijax)
-    return new
+    return self._handle(self._copied_cell(hijax), self._def.elsewhere(hijax))
+
+  def _copied_cell(self, hijax: bool) -> Any:
+    """A cell of this kind with the same value. Each array of it is copied once."""
+    cells, treedef = jax.tree.flatten(self._cell)
+    if not cells or not _jax.no_trace_active() or not all(type(x) is jax.Ref for x in cells):
+      return self._new_cell(self.get_value(), hijax)
+    copies = list(map(self._read_part, cells))
+    return treedef.unflatten(map(_jax.new_cell, copies) if hijax else copies)
 
   def copy(self, value: Any = ..., **metadata: Any) -> "Variable":
     """A Variable with a cell of its own, with this value or another, and this metadata.
@@ -373,12 +385,14 @@ class Variable(ArrayProtocol, Generic[A]):
     >>> float(a), float(b)
     (1.0, 2.0)
     """
-    definition = self._def.elsewhere(self.is_hijax)
+    hijax = self.is_hijax
+    definition = self._def.elsewhere(hijax)
     if metadata:
       definition = definition.with_metadata(self._def.metadata | metadata)
+    if value is ...:
+      return self._handle(self._copied_cell(hijax), definition)
     new = self._handle(None, definition)
-    value = self.get_value() if value is ... else value
-    new._cell = new._new_cell(unwrap(value), self.is_hijax)
+    new._cell = new._new_cell(unwrap(value), hijax)
     return new
 
   replace = copy
@@ -469,6 +483,9 @@ _new = object.__new__
 _set_node, _set_trace = (vars(Variable)[slot].__set__ for slot in ("_node", "_trace"))
 _flatten = operator.attrgetter("_node")
 
+store_cell = _set_node
+"""`store_cell(variable, ((cell,), definition))` in C: no signal comes between two of them."""
+
 
 def _register(cls: type[Variable]) -> None:
   def flatten_with_keys(v: Variable):
@@ -535,10 +552,25 @@ def is_variable(x: Any) -> bool:
 
 def identity(v: Variable) -> int:
   """What two Variables have in common exactly when they share a cell."""
-  cell = v._cell
+  cell = v._node[0][0]
+  if type(cell) is jax.Ref:
+    return id(cell)
   if not _jax.is_ref(cell) and not isinstance(cell, jax.Array):
     cell = next((leaf for leaf in jax.tree.leaves(cell) if _jax.is_ref(leaf)), None)
   return id(cell) if _jax.is_ref(cell) else id(v)
+
+
+def borrowed(v: Variable) -> Any:
+  """The value of a Variable for a computation that hands out nothing of it: it is not copied.
+
+  What comes of it must be arrays of their own: results of compiled functions, or copies. The buffer
+  of a Ref is donated by later steps, so it must not be kept, and no user may see it.
+  """
+  cell = v._cell
+  if type(cell) is not jax.Ref or not _jax.no_trace_active():
+    return v.get_value()
+  note(v, cell)
+  return _jax.peek_cell(cell)
 
 
 def map_variables(fn: Callable[[Variable], Any], tree: Any) -> Any:

@@ -71,7 +71,7 @@ def device_put(tree: Any, device: Any, /) -> Any:
     for node, key, new in attributes:
       _set(node, key, new)
     for node in walk.objects:
-      node._structure_changed()
+      node._structure_changed(None)
     epoch.bump()  # compiled calls are known by where their arguments are
 
   uninterrupted(install)

@@ -13,11 +13,11 @@ import jax
 from refax.core.array_protocol import unwrap
 from refax.core.containers import Dict, List
 from refax.core.filters import Filter
-from refax.core.flatten import flatten, region_items, unflatten, walk_nodes
+from refax.core.flatten import flatten, region_items, unflatten, variable_places
 from refax.core.graphdef import GraphDef
 from refax.core.node import Node
 from refax.core.storage import is_array_like, needs_guard
-from refax.core.variable import Variable, identity, is_variable, map_variables
+from refax.core.variable import Variable, borrowed, identity, is_variable
 from refax.core.write import commit
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, from_flat_state, partition, to_flat_state
@@ -171,8 +171,9 @@ def clone(node: Any, variables: bool = True) -> Any:
   False
   """
   flat = flatten(node)
-  make = (lambda v: v.copy()) if variables else copy.copy
-  return unflatten(flat.graphdef, [map_variables(make, leaf) for leaf in flat.leaves])[0]
+  copied = Variable.copy if variables else copy.copy
+  leaves = [copied(x) if isinstance(x, Variable) else x for x in flat.leaves]
+  return unflatten(flat.graphdef, leaves)[0]
 
 
 def update(node: Any, state: Any, /, *states: Any) -> None:
@@ -195,11 +196,15 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
   3.0
   """
   values = {path: leaf for s in (state, *states) for path, leaf in _flat(s)}
+  flat = flatten(node)
+  known = dict(zip(flat.graphdef.paths, flat.leaves, strict=True))
   writes, additions = [], []
   for path, leaf in values.items():
-    parent, old = _lookup(node, path)
+    parent, old = None, known.get(path)
+    if not isinstance(old, Variable):  # another name of it, an array, or a new place
+      parent, old = _lookup(node, path)
     if isinstance(old, Variable):
-      writes.append((old, old.prepare(unwrap(leaf))))
+      writes.append((old, old.prepare(_given(leaf, old))))
     elif parent is not None and _has_place(parent, path[-1], additions):
       additions.append((parent, path[-1], copy.copy(leaf) if is_variable(leaf) else leaf))
     else:
@@ -207,6 +212,13 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
   commit(writes)
   for parent, key, leaf in additions:
     _set_child(parent, key, leaf)
+
+
+def _given(leaf: Any, target: Variable) -> Any:
+  """The value of a leaf, for a write: a Ref's own buffer goes to another Ref, which copies it."""
+  if isinstance(leaf, Variable) and type(target.get_raw_value()) is jax.Ref:
+    return borrowed(leaf)
+  return unwrap(leaf)
 
 
 def _lookup(value: Any, path: Path, parent: Node | None = None) -> tuple[Node | None, Any]:
@@ -265,18 +277,14 @@ def pop(node: Any, *filters: Filter) -> Any:
   """
   if not filters:
     raise FilterError.none("nnx.pop")
-  flat = flatten(node)
-  pairs = [
-    (path, leaf)
-    for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True)
-    if isinstance(leaf, Variable)
-  ]
-  parts = partition(pairs, filters, exhaustive=False)
+  places = [(identity(v), path, owner, v) for path, owner, v in variable_places(node)]
+  firsts = {key: (path, v) for key, path, _, v in reversed(places)}
+  parts = partition(reversed(firsts.values()), filters, exhaustive=False)
   popped = {identity(leaf) for part in parts for _, leaf in part}
-  for _, owner in list(walk_nodes(node)):
-    for key, child, _ in reversed(list(owner._entries())):
-      if isinstance(child, Variable) and identity(child) in popped:
-        _delete_child(owner, key)
+  if popped:
+    for key, path, owner, _ in reversed(places):  # of a List, the last element first
+      if owner is not None and key in popped:
+        _delete_child(owner, path[-1])
   return _one_or_all(list(map(from_flat_state, parts)))
 
 

@@ -7,11 +7,12 @@ import jax
 
 from refax import _jax
 from refax.core import text
-from refax.core.epoch import epoch
 from refax.core.filters import Filter, Predicate, to_predicates
 from refax.core.flatten import ref_in
 from refax.core.node import Tracked
 from refax.core.variable import Variable
+from refax.core.watch import Watch, Watches
+from refax.core.write import commit
 from refax.errors import FilterError, RefArgumentError, ReturnedRefError, TreeMismatchError
 from refax.typing import Key, Path, path_str
 
@@ -32,7 +33,7 @@ class State(MutableMapping, Tracked):
   (['bias', 'kernel'], (2,), (2,))
   """
 
-  __slots__ = ("__weakref__", "_mapping", "_visited")
+  __slots__ = ("__weakref__", "_is_sorted", "_mapping", "_watches")
   _mapping: dict[Key, Any]
 
   def __init__(self, mapping: Mapping[Key, Any] | Iterable[tuple[Key, Any]] = (), /):
@@ -47,28 +48,37 @@ class State(MutableMapping, Tracked):
           open_.append(new)
 
   def _take(self, mapping: dict[Key, Any]) -> None:
-    object.__setattr__(self, "_mapping", mapping)
-    object.__setattr__(self, "_visited", False)
+    _set_mapping(self, mapping)
+    _set_is_sorted(self, False)
+    _set_watches(self, None)
 
-  def _visit(self) -> Iterable[Any]:
-    object.__setattr__(self, "_visited", True)
+  def _visit(self, watch: Watch | None) -> Iterable[Any]:
+    if watch is not None:
+      if self._watches is None:
+        _set_watches(self, Watches())
+      self._watches.add(watch)
     return self._mapping.values()
 
   def __getitem__(self, key: Key) -> Any:
     return self._mapping[key]
 
   def __setitem__(self, key: Key, value: Any) -> None:
+    if key not in self._mapping:
+      _set_is_sorted(self, False)
     self._mapping[key] = State(value) if type(value) is dict else value
-    if self._visited:
-      epoch.bump()
+    if self._watches is not None:
+      self._watches.touch(self, None)
 
   def __delitem__(self, key: Key) -> None:
     del self._mapping[key]
-    if self._visited:
-      epoch.bump()
+    if self._watches is not None:
+      self._watches.touch(self, None)
 
   def __iter__(self) -> Iterator[Key]:
-    return iter(sorted(self._mapping, key=_order))
+    if not self._is_sorted:  # JAX asks for the keys of each State in each call
+      _set_mapping(self, {key: self._mapping[key] for key in sorted(self._mapping, key=_order)})
+      _set_is_sorted(self, True)
+    return iter(tuple(self._mapping))
 
   def __len__(self) -> int:
     return len(self._mapping)
@@ -140,7 +150,7 @@ def _flatten_with_keys(state: State):
 def _flatten(state: State):
   function, returning = _jax.refusing_function(), _jax.returning_function()
   keys = tuple(state)
-  children = [state._mapping[k] for k in keys]
+  children = list(state._mapping.values())
   if function and any(isinstance(x, Variable) and x.is_hijax for x in children):
     raise RefArgumentError.function(function, "State")
   if returning is not None:
@@ -152,10 +162,15 @@ def _flatten(state: State):
 
 def _unflatten(keys: tuple, children: Iterable[Any]) -> State:
   state = object.__new__(State)
-  state._take(dict(zip(keys, children, strict=True)))
+  _set_mapping(state, dict(zip(keys, children, strict=True)))
+  _set_is_sorted(state, True)  # as `_flatten` has found them
+  _set_watches(state, None)
   return state
 
 
+_set_mapping, _set_is_sorted, _set_watches = (
+  vars(State)[slot].__set__ for slot in ("_mapping", "_is_sorted", "_watches")
+)
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
 
 
@@ -215,8 +230,8 @@ def to_flat_state(state: Mapping) -> FlatState:
   while open_:
     path, value = open_.pop()
     if isinstance(value, State | dict) or value is state:
-      keys = sorted(value, key=_order, reverse=True)
-      open_ += [((*path, key), value[key]) for key in keys]
+      items = value._mapping if isinstance(value, State) else value
+      open_ += [((*path, key), items[key]) for key in sorted(items, key=_order, reverse=True)]
     else:
       found.append((path, value))
   return FlatState(found)
@@ -289,8 +304,7 @@ def replace_by_pure_dict(
       writes.append((old, old.prepare(value)))
     else:
       replacements.append((path, value))
-  for variable, prepared in writes:
-    variable.commit(prepared)
+  commit(writes)
   for path, new in replacements:
     parent: Any = state
     for key in path[:-1]:

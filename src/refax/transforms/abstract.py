@@ -43,7 +43,7 @@ def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
     for i, x in enumerate(inputs.leaves)
   ]
   spec: OutputSpec = outputs.spec._replace(written=(), hijax=(False,) * len(outputs.fresh))
-  copies = Inputs(inputs.graphdef, leaves, _shells(inputs))
+  copies = Inputs(inputs.graphdef, leaves, unflatten(inputs.graphdef, leaves)[1])
   return copies.commit(Outputs((), outputs.fresh, spec))
 
 
@@ -54,11 +54,6 @@ def _abstract_values(inputs: Inputs) -> list[Any]:
     return jax.tree.map(lambda cell: jax.ShapeDtypeStruct(cell.shape, cell.dtype), x._cell)
 
   return [abstract(x) if isinstance(x, Variable) else x for x in inputs.leaves]
-
-
-def _shells(inputs: Inputs) -> list[Any]:
-  """Copies of the caller's objects, so that what `f` does to them is not done to the originals."""
-  return unflatten(inputs.graphdef, inputs.leaves)[1]
 
 
 def make_jaxpr(f: Callable, *, return_shape: bool = False) -> Callable:

@@ -5,20 +5,63 @@ trace of a call is compiled as a function of arrays: state that is written is do
 state that is only read is neither. State that the function reaches by closure is treated alike.
 """
 
-import functools
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from refax import _jax
-from refax.transforms.lift import Inputs, Outputs, result_of
+from refax.core.graphdef import LEAF, REGION
+from refax.core.variable import Variable
+from refax.transforms.commit import Commit, Outputs
+from refax.transforms.lift import Inputs
 
 
 class Retraced(Exception):
   """JAX traces again (another context, sharding, device): this call needs another executable."""
+
+
+class Items(NamedTuple):
+  """The leaves of a call that are handed over as arrays, by index; all others hold Refs.
+
+  An item is an array, or the cell of a lojax Variable.
+  """
+
+  given: list[int]
+  """Those that may be overwritten."""
+  direct: list[int]
+  """Those in the arguments themselves, and in built-in containers there."""
+  variables: list[int]
+  """The lojax Variables in objects."""
+  arrays: list[int]
+  """The arrays in objects."""
+
+  @classmethod
+  def of(cls, inputs: Inputs, mask: Sequence[bool]) -> "Items":
+    """The items of a call; `mask` says of each leaf whether it may be overwritten."""
+    entries = [e for a in inputs.arguments for e in (a[2] if a[0] == REGION else [a])]
+    direct = {entry[1] for entry in entries if entry[0] == LEAF}
+    items = cls([], [], [], [])
+    for i, (leaf, given) in enumerate(zip(inputs.leaves, mask, strict=True)):
+      is_variable = isinstance(leaf, Variable)
+      if leaf is None or _jax.is_ref(leaf) or (is_variable and leaf.is_hijax):
+        continue
+      lot = items.direct if i in direct else items.variables if is_variable else items.arrays
+      (items.given if given else lot).append(i)
+    return items
+
+  @property
+  def kept(self) -> list[int]:
+    """All that are not overwritten."""
+    return [*self.direct, *self.variables, *self.arrays]
+
+
+def item(leaf: Any) -> Any:
+  """What is handed over of a leaf."""
+  return leaf._cell if isinstance(leaf, Variable) else leaf
 
 
 class Compiled:
@@ -26,74 +69,63 @@ class Compiled:
 
   Args:
     inputs: the arguments of a call.
-    leaves: their Variables and arrays, `(kept, donated)`.
-    traced: the trace of the function on them, by `jax.jit(...).trace`.
+    mask: for each of their leaves, whether it may be overwritten.
+    traced: the trace of the function on `(kept leaves, given leaves)`, by `jax.jit(...).trace`.
     jitted: the function of leaves that was traced.
     careful: keep what is written until the call has succeeded, for it may fail while it runs.
-    picks: where arrays are passed as the arguments that they are, and not as flat leaves, what the
-      user calls these arguments.
-    names: what the user calls each flat leaf.
+    names: what the user calls each leaf.
   """
 
   def __init__(
     self,
     inputs: Inputs,
-    leaves: tuple[tuple, tuple],
+    mask: Sequence[bool],
     traced: Any,
     jitted: Callable[..., Outputs],
     *,
     careful: bool,
-    picks: list[str] | None,
     names: Callable[[], list[str]],
   ):
-    flat, self._tree = jax.tree.flatten(leaves)
-    self._closed, self._jitted = traced.jaxpr, jitted
-    jaxpr, outputs = traced.jaxpr.jaxpr, traced.out_info
-    self.outputs: Outputs = outputs
-    self._out_tree = jax.tree.structure(outputs)
-    self._out_count = self._out_tree.num_leaves
-    self.picks = picks
+    self._closed, self._jitted, self._names = traced.jaxpr, jitted, names
+    jaxpr = traced.jaxpr.jaxpr
+    self.items = Items.of(inputs, mask)
+    self.commit = Commit(inputs.graphdef, traced.out_info)
+    self._out_count = len(jax.tree.leaves(traced.out_info))
+    self._order = sorted(range(len(mask)), key=lambda i: mask[i])  # as they were traced: kept first
+    self._spans = _spans(inputs.leaves, self._order)
+    flat, self._tree = jax.tree.flatten(_in_two(inputs.leaves, mask))
     self.closures = {i: c for i, c in enumerate(traced.jaxpr.consts) if _jax.is_ref(c)}
-    self._donates = bool(jax.tree.leaves(leaves[1]))
-    self._slots: list[Any] = [i for i, x in enumerate(flat) if _jax.is_ref(x)]
-    self._kept_count = len(jax.tree.leaves(leaves[0]))
+    refs = {i: x for i, x in enumerate(flat) if _jax.is_ref(x)}
+    self._refs = list(refs)
     _, writes = _jax.ref_effects(jaxpr)
     used = _jax.used_vars(jaxpr)
-    vars_: dict[Any, Any] = {i: jaxpr.invars[i] for i in self._slots}
+    vars_: dict[Any, Any] = {i: jaxpr.invars[i] for i in refs}
     vars_ |= {("closure", i): jaxpr.constvars[i] for i in self.closures}
     self.written = [key for key, var in vars_.items() if var in writes]
     self.read = [key for key, var in vars_.items() if var in used and var not in writes]
-    self._types = {key: (ref.shape, ref.dtype) for key, ref in self._cells_by_key(flat).items()}
+    self._types = {k: (r.shape, r.dtype) for k, r in {**refs, **self._closure_refs}.items()}
     self.careful = careful or not _jax.only_refs_are_effects(traced.jaxpr)
-    self.result = self._plain_result(inputs)
-    self._names = names
-    self._compile(traced.fun_name, flat)
+    self._compile(traced.fun_name, self.cells(inputs.leaves)[0])
 
-  def _cells_by_key(self, flat: Sequence[Any]) -> dict[Any, jax.Ref]:
-    found: dict[Any, Any] = {i: flat[i] for i in self._slots}
-    return found | {("closure", i): ref for i, ref in self.closures.items()}
+  @property
+  def _closure_refs(self) -> dict[Any, jax.Ref]:
+    return {("closure", i): ref for i, ref in self.closures.items()}
 
-  def cells(self, flat: Sequence[Any]) -> tuple[list[jax.Ref], list[jax.Ref]]:
-    """The Refs that a call writes, and those that it only reads, among these leaves."""
-    refs = self._cells_by_key(flat)
+  def cells(self, leaves: Sequence[Any]) -> tuple[list[jax.Ref], list[jax.Ref]]:
+    """The Refs that a call writes, and those that it only reads, of these leaves."""
+    flat = jax.tree.leaves([leaves[i] for i in self._order])
+    refs: dict[Any, Any] = {i: flat[i] for i in self._refs} | self._closure_refs
     return [refs[key] for key in self.written], [refs[key] for key in self.read]
 
-  def arrays(self, flat: Sequence[Any]) -> tuple[tuple, tuple]:
-    """The arrays among these leaves: those that are donated, and the others."""
-    refs, count = set(self._slots), self._kept_count
-    kept = tuple(x for i, x in enumerate(flat[:count]) if i not in refs)
-    return tuple(flat[count:]), kept
-
-  def _compile(self, name: str, flat: list[Any]) -> None:
+  def _compile(self, name: str, written: list[jax.Ref]) -> None:
     # A Ref stays where it is; for what a function returns, the compiler would choose.
-    places = [_jax.peek_cell(ref).sharding for ref in self.cells(flat)[0]]
+    places = [_jax.peek_cell(ref).sharding for ref in written]
     call: Any = self._function()
     call = _pure(call) if _jax.checks_results() else call
     call.__name__ = call.__qualname__ = name  # what profiles and errors show
     self.jitted: Any = jax.jit(
       call,
       donate_argnums=() if self.careful else 0,
-      donate_argnames=() if self.careful or not self._donates else "given",
       out_shardings=(*places, *[None] * self._out_count),
     )
     self.call: Any = _settled(self.jitted, call) if self.careful else self.jitted
@@ -101,23 +133,31 @@ class Compiled:
   def _function(self) -> Any:
     """The call as a function of arrays."""
     traces: list[None] = []
+    count = len(self.written)
 
-    def call(written, arrays, read=(), *, given=()):
+    def call(written, arrays, read=()):
       if traces and not self.careful:
         raise Retraced
       traces.append(None)
-      values = dict(zip([*self.written, *self.read], [*written, *read], strict=True))
+      values = dict(zip([*self.written, *self.read], [*written[:count], *read], strict=True))
       # A cell that is neither read nor written stays out: nothing asks for its value.
       refs = {
         key: _jax.new_cell(values[key] if key in values else jnp.zeros(shape, dtype))
         for key, (shape, dtype) in self._types.items()
       }
-      kept = iter(jax.tree.leaves(arrays))
-      flat = [refs[i] if i in refs else next(kept) for i in range(self._kept_count)]
-      results = self._run(refs, [*flat, *given])
+      order = (*self.items.given, *self.items.kept)
+      items = dict(zip(order, [*written[count:], *arrays], strict=True))
+      results = self._own(self._run(refs, self._flat(refs, items)))
       return (*(refs[key][...] for key in self.written), *results)
 
     return call
+
+  def _flat(self, refs: dict[Any, Any], items: dict[int, Any]) -> list[Any]:
+    """The flat leaves as they were traced."""
+    flat: list[Any] = []
+    for i in self._order:
+      flat += jax.tree.leaves(items[i]) if i in items else [refs[key] for key in self._spans[i]]
+    return flat
 
   def _run(self, refs: dict[Any, jax.Ref], flat: list[Any]) -> list[Any]:
     """The function on Refs like the caller's, of which JAX has the trace already."""
@@ -126,36 +166,20 @@ class Compiled:
     consts = [refs.get(("closure", i), c) for i, c in enumerate(self._closed.consts)]
     return _jax.jaxpr_as_fun(self._closed.replace(consts=consts))(*flat)
 
-  def _plain_result(self, inputs: Inputs) -> Callable[[Iterator], Any] | None:
-    """From the new arrays to the result, where a call returns arrays and changes no structure."""
-    spec = self.outputs.spec
-    if spec.redefined or spec.written or spec.graphdef.nodes != inputs.graphdef.nodes:
-      return None
-    return result_of(self.outputs)
+  def _own(self, results: list[Any]) -> list[Any]:
+    """The results, with an array of its own for each new Ref: JAX hands inputs out as they are."""
+    new = iter(results)
+    own = list(itertools.islice(new, sum(tree.num_leaves for _, tree in self.commit.written)))
+    for fresh in self.commit.fresh:
+      arrays = itertools.islice(new, fresh.treedef.num_leaves)
+      own += map(jnp.copy, arrays) if fresh.hijax else arrays
+    return own
 
-  def run(self, flat: Sequence[Any], arrays: tuple[Any, Any], call: Any = None) -> Outputs:
-    """Make the call on the Refs among these leaves; what it writes is installed.
-
-    Args:
-      flat: the leaves of a call, its Refs and arrays.
-      arrays: the arrays that are donated, and the others.
-      call: the executable, if it is not this one's own.
-    """
-    call = call or self.call
-    if self._donates:
-      call = functools.partial(call, given=arrays[0])
-    run = _jax.exchange(call, *self.cells(flat), lambda x: x, list)
-    try:
-      return self._out_tree.unflatten(run(arrays[1]))
-    except (ValueError, TypeError) as error:
-      raise self.renamed(error) from None
-
-  def lower(self, flat: Sequence[Any]) -> Any:
+  def lower(self, leaves: Sequence[Any]) -> Any:
     """The lowered computation, by `jax.jit(...).lower`."""
-    written, read = ([_jax.peek_cell(ref) for ref in refs] for refs in self.cells(flat))
-    given, arrays = self.arrays(flat)
-    rest = (read,) if read else ()
-    return self.jitted.lower(written, arrays, *rest, **({"given": given} if self._donates else {}))
+    written, read = ([_jax.peek_cell(ref) for ref in refs] for refs in self.cells(leaves))
+    given, kept = ([item(leaves[i]) for i in lot] for lot in (self.items.given, self.items.kept))
+    return self.jitted.lower([*written, *given], tuple(kept), *([read] if read else []))
 
   def renamed(self, error: Exception) -> Exception:
     """An error of JAX that names the user's arguments, and not those of the compiled function."""
@@ -163,20 +187,30 @@ class Compiled:
     return error if text == str(error) else type(error)(text)
 
   def _named(self, match: re.Match) -> str:
-    sort, index = match[1], None if match[2] is None else int(match[2])
-    if sort == "arrays" and self.picks is not None:
-      if len(self.picks) == 1:  # it is passed without a tuple
-        return self.picks[0] + ("" if index is None else f"[{index}]")
-      return match[0] if index is None else self.picks[index]
-    names, refs = self._names(), set(self._slots)
-    kept = [i for i in range(self._kept_count) if i not in refs]
-    keys = {"written": self.written, "read": self.read, "arrays": kept}
-    keys["given"] = list(range(self._kept_count, len(names)))
-    key = None if index is None or index >= len(keys[sort]) else keys[sort][index]
-    return names[key] if isinstance(key, int) else "a Variable that came by closure"
+    sort, index = match[1], int(match[2])
+    if sort == "arrays":
+      return self._names()[self.items.kept[index]]
+    if sort == "written" and index >= len(self.written):
+      return self._names()[self.items.given[index - len(self.written)]]
+    key = (self.written if sort == "written" else self.read)[index]
+    if not isinstance(key, int):
+      return "a Variable that came by closure"
+    return self._names()[next(i for i, span in self._spans.items() if key in span)]
 
 
-_OURS = re.compile(r"(?<=argument )(written|given|read|arrays)(?:\[(\d+)\])?")
+_OURS = re.compile(r"(?<=argument )(written|read|arrays)\[(\d+)\]")
+
+
+def _in_two(leaves: Sequence[Any], mask: Sequence[bool]) -> tuple[tuple, tuple]:
+  """The leaves that are kept, and those that may be overwritten."""
+  kept, given = ([x for x, m in zip(leaves, mask, strict=True) if m is is_] for is_ in (False, True))
+  return tuple(kept), tuple(given)
+
+
+def _spans(leaves: Sequence[Any], order: list[int]) -> dict[int, range]:
+  """Which of the flat leaves each of these leaves becomes."""
+  ends = itertools.accumulate((len(jax.tree.leaves(leaves[i])) for i in order), initial=0)
+  return {i: range(*ends) for i, ends in zip(order, itertools.pairwise(ends), strict=True)}
 
 
 def _pure(call: Callable) -> Callable:

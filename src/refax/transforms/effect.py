@@ -216,7 +216,7 @@ class _Saved:
       if not _is_as(node, entries, value):
         node._clear()
         fill(node, entries, value)
-        node._structure_changed()
+        node._structure_changed(None)
 
 
 def _is_as(node: Node, entries: tuple, value: Callable[[tuple], Any]) -> bool:

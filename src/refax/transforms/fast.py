@@ -1,77 +1,112 @@
-"""The steady state of nnx.jit: a call is known by its objects and goes straight to the executable.
+"""The steady state of nnx.jit: a call is known by its arguments and goes straight to the executable.
 
-Later calls with the same objects, unchanged in structure, take their buffers out of the cells and
-make one donated call (`refax.transforms.compiled`). Whatever is not known by the identity of its
-arguments is flattened first, and found by structure.
+An Entry describes one call: the objects among its arguments, by identity and by a Watch that knows
+when their structure changes; the types of arrays; the values of static arguments; and of containers
+of these (lists of Modules, States), what is in them. A call that an entry describes takes its
+buffers out of the cells and makes one donated call (`refax.transforms.compiled`). Any other is
+flattened first, and found by its structure.
 """
 
-import operator
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-import jax
-import numpy as np
-
-from refax import _jax, config
+from refax import _jax
+from refax.core.definition import kind
 from refax.core.epoch import epoch
-from refax.core.flatten import flatten
 from refax.core.node import Node
 from refax.core.variable import Variable
+from refax.core.watch import Watch
+from refax.transforms.bind import Sources, bind
+from refax.transforms.commit import leaves_of
 from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.lift import Inputs
 from refax.transforms.reach import Slot
+from refax.transforms.tree import Tree, is_array_of, type_of
 
-LIMIT = 64  # entries of one function; more objects than that are not a steady state
-
-
-class Entry(NamedTuple):
-  """One call that is known; `run(args)` makes it, on the buffers of the cells of its objects."""
-
-  epoch: int
-  may_run: Callable[[], bool]
-  arguments: int
-  slots: Sequence[Slot]
-  objects: list[tuple[int, weakref.ref]]
-  types: list[tuple[int, Any, Any, Any]]
-  run: Callable
-  renamed: Callable[[Exception], Exception]
-
-  @classmethod
-  def of(
-    cls, args: tuple, flat: list, compiled: Compiled, slots: Sequence[Slot], forget: Callable
-  ) -> "Entry":
-    """The entry for a call of what was compiled; `forget` is called when an object is gone."""
-    objects = [(i, x) for i, x in enumerate(args) if isinstance(x, Node | Variable)]
-    arrays = sorted(set(range(len(args))) - {i for i, _ in objects})
-    result = compiled.result
-    assert result is not None
-    return cls(
-      epoch.value,
-      _jax.steady_check(),
-      len(args),
-      slots,
-      [(i, weakref.ref(x, forget)) for i, x in objects],
-      [(i, getattr(args[i], "aval", None), _place(args[i]), _types_of(args[i])) for i in arrays],
-      _jax.exchange(compiled.call, *compiled.cells(flat), picker(arrays), result),
-      compiled.renamed,
-    )
-
-  def is_of(self, args: tuple) -> bool:
-    """Whether these are the objects of the entry, and not new ones at the same addresses."""
-    return (
-      self.epoch == epoch.value
-      and all(ref() is args[i] for i, ref in self.objects)
-      and all(slot.holds() for slot in self.slots)
-    )
+LIMIT = 1024  # entries of one function; more calls than that are not a steady state
+_ALIKE = 64  # entries for the same object, as for batches of many lengths
+_VERSIONS = 256  # executables of one function
+_NOT_QUICK = -1
 
 
-def picker(arrays: list[int]) -> Callable[[tuple], Any]:
-  """The function from the arguments of a call to those that are arrays."""
-  return operator.itemgetter(*arrays) if arrays else lambda _: ()
+class Entry:
+  """One call that is known.
+
+  Args:
+    seen: the call that was made.
+    compiled: what was compiled for it.
+    slots: places where the function finds objects without being given them.
+    forget: called when an object among the arguments is gone.
+  """
+
+  __slots__ = (
+    "_compiled", "_constants", "_count", "_distinct", "_epoch", "_names", "_objects", "_slots",
+    "_trees", "_types", "_watch", "quick", "run",
+  )  # fmt: skip
+
+  def __init__(
+    self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot], forget: Callable[[Any], None]
+  ):
+    self._epoch, self._watch, self._names = seen.epoch, seen.watch, seen.names
+    self._compiled, self._count = compiled, len(seen.values)
+    self._slots, self._trees, self._constants = slots, seen.trees, seen.constants
+    self._objects = [(i, weakref.ref(x, forget)) for i, x in seen.objects]
+    self._types = [is_array_of(x, i) for i, x in seen.arrays]
+    self._distinct = seen.distinct
+    sources = seen.sources()
+    self.run = bind(compiled, seen.inputs.leaves, sources)
+    is_quick = not (seen.trees or seen.names)
+    self.quick = (
+      self._epoch, self._watch, _jax.steady_check(), self._count if is_quick else _NOT_QUICK,
+      self._objects, self._types, self._constants, slots, self.run,
+    )  # fmt: skip
+    """What `steady` looks at: a tuple, for an attribute takes as long as a check."""
+
+  def matches(self, values: tuple, names: tuple[str, ...]) -> Any:
+    """What to run on, if this entry describes a call; else None.
+
+    Args:
+      values: the arguments, positional ones first.
+      names: the keywords of the last ones.
+    """
+    if len(values) != self._count or names != self._names or epoch.value != self._epoch:
+      return None
+    if any(ref() is not values[i] for i, ref in self._objects) or not self._watch.holds():
+      return None
+    for i, aval, place, type_ in self._types:
+      x = values[i]
+      if (
+        aval is None or getattr(x, "aval", None) is not aval or x.sharding != place
+      ) and type_of(x) != type_:
+        return None
+    for i, value, kind_ in self._constants:
+      if values[i] is not value and not (kind(values[i]) == kind_ and values[i] == value):
+        return None
+    if any(read() is not value for read, value in self._slots):
+      return None
+    return self._parts(values) if self._trees else values
+
+  def _parts(self, values: tuple) -> Any:
+    """The arguments, the leaves of containers among them, and these as arrays."""
+    leaves: list[Any] = []
+    cells: list[Any] = []
+    lojax: list[Variable] = []
+    for tree in self._trees:
+      if not tree.collect(values[tree.index], leaves, cells, lojax):
+        return None
+    if self._distinct is not None:
+      ids = set(map(object.__hash__, lojax))  # `id` is audited: it takes three times as long
+      if len(ids) != self._distinct[0] or not ids.isdisjoint(self._distinct[1]):
+        return None
+    return values, leaves, cells
+
+  def renamed(self, error: Exception) -> Exception:
+    """An error of JAX that names the user's arguments."""
+    return self._compiled.renamed(error)
 
 
-NO_CALL = Entry(-1, bool, 0, (), [], [], lambda _: None, lambda error: error)
+NO_CALL = (-1, None, bool, _NOT_QUICK, [], [], [], (), lambda _: None)
 
 
 def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) -> Callable:
@@ -83,8 +118,8 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
   """
 
   def call(*args: Any, **kwargs: Any) -> Any:
-    then, may_run, count, slots, objects, types, run, renamed = calls.last
-    if kwargs or epoch.value != then or len(args) != count or not may_run():
+    then, watch, may_run, count, objects, types, constants, slots, run = calls.last
+    if kwargs or len(args) != count or epoch.value != then or not may_run() or not watch.holds():
       return general(args, kwargs)
     for i, ref in objects:
       if ref() is not args[i]:
@@ -93,7 +128,10 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
       x = args[i]  # arrays from one source mostly share their aval and their place
       if aval is not None and getattr(x, "aval", None) is aval and x.sharding == place:
         continue
-      if _types_of(x) != type_:
+      if type_of(x) != type_:
+        return general(args, kwargs)
+    for i, value, _ in constants:
+      if args[i] is not value:
         return general(args, kwargs)
     for read, value in slots:
       if read() is not value:
@@ -101,37 +139,40 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
     try:
       return run(args)
     except Retraced:
-      calls.clear()
+      calls.drop(run)
       return general(args, kwargs)
     except (ValueError, TypeError) as error:
-      raise renamed(error) from None
+      raise calls.renamed(run, error) from None
 
   return call
 
 
 class FastCalls:
-  """The fast calls of one jitted function.
+  """The entries of one jitted function, and what was compiled for each structure.
 
-  An entry is found by the identity of objects and the types of arrays; it holds while the structure
-  epoch stands. What is compiled is found by structure, so that a model that goes back and forth
-  between training and evaluation is compiled twice in all.
+  A model that goes back and forth between training and evaluation has two entries, and is compiled
+  twice in all.
   """
 
   def __init__(self):
-    self.last = NO_CALL
-    """The entry of the last call by positional arguments: mostly that of the next one."""
-    self._entries: dict[tuple | None, Entry] = {}
+    self.last: tuple = NO_CALL
+    """What the last call was known by: mostly that of the next one."""
+    self._entries: dict[int | None, list[Entry]] = {}
     self._compiled: dict[tuple, Compiled] = {}
 
-  def find(self, args: tuple, names: tuple[str, ...] = ()) -> Entry | None:
-    """The entry for a call, if there is one that still holds; `names` are of the last arguments."""
-    if not self._entries or not is_eager() or _jax.checks_results():
+  def find(self, values: tuple, names: tuple[str, ...] = ()) -> tuple[Entry, Any] | None:
+    """The entry for a call, and what it is run on; `names` are the keywords of the last values."""
+    lot = self._entries.get(_first(values))
+    if not lot or not is_eager() or _jax.checks_results():
       return None
-    entry = self._entries.get(_key(args, names))
-    if entry is None or not entry.is_of(args):
-      return None
-    self.last = NO_CALL if names else entry
-    return entry
+    for entry in lot:
+      given = entry.matches(values, names)
+      if given is not None:
+        if lot[0] is not entry:  # a loop mostly does again what it did last
+          lot[:] = [entry, *(e for e in lot if e is not entry)]
+        self.last = entry.quick
+        return entry, given
+    return None
 
   def compiled(self, key: tuple) -> Compiled | None:
     """What was compiled for a structure."""
@@ -139,33 +180,44 @@ class FastCalls:
 
   def keep(self, key: tuple, compiled: Compiled) -> None:
     """Remember what was compiled for a structure."""
-    if len(self._compiled) >= LIMIT:
+    if len(self._compiled) >= _VERSIONS:
       self._compiled.clear()
     self._compiled[key] = compiled
 
-  def learn(
-    self,
-    args: tuple,
-    names: tuple[str, ...],
-    flat: list,
-    compiled: Compiled,
-    slots: Sequence[Slot],
-  ) -> None:
-    """A new entry for a call that has been made, if it is known by its arguments alone."""
-    key = _key(args, names)
-    if key is None or not is_steady(args, compiled):
+  def learn(self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot]) -> None:
+    """A new entry for a call that has been made, if it can be known by its arguments."""
+    if compiled.careful or compiled.commit.spec.redefined or not seen.describe():
       return
-    if len(self._entries) >= LIMIT:
-      self._entries.clear()
-    calls = weakref.ref(self)
+    key, calls = _first(seen.values), weakref.ref(self)
 
     def forget(_):
       if (living := calls()) is not None:
         living.last = NO_CALL
         living._entries.pop(key, None)
 
-    self._entries[key] = entry = Entry.of(args, flat, compiled, slots, forget)
-    self.last = NO_CALL if names else entry
+    if sum(map(len, self._entries.values())) >= LIMIT:
+      self._entries.clear()
+    lot = self._entries.setdefault(key, [])
+    lot.insert(0, entry := Entry(seen, compiled, slots, forget))
+    del lot[_ALIKE:]
+    self.last = entry.quick
+
+  def drop(self, run: Callable) -> None:
+    """Forget an entry, by its `run`: JAX would trace again for it."""
+    self.last = NO_CALL
+    for lot in self._entries.values():
+      lot[:] = [entry for entry in lot if entry.run is not run]
+
+  def forget(self, key: tuple) -> None:
+    """Forget all entries, and what was compiled for a structure."""
+    self.last = NO_CALL
+    self._entries.clear()
+    self._compiled.pop(key, None)
+
+  def renamed(self, run: Callable, error: Exception) -> Exception:
+    """An error of JAX in an entry's `run`, in the user's words."""
+    entries = [e for lot in self._entries.values() for e in lot if e.run is run]
+    return entries[0].renamed(error) if entries else error
 
   def clear(self) -> None:
     """Forget everything."""
@@ -174,79 +226,95 @@ class FastCalls:
     self._compiled.clear()
 
 
-def is_steady(args: tuple, compiled: Compiled) -> bool:
-  """Whether the objects among the arguments, as long as they are the same, make the same call."""
-  return (
-    compiled.result is not None
-    and compiled.picks is not None
-    and not compiled.careful
-    and all(_is_cached(x) for x in args if isinstance(x, Node))
-  )
+class Seen:
+  """A call that is being made, and what it will be known by.
+
+  Args:
+    values: the arguments, positional ones first.
+    names: the keywords of the last ones.
+    static: which of `values` are static, by index.
+    inputs: the others, flat.
+    watch: is told of changes to the objects in them.
+    then: the epoch when they were flattened.
+  """
+
+  def __init__(
+    self,
+    values: tuple,
+    names: tuple[str, ...],
+    static: Iterable[int],
+    inputs: Inputs,
+    watch: Watch,
+    then: int,
+  ):
+    self.values, self.names, self.inputs, self.watch, self.epoch = values, names, inputs, watch, then
+    self._static = frozenset(static)
+    self.constants = [(i, values[i], kind(values[i])) for i in self._static]
+    self.objects: list[tuple[int, Node]] = []
+    self.arrays: list[tuple[int, Any]] = []
+    self.trees: list[Tree] = []
+    self.distinct: tuple[int, frozenset[int]] | None = None
+    """How many lojax Variables are in containers, and who is none of them, where that matters."""
+    self._places: dict[int, tuple[int, int]] = {}  # of a leaf: in the values, or in the trees
+
+  def describe(self) -> bool:
+    """Sort the arguments; whether all of them can be compared with those of another call."""
+    if not self.inputs.is_watched:
+      return False
+    first = len(self.values) - len(self.names)
+    names = [first + self.names.index(name) for name in self.inputs.names]
+    for entry, i in zip(self.inputs.arguments, [*range(first), *names], strict=True):
+      x = self.values[i]
+      if i in self._static:
+        continue
+      if x is None:
+        self.constants.append((i, None, type(None)))
+      elif isinstance(x, Node):
+        self.objects.append((i, x))
+      elif type_of(x) is not None:
+        self._places[entry[1]] = (0, i)
+        self.arrays.append((i, x))
+      elif not self._add_tree(i, x, entry):
+        return False
+    return self._are_apart()
+
+  def _add_tree(self, index: int, x: Any, entry: tuple) -> bool:
+    tree = Tree.of(index, x, entry)
+    if tree is None:
+      return False
+    start = sum(len(t.entries) for t in self.trees)
+    for j, child in enumerate(tree.entries):
+      if child is not None:
+        self._places.setdefault(child, (1, start + j))
+    self.trees.append(tree)
+    return True
+
+  def _are_apart(self) -> bool:
+    """Whether each lojax Variable in a container is there once: sharing is not looked for later."""
+    leaves = self.inputs.leaves
+    lojax = lambda i: isinstance(leaves[i], Variable) and not leaves[i].is_hijax
+    places = [i for tree in self.trees for i in tree.entries if i is not None and lojax(i)]
+    if not places:
+      return True
+    inside = {i for _, node in self.inputs.graphdef.nodes for _, e in node for i in leaves_of(e)}
+    others = frozenset(object.__hash__(leaves[i]) for i in inside if lojax(i))
+    self.distinct = (len(places), others)
+    return len(set(places)) == len(places) and inside.isdisjoint(places)
+
+  def sources(self) -> Sources:
+    """Where later calls find their leaves and objects."""
+    return Sources(self.inputs, self._places, has_trees=bool(self.trees))
+
+
+
+def _first(values: tuple) -> int | None:
+  """What entries are found by: the first object among the arguments."""
+  for x in values:
+    if isinstance(x, Node):
+      return id(x)
+  return None
 
 
 def is_eager() -> bool:
   """Whether calls run now, compiled: not inside a trace, and not under `jax.disable_jit`."""
   return _jax.no_trace_active() and not _jax.flag("jax_disable_jit")
-
-
-def signature(leaf: Any) -> Any:
-  """What a trace depends on, of a Variable or an array."""
-  if not isinstance(leaf, Variable):
-    return _type_of(leaf)
-  cells, treedef = jax.tree.flatten(leaf.get_raw_value())
-  return type(leaf), leaf._def, treedef, *map(_cell_type, cells)
-
-
-def _cell_type(cell: Any) -> Any:
-  if not _jax.is_ref(cell):
-    return _type_of(cell)
-  return jax.Ref, cell.shape, cell.dtype, _jax.peek_cell(cell).sharding
-
-
-def takes_arrays_as_they_are(args: tuple, inputs: Inputs) -> bool:
-  """Whether the arguments are pytrees of arrays, and objects with nothing but Refs."""
-  count = len(jax.tree.leaves([x for x in args if not isinstance(x, Node | Variable)]))
-  variables = [x for x in inputs.leaves if isinstance(x, Variable)]
-  others = [x for x in inputs.leaves if not isinstance(x, Variable) and x is not None]
-  cells = [c for x in variables for c in jax.tree.leaves(x.get_raw_value())]
-  return count == len(others) and all(map(_jax.is_ref, cells))
-
-
-def _type_of(x: Any) -> Any:
-  """The type that JAX traces an array or number with; None for anything else, a Ref too."""
-  if isinstance(x, jax.Array) and type(x) is not jax.Ref:
-    weak = getattr(x, "weak_type", False)  # typed keys have none
-    return x.shape, x.dtype, weak, x.sharding, getattr(x, "committed", True)
-  if isinstance(x, np.ndarray | np.generic):
-    return type(x), x.shape, x.dtype
-  return type(x) if type(x) in (bool, int, float, complex) else None
-
-
-def _place(x: Any) -> Any:
-  return x.sharding if isinstance(x, jax.Array) else None
-
-
-def _key(args: tuple, names: tuple[str, ...]) -> tuple | None:
-  """What an entry is found by, or None if an argument holds more than arrays, or is no object."""
-  key: list[Any] = [config.using_hijax(), names]
-  for x in args:
-    part = id(x) if isinstance(x, Node | Variable) else _types_of(x)
-    if part is None:
-      return None
-    key.append(part)
-  return tuple(key)
-
-
-def _types_of(x: Any) -> Any:
-  """The type of an array, or those of a pytree of arrays; None if there is anything else in it."""
-  if (type_ := _type_of(x)) is not None:
-    return type_
-  leaves, treedef = jax.tree.flatten(x)
-  types = tuple(map(_type_of, leaves))
-  return None if None in types else (treedef, types)
-
-
-def _is_cached(node: Node) -> bool:
-  """Whether changes below an object reach the structure epoch."""
-  flatten(node)
-  return node._pytree.cache is not None and node._pytree.visited

@@ -14,24 +14,20 @@ import numpy as np
 from refax import _jax, config
 from refax.core.definition import kind
 from refax.core.graphdef import GraphDef
+from refax.core.epoch import epoch
 from refax.core.interrupt import uninterrupted
-from refax.core.node import Node
-from refax.core.observe import observe
+from refax.core.observe import compiled_as_is, observe
 from refax.core.variable import Variable
+from refax.core.watch import Watch, any_array
 from refax.errors import ArgumentError
 from refax.transforms.ahead import AheadCompiled, Lowered, checked, description
+from refax.transforms.bind import Given, bind
+from refax.transforms.commit import Outputs
 from refax.transforms.compiled import Compiled, Retraced
-from refax.transforms.fast import (
-  LIMIT,
-  FastCalls,
-  is_eager,
-  picker,
-  signature,
-  steady,
-  takes_arrays_as_they_are,
-)
-from refax.transforms.lift import Frame, Inputs, Outputs
+from refax.transforms.fast import FastCalls, Seen, is_eager, steady
+from refax.transforms.lift import Frame, Inputs
 from refax.transforms.reach import Reach
+from refax.transforms.tree import signature
 from refax.typing import Path, path_str
 
 
@@ -96,7 +92,6 @@ class _Jitted:
     self._fun = fun
     self._static = _resolve(fun, *static)
     self._donated = _resolve(fun, *donated)
-    self._may_be_steady = not any((*self._static, *self._donated))
     self._reach = Reach(fun)
     self._versions: dict[tuple, int] = {}
     self._statics: dict[tuple, _Static] = {}
@@ -105,66 +100,75 @@ class _Jitted:
     )
 
   def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Any call: by the identity of its arguments, else by their structure."""
-    names = tuple(sorted(kwargs))
-    values = (*args, *(kwargs[name] for name in names)) if names else args
-    entry = self.fast.find(values, names) if self._may_be_steady else None
-    try:
-      if entry is not None:
-        try:
-          return entry.run(values)
-        except (ValueError, TypeError) as error:
-          raise entry.renamed(error) from None
-      return self._call(args, kwargs, values, names)
-    except Retraced:
-      self.fast.clear()
-      return self.call(args, kwargs)
+    """Any call: by what its arguments are, else by their structure."""
+    values, names = (*args, *kwargs.values()), tuple(kwargs)
+    found = self.fast.find(values, names)
+    if found is not None:
+      entry, given = found
+      try:
+        return entry.run(given)
+      except Retraced:
+        self.fast.drop(entry.run)
+      except (ValueError, TypeError) as error:
+        raise entry.renamed(error) from None
+    return self._call(args, kwargs)
 
-  def _call(self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple) -> Any:
-    inputs, spec, leaves = self._split(args, kwargs)
+  def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    watch, then = Watch(seen_as=any_array), epoch.value
+    inputs, spec, leaves = self._split(args, kwargs, watch)
     if not is_eager():
       with observe() as seen, self._naming(inputs, spec[2]):
         outputs = self._jitted(self._static_of(spec), *leaves)
       self._reach.add(_concrete(seen))
       return inputs.commit(outputs)
-    compiled = self._compiled(values, inputs, spec, leaves)
-    flat = jax.tree.leaves(leaves)
-    picks = picker([i for i, x in enumerate(values) if not isinstance(x, Node | Variable)])
-    arrays = ((), picks(values)) if compiled.picks is not None else compiled.arrays(flat)
-    result = uninterrupted(lambda: inputs.commit(compiled.run(flat, arrays)))
-    if self._may_be_steady and self._reach.is_steady:
-      self.fast.learn(values, names, flat, compiled, self._reach.slots)
+    key, compiled = self._compiled(inputs, spec, leaves, watch)
+    try:
+      result = self._run(compiled, inputs)
+    except Retraced:
+      self.fast.forget(key)
+      return self._call(args, kwargs)
+    if self._reach.is_steady:
+      values, names = (*args, *kwargs.values()), tuple(kwargs)
+      static = self._static_values(len(args), names)
+      seen = Seen(values, names, static, inputs, watch, then)
+      self.fast.learn(seen, compiled, self._reach.slots)
     return result
 
-  def _compiled(self, values: tuple, inputs: Inputs, spec: tuple, leaves: tuple) -> Compiled:
+  def _run(self, compiled: Compiled, inputs: Inputs, executable: Any = None) -> Any:
+    """A call that no entry describes; signals are held back, for all of it is not in C."""
+    compiled.commit.check(inputs.leaves, inputs.objects)
+    run = bind(compiled, inputs.leaves, Given(inputs), executable)
+    try:
+      return uninterrupted(lambda: run(()))
+    except (ValueError, TypeError) as error:
+      raise compiled.renamed(error) from None
+
+  def _compiled(
+    self, inputs: Inputs, spec: tuple, leaves: tuple, watch: Watch
+  ) -> tuple[tuple, Compiled]:
     """What is compiled for this structure; it is traced where there is none."""
     rest = (config.using_hijax(), _jax.checks_results(), *map(signature, inputs.leaves))
     key = (spec, *rest)
     compiled = self.fast.compiled(key)
     if compiled is None:
-      steady = self._may_be_steady and takes_arrays_as_they_are(values, inputs)
-      picks = self._array_names(values, inputs) if steady else None
-      compiled, found = self._trace(inputs, spec, leaves, picks=picks)
+      compiled, found = self._trace(inputs, spec, leaves)
       if self._reach.add(found):
-        key = (self._spec(inputs, spec[1], spec[2]), *rest)
+        key = (self._spec(inputs, spec[1], spec[2], watch), *rest)
       self.fast.keep(key, compiled)
-    return compiled
+    return key, compiled
 
-  def _trace(
-    self, inputs: Inputs, spec: tuple, leaves: tuple, *, picks: list[str] | None
-  ) -> tuple[Compiled, list[Variable]]:
+  def _trace(self, inputs: Inputs, spec: tuple, leaves: tuple) -> tuple[Compiled, list[Variable]]:
     """What is compiled for these leaves, and the Variables that are reached by closure."""
-    static = self._static_of(spec)
+    static = self._static_of(spec, is_compiled=True)
     with observe() as seen, self._naming(inputs, spec[2]):
       traced = self._jitted.trace(static, *leaves)
     compiled = Compiled(
       inputs,
-      leaves,
+      spec[2],
       traced,
       functools.partial(self._jitted, static),
       careful=_jax.checks_results(),
-      picks=picks,
-      names=self._names(inputs, spec[2]),
+      names=self._names(inputs),
     )
     return compiled, _concrete(seen)
 
@@ -172,14 +176,12 @@ class _Jitted:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
     if is_eager() and not any(map(_is_abstract, inputs.leaves)):
-      compiled = self._trace(inputs, spec, leaves, picks=None)[0]
-      lowered = compiled.lower(jax.tree.leaves(leaves))
-      run = lambda executable, now: compiled.run(
-        flat := jax.tree.leaves(now), compiled.arrays(flat), executable
-      )
+      compiled = self._trace(inputs, spec, leaves)[0]
+      lowered = compiled.lower(inputs.leaves)
+      run = lambda executable, inputs, _: self._run(compiled, inputs, executable)
     else:
       lowered = self._jitted.lower(self._static_of(spec), *leaves)
-      run = lambda executable, now: executable(*now)
+      run = lambda executable, inputs, now: inputs.commit(executable(*now))
     was = description(spec, (*leaves[0], *leaves[1]))
 
     def make(executable: Any) -> AheadCompiled:
@@ -187,7 +189,7 @@ class _Jitted:
         args, kwargs = _with_static(spec[1], args, kwargs)
         inputs, spec_now, now = self._split(args, kwargs)
         checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
-        return uninterrupted(lambda: inputs.commit(run(executable, now)))
+        return run(executable, inputs, now)
 
       return AheadCompiled(executable, call)
 
@@ -204,35 +206,45 @@ class _Jitted:
     self._statics.clear()
     self.fast.clear()
 
-  def _split(self, args: tuple, kwargs: dict[str, Any], *, abstract: bool = False) -> Any:
+  def _split(
+    self,
+    args: tuple,
+    kwargs: dict[str, Any],
+    watch: Watch | None = None,
+    *,
+    abstract: bool = False,
+  ) -> Any:
     """The inputs, and what the inner jit is called with: a static spec and two lots of leaves."""
     nums, names = self._static
     static = tuple((i, kind(args[i]), args[i]) for i in sorted(nums) if i < len(args))
     static += tuple((k, kind(kwargs[k]), kwargs[k]) for k in sorted(names) if k in kwargs)
     dynamic = tuple(None if i in nums else a for i, a in enumerate(args))
     dynamic_kwargs = {k: v for k, v in kwargs.items() if k not in names}
-    inputs = Inputs.of(dynamic, dynamic_kwargs)
+    inputs = Inputs.of(dynamic, dynamic_kwargs, watch)
     self._check(inputs, abstract)
     mask = self._donation(inputs)
     kept = tuple(x for x, d in zip(inputs.leaves, mask, strict=True) if not d)
     donated = tuple(x for x, d in zip(inputs.leaves, mask, strict=True) if d)
-    return inputs, self._spec(inputs, static, mask), (kept, donated)
+    return inputs, self._spec(inputs, static, mask, watch), (kept, donated)
 
-  def _spec(self, inputs: Inputs, static: tuple, mask: tuple[bool, ...]) -> tuple:
+  def _spec(
+    self, inputs: Inputs, static: tuple, mask: tuple[bool, ...], watch: Watch | None = None
+  ) -> tuple:
     """The static half of a call. What the function reaches by closure has a number in it."""
-    found = self._reach.snapshot()
-    stale = not self._reach.is_steady or len(self._versions) >= LIMIT
+    found = self._reach.snapshot(watch)
+    stale = not self._reach.is_steady or len(self._versions) >= REACHED
     if stale and found not in self._versions:
       self._versions.clear()  # arrays by closure, or many models: do not keep them alive
       self.clear_cache()
     version = self._versions.setdefault(found, next(_VERSIONS)) if found else 0
     return inputs.graphdef, static, mask, version
 
-  def _static_of(self, spec: tuple) -> "_Static":
-    """The argument that stands for `spec`: one for each."""
-    if len(self._statics) > STRUCTURES and spec not in self._statics:
+  def _static_of(self, spec: tuple, *, is_compiled: bool = False) -> "_Static":
+    """The argument that stands for `spec`: one for each; `is_compiled` as in `_Static`."""
+    key = (spec, is_compiled)
+    if len(self._statics) > STRUCTURES and key not in self._statics:
       self.clear_cache()
-    return self._statics.setdefault(spec, _Static(spec))
+    return self._statics.setdefault(key, _Static(spec, is_compiled))
 
   def _check(self, inputs: Inputs, abstract: bool) -> None:
     """Refuse what is neither an array nor an object, by the name of its argument."""
@@ -241,24 +253,17 @@ class _Jitted:
         if x is not None and not _is_argument(x, abstract):
           raise ArgumentError.leaf(_name(self._fun, inputs.graphdef.paths[i]), leaf)
 
-  def _names(self, inputs: Inputs, mask: tuple[bool, ...]) -> Callable[[], list[str]]:
-    """What the user calls each flat leaf; made when it is asked for, and keeps no object alive."""
-    counts = [len(jax.tree.leaves(x)) for x in inputs.leaves]
+  def _static_values(self, count: int, names: tuple[str, ...]) -> list[int]:
+    """Which of the values of a call are static: of `count` positional ones, then of `names`."""
+    nums, static_names = self._static
+    return [i for i in nums if i < count] + [
+      count + i for i, name in enumerate(names) if name in static_names
+    ]
+
+  def _names(self, inputs: Inputs) -> Callable[[], list[str]]:
+    """What the user calls each leaf; made when it is asked for, and keeps no object alive."""
     fun, graphdef = self._fun, inputs.graphdef
-
-    def names() -> list[str]:
-      found = [(d, _name(fun, path)) for d, path in zip(mask, graphdef.paths, strict=True)]
-      flat = [[pair] * n for pair, n in zip(found, counts, strict=True)]
-      return [name for wanted in (False, True) for f in flat for d, name in f if d is wanted]
-
-    return names
-
-  def _array_names(self, values: tuple, inputs: Inputs) -> list[str]:
-    """What the user calls the arguments that are no objects."""
-    count = len(values) - len(inputs.names)
-    keys = [(0, i) for i in range(count)] + [(1, name) for name in inputs.names]
-    pairs = zip(keys, values, strict=True)
-    return [_name(self._fun, key) for key, x in pairs if not isinstance(x, Node | Variable)]
+    return lambda: [_name(fun, path) for path in graphdef.paths]
 
   @contextlib.contextmanager
   def _naming(self, inputs: Inputs, mask: tuple[bool, ...]) -> Iterator[None]:
@@ -289,6 +294,7 @@ class _Jitted:
 
 
 _VERSIONS = itertools.count(1)
+REACHED = 64  # lots of objects that one function finds by closure, one after the other
 STRUCTURES = 1024  # of one function; a program with more makes new ones all the time
 
 
@@ -299,10 +305,12 @@ class _Static:
   a comparison in Python must not happen there.
   """
 
-  __slots__ = ("__weakref__", "spec")
+  __slots__ = ("__weakref__", "is_compiled", "spec")
 
-  def __init__(self, spec: tuple):
+  def __init__(self, spec: tuple, is_compiled: bool):
     self.spec = spec
+    self.is_compiled = is_compiled
+    """Whether the trace is compiled as it is, and never differentiated."""
 
 
 def _concrete(seen: dict[int, Callable[[], Any]]) -> list[Variable]:
@@ -344,7 +352,10 @@ def _call(fun: Callable, static: _Static, kept: tuple, donated: tuple) -> Output
       args[key] = value
     else:
       kwargs[key] = value
-  return frame.collect(fun(*args, **kwargs))
+  if not static.is_compiled:
+    return frame.collect(fun(*args, **kwargs))
+  with compiled_as_is(filter(_jax.is_ref, jax.tree.leaves(frame.leaves))):
+    return frame.collect(fun(*args, **kwargs))
 
 
 def _named(call: Any, fun: Callable) -> Callable:

@@ -13,7 +13,6 @@ attributes that were added or changed, and new objects with cells of their own.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +20,13 @@ import jax
 from refax import _jax
 from refax.core import storage
 from refax.core.definition import Differentiation
-from refax.core.epoch import epoch
-from refax.core.flatten import Walk, fill, resolver, unflatten
-from refax.core.graphdef import LEAF, REGION, STATIC, GraphDef
+from refax.core.flatten import Walk, unflatten
+from refax.core.graphdef import REGION, GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.node import Node
 from refax.core.variable import Variable, VariableDef
-from refax.errors import TraceContextError
+from refax.core.watch import Watch
+from refax.transforms.commit import Commit, Outputs, OutputSpec
 
 
 class Entered(NamedTuple):
@@ -38,53 +37,40 @@ class Entered(NamedTuple):
   selected: Differentiation | None = None
 
 
-class OutputSpec(NamedTuple):
-  """The static half of what a lifted function gives back."""
-
-  graphdef: GraphDef
-  written: tuple[int, ...]  # which inputs the written values belong to
-  hijax: tuple[bool, ...]  # the storage of each fresh leaf
-  redefined: tuple[tuple[int, VariableDef], ...]  # inputs whose metadata changed
-
-
-class Outputs:
-  """What a lifted function gives back: a pytree of arrays that any JAX transform can carry."""
-
-  __slots__ = ("fresh", "spec", "written")
-
-  def __init__(self, written: Sequence[Any], fresh: Sequence[Any], spec: OutputSpec):
-    self.written = tuple(written)  # final values of input Variables
-    self.fresh = tuple(fresh)  # lojax Variables and arrays that were not among the inputs
-    self.spec = spec
-
-
-jax.tree_util.register_pytree_node(
-  Outputs,
-  lambda out: ((out.written, out.fresh), out.spec),
-  lambda spec, children: Outputs(*children, spec),
-)
-
-
 class Inputs:
   """The arguments of a lifted call, flat: each distinct Variable, array and object once."""
 
   def __init__(
-    self, graphdef: GraphDef, leaves: list[Any], objects: list[Node], names: tuple[str, ...] = ()
+    self,
+    graphdef: GraphDef,
+    leaves: list[Any],
+    objects: list[Node],
+    names: tuple[str, ...] = (),
+    is_watched: bool = False,
   ):
     self.graphdef = graphdef
     self.leaves = leaves
     self.objects = objects
     self.names = names
     """The keywords of the call, sorted."""
+    self.is_watched = is_watched
+    """Whether the watch knows of all changes to the objects."""
 
   @classmethod
-  def of(cls, args: tuple, kwargs: dict[str, Any]) -> "Inputs":
-    """Flatten the arguments of a call; the root is `(args, kwargs)`."""
-    walk = Walk()
+  def of(cls, args: tuple, kwargs: dict[str, Any], watch: Watch | None = None) -> "Inputs":
+    """Flatten the arguments of a call; the root is `(args, kwargs)`.
+
+    Args:
+      args: the positional arguments.
+      kwargs: the others.
+      watch: is told of changes to the objects in them.
+    """
+    walk = Walk(watch)
     treedef = jax.tree.structure((tuple(range(len(args))), dict.fromkeys(kwargs, 0)))
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     root = (REGION, treedef, tuple(map(walk.entry, values)))
-    return cls(walk.graphdef(root), walk.leaves, walk.objects, tuple(sorted(kwargs)))
+    names = tuple(sorted(kwargs))
+    return cls(walk.graphdef(root), walk.leaves, walk.objects, names, walk.cacheable)
 
   @property
   def arguments(self) -> tuple:
@@ -112,41 +98,13 @@ class Inputs:
     return uninterrupted(commit) if _jax.no_trace_active() else commit()
 
   def _commit(self, outputs: Outputs) -> Any:
-    spec, count = outputs.spec, len(self.objects)
-    changed = [i for i in range(count) if spec.graphdef.nodes[i] != self.graphdef.nodes[i]]
-    self._check_trace(changed, spec)
-    leaves = self.leaves + list(map(fresh_leaf, outputs.fresh, spec.hijax))
-    objects = self.objects + [Node.__new__(cls) for cls, _ in spec.graphdef.nodes[count:]]
-    value = resolver(leaves, objects)
-    for index, new in zip(spec.written, outputs.written, strict=True):
+    commit = Commit(self.graphdef, outputs)
+    commit.check(self.leaves, self.objects)
+    fresh = map(fresh_leaf, outputs.fresh, outputs.spec.hijax)
+    leaves = [*self.leaves, *fresh]
+    for index, new in zip(outputs.spec.written, outputs.written, strict=True):
       install(self.leaves[index], new)
-    for index, definition in spec.redefined:
-      self.leaves[index]._def = definition
-      epoch.bump()
-    for node, (_, entries) in zip(objects[count:], spec.graphdef.nodes[count:], strict=True):
-      fill(node, entries, value)
-    for index in changed:
-      objects[index]._clear()
-      fill(objects[index], spec.graphdef.nodes[index][1], value)
-      objects[index]._structure_changed(*_difference(self.graphdef, spec.graphdef, index))
-    return value(spec.graphdef.root)
-
-  def _check_trace(self, changed: list[int], spec: OutputSpec) -> None:
-    now = _jax.trace_state()
-    for index in changed:
-      if self.objects[index]._pytree.trace != now:
-        raise TraceContextError.attribute(type(self.objects[index]).__name__)
-    for index in spec.written:
-      variable = self.leaves[index]
-      if not variable.is_hijax and variable._trace != now:
-        raise TraceContextError.variable(variable._def.origin)
-
-
-def _difference(old: GraphDef, new: GraphDef, index: int) -> tuple[list[Any], list[Any]]:
-  """The keys under which a node has got data, and those that it has lost."""
-  was, now = (dict(graphdef.nodes[index][1]) for graphdef in (old, new))
-  added = [k for k, entry in now.items() if entry[0] != STATIC and was.get(k) != entry]
-  return added, [k for k in was if k not in now]
+    return commit.build(leaves, self.objects)
 
 
 class Frame:
@@ -239,25 +197,3 @@ def install(variable: Variable, value: Any) -> None:
   refs, new = jax.tree.leaves(variable._cell), jax.tree.leaves(storable(variable, value))
   for ref, x in zip(refs, new, strict=True):
     storage.write_ref(ref, x, None, variable._def.origin)
-
-
-def result_of(out: Outputs) -> Callable[[Iterator], Any] | None:
-  """The function from the new arrays of a call to its result; None if that holds anything else."""
-  root, start = out.spec.graphdef.root, out.spec.graphdef.leaf_count - len(out.fresh)
-  entries = [root] if root[0] == LEAF else root[2] if root[0] == REGION else []
-  if root[0] not in (LEAF, REGION) or not all(e[0] == LEAF and e[1] >= start for e in entries):
-    return None
-  if any(isinstance(x, Variable) for x in out.fresh):
-    return None
-  count = iter(range(len(out.fresh)))
-  places = [None if x is None else next(count) for x in out.fresh]  # JAX returns no None
-  order = [places[e[1] - start] for e in entries]
-  if root[0] == LEAF:
-    return next if order == [0] else lambda arrays: None
-  treedef = root[1]
-
-  def result(arrays: Iterator) -> Any:
-    flat = list(arrays)
-    return treedef.unflatten([None if i is None else flat[i] for i in order])
-
-  return result

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from refax import _jax
-from refax.core.flatten import flatten
+from refax.core.flatten import Walk, flatten
 from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
+from refax.core.watch import Watch
 
 _DEPTH = 8  # of functions that call functions, and of containers in containers
 
@@ -55,15 +56,21 @@ class Reach:
     self._slots: list[Slot] = []
     self._scanned = False
     self.is_steady = True
-    """Whether a change of what is reached shows in the slots and in the structure epoch."""
+    """Whether a change of what is reached shows in the slots, in a watch, and in the epoch."""
 
-  def snapshot(self) -> tuple:
-    """What a trace depends on: hashable, equal as long as another trace would be the same."""
+  def snapshot(self, watch: Watch | None = None) -> tuple:
+    """What a trace depends on: hashable, equal as long as another trace would be the same.
+
+    Args:
+      watch: is told of changes to the objects from now on.
+    """
     if not self._scanned or not self.is_steady or not self.holds():
       self._scan()
     objects = [*self._objects, *(x for read in self._seen.values() if (x := read()) is not None)]
     parts, steady = [], True
     for x in objects:
+      if watch is not None:
+        Walk(watch).entry(x)
       flat = flatten(x)
       cells = [leaf.get_raw_value() if isinstance(leaf, Variable) else leaf for leaf in flat.leaves]
       parts.append((flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))

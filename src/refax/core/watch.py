@@ -1,0 +1,129 @@
+"""Watch: what has been touched of the objects that one walk saw, so that its result may be kept.
+
+A walk through a model takes microseconds a Variable, and every call of a compiled function would
+need one. Its result is kept instead, with a Watch that each object it saw knows. An assignment
+tells the watches of its object what was there before; all other objects' watches stay as they are.
+A watch holds again when everything that was touched is as the walk saw it: a model that goes to
+evaluation and back, or from which `nnx.pop` takes what a step has sown, need not be walked again.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Before = Mapping[Any, tuple[Any, bool]]
+"""What was under some keys of a node: the value (or MISSING), and whether it was data."""
+
+MISSING: Any = object()
+_MOST = 4096  # keys that were touched; who sets more of them is not going back and forth
+
+
+class _Weak(weakref.ref):
+  """A value that is not to be kept alive. No attribute of a user's is one of these."""
+
+  __slots__ = ()
+
+
+class Watch:
+  """Whether what a walk saw is still there.
+
+  Args:
+    seen_as: what the walk has seen of a value, if not which one it is: a compiled function takes
+      the arrays in an object afresh at each call, so one is as good as the other.
+  """
+
+  __slots__ = (
+    "__weakref__",
+    "_dead",
+    "_held",
+    "_mark",
+    "_seen_as",
+    "_touched",
+    "ref",
+  )
+
+  def __init__(self, seen_as: Callable[[Any], Any] | None = None):
+    self.ref = weakref.ref(self)
+    self._seen_as = seen_as
+    self._dead = False
+    self._touched: dict[tuple[int, Any], tuple[weakref.ref, Any, bool]] = {}
+    # Of a thread that touches while another one looks, the mark is new after the look: no touch
+    # is lost. A count, or a set that is emptied, could lose one.
+    self._mark = self._held = object()
+
+  def touch(self, node: Any, before: Before | None) -> None:
+    """Something of an object has changed.
+
+    Args:
+      node: the object.
+      before: what there was; None if that is not known, and the watch never holds again.
+    """
+    if before is None or len(self._touched) > _MOST:
+      self._dead = True
+    else:
+      for key, (old, was_data) in before.items():
+        kept = (weakref.ref(node), self._kept(old), was_data)
+        self._touched.setdefault((id(node), key), kept)
+    self._mark = object()
+
+  def holds(self) -> bool:
+    """Whether a walk would find the same again."""
+    mark = self._mark
+    if mark is self._held:
+      return True
+    if self._dead:
+      return False
+    for (_, key), (ref, old, was_data) in list(self._touched.items()):
+      node = ref()
+      if node is None or (key in node._pytree.dynamic) is not was_data:
+        return False
+      now = node.__dict__.get(key, MISSING)
+      if self._seen_as is not None:
+        now = self._seen_as(now)
+      if type(old) is _Weak:
+        old = old()
+        if old is None:
+          return False
+      if now is not old:
+        return False
+    self._held = mark
+    return True
+
+  def _kept(self, old: Any) -> Any:
+    if self._seen_as is not None:
+      old = self._seen_as(old)
+    try:
+      return _Weak(old)
+    except TypeError:  # a number, a string, a tuple
+      return old
+
+
+class Watches(list):
+  """The watches of one object, weakly: who has forgotten a walk has forgotten its watch."""
+
+  __slots__ = ()
+
+  def add(self, watch: Watch) -> None:
+    """Let a watch know of changes from now on."""
+    self.append(watch.ref)
+    count = len(self)
+    if count >= 8 and not count & (count - 1):
+      for ref in [ref for ref in self if ref() is None]:
+        self.remove(ref)
+
+  def touch(self, node: Any, before: Before | None) -> None:
+    """Tell all of them what has changed, as `Watch.touch`."""
+    for ref in tuple(self):
+      if (watch := ref()) is not None:
+        watch.touch(node, before)
+
+
+_ARRAY: Any = type("_Array", (), {"__slots__": ()})()
+
+
+def any_array(x: Any) -> Any:
+  """An array as any array, everything else as it is."""
+  return _ARRAY if isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.Ref) else x

@@ -1,0 +1,190 @@
+"""A compiled function bound to cells and objects: what one call of nnx.jit does, from end to end.
+
+    run = bind(compiled, leaves, sources)   # once for the objects of a call
+    result = run(args)                      # buffers out, the call, buffers and structure back
+"""
+
+import functools
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from refax import _jax
+from refax.core.graphdef import LEAF
+from refax.core.interrupt import uninterrupted
+from refax.core.node import Node
+from refax.core.variable import Variable, store_cell
+from refax.transforms.commit import ARRAY
+from refax.transforms.compiled import Compiled, Items, item
+from refax.transforms.lift import Inputs
+
+
+class Given:
+  """The leaves and objects of one call, for that call only."""
+
+  def __init__(self, inputs: Inputs):
+    self._inputs = inputs
+
+  def picker(self, items: Items) -> Callable[[Any], Any]:
+    """The function from the arguments of a call to its arrays."""
+    return lambda _: tuple(item(self._inputs.leaves[i]) for i in items.kept)
+
+  def giver(self, items: Items) -> Callable[[Any], list]:
+    """The function from the arguments of a call to the arrays that it may overwrite."""
+    return lambda _: [item(self._inputs.leaves[i]) for i in items.given]
+
+  def reader(self, indices: Sequence[int]) -> Callable[[Any], list]:
+    """The function from the arguments of a call to some of its leaves."""
+    return lambda _: [self._inputs.leaves[i] for i in indices]
+
+  def objects(self) -> Callable[[], list[Node]]:
+    """The function to the objects of a call."""
+    return lambda: self._inputs.objects
+
+
+class Sources:
+  """Where the calls that are like one call find their leaves and objects, without keeping them.
+
+  The arguments of these calls are `values`, or `(values, leaves, cells)` where there are containers
+  among them: the leaves of the containers, and these as arrays.
+
+  No function that is made here may hold `self`, which holds the objects.
+
+  Args:
+    inputs: the call.
+    places: for leaves in the arguments themselves, (0, index in `values`) or (1, in `leaves`).
+    has_trees: whether there are containers among the arguments.
+  """
+
+  def __init__(self, inputs: Inputs, places: dict[int, tuple[int, int]], *, has_trees: bool):
+    self._inputs, self._places, self._has_trees = inputs, places, has_trees
+
+  def picker(self, items: Items) -> Callable[[Any], Any]:
+    """The function from the arguments of a call to its arrays."""
+    direct = [self._places[i] for i in items.direct]
+    variables = [weakref.ref(self._inputs.leaves[i]) for i in items.variables]
+    attributes = [self._attribute(i) for i in items.arrays]
+    if not self._has_trees and not variables and not attributes:
+      indices = [i for _, i in direct]
+      return operator.itemgetter(*indices) if len(indices) > 1 else _picker_of_few(indices)
+    has_trees = self._has_trees
+
+    def pick(args: Any) -> tuple[Any, ...]:
+      parts = (args[0], args[2]) if has_trees else (args,)
+      arrays = [parts[where][i] for where, i in direct]
+      arrays += [ref()._node[0][0] for ref in variables]  # pyright: ignore[reportOptionalMemberAccess]
+      arrays += [read() for read in attributes]
+      return tuple(arrays)
+
+    return pick
+
+  def giver(self, items: Items) -> Callable[[Any], list]:
+    """The function from the arguments of a call to the arrays that it may overwrite."""
+    direct = [self._places[i] if i in self._places else (2, self._attribute(i)) for i in items.given]
+
+    has_trees = self._has_trees
+
+    def give(args: Any) -> list[Any]:
+      parts = (args[0], args[2]) if has_trees else (args,)
+      return [i() if where == 2 else parts[where][i] for where, i in direct]
+
+    return give
+
+  def reader(self, indices: Sequence[int]) -> Callable[[Any], list]:
+    """The function from the arguments of a call to some of its leaves."""
+    sources = [
+      self._places[i] if i in self._places else (2, _weak(self._inputs.leaves[i])) for i in indices
+    ]
+    if all(where == 2 for where, _ in sources):
+      refs = [ref for _, ref in sources]
+      return lambda _: [ref() for ref in refs]
+
+    has_trees = self._has_trees
+
+    def read(args: Any) -> list[Any]:
+      parts = args if has_trees else (args,)
+      return [i() if where == 2 else parts[where][i] for where, i in sources]
+
+    return read
+
+  def objects(self) -> Callable[[], list[Node]]:
+    """The function to the objects of a call."""
+    refs: list[Any] = [weakref.ref(node) for node in self._inputs.objects]
+    return lambda: [ref() for ref in refs]
+
+  def _attribute(self, index: int) -> Callable[[], Any]:
+    """The function to an array in an object; it may be replaced without another structure."""
+    pairs = zip(self._inputs.objects, self._inputs.graphdef.nodes, strict=True)
+    for node, (cls, entries) in pairs:
+      for key, entry in entries:
+        if entry == (LEAF, index) and cls._altered_by_key:
+          return functools.partial(_read_attribute, weakref.ref(node), key)
+    array = self._inputs.leaves[index]  # in a container, whose watch sees that it is replaced
+    return lambda: array
+
+
+def bind(
+  compiled: Compiled, leaves: Sequence[Any], sources: Given | Sources, call: Any = None
+) -> Callable[[Any], Any]:
+  """The function from the arguments of a call to its result, which does all that the call does.
+
+  Args:
+    compiled: the function of arrays.
+    leaves: the leaves of a call, for their Refs.
+    sources: where each call finds the rest.
+    call: the executable, if it is not the compiled function's own.
+  """
+  commit, items = compiled.commit, compiled.items
+  exchange = functools.partial(
+    _jax.exchange,
+    call or compiled.call,
+    compiled.cells(leaves),
+    sources.picker(items),
+    give=sources.giver(items) if items.given else None,
+  )
+  variables = sources.reader([i for i, _ in commit.written])
+  one_by_one = all(tree is ARRAY for _, tree in commit.written)
+  store = functools.partial(_stored, variables) if commit.written and one_by_one else None
+  result = commit.plain_result()
+  if result is not None and one_by_one:
+    return exchange(result, store=store)
+  run, objects, wanted = exchange(iter, store=store), sources.objects(), commit.leaves
+  read, now = sources.reader(wanted), _jax.trace_state()
+
+  def whole(args: Any) -> Any:
+    arrays = run(args)
+    if not one_by_one:
+      for variable, (_, tree) in zip(variables(args), commit.written, strict=True):
+        variable._cell = tree.unflatten(islice(arrays, tree.num_leaves))
+    found: list[Any] = [None] * commit.start
+    for i, leaf in zip(wanted, read(args), strict=True):
+      found[i] = leaf
+    found += [fresh.make(arrays, now) for fresh in commit.fresh]
+    return commit.build(found, objects())
+
+  if commit.is_quiet and one_by_one:
+    return whole
+  return lambda args: uninterrupted(lambda: whole(args))
+
+
+def _stored(variables: Callable[[Any], list[Variable]], args: Any, arrays: Iterator) -> Iterator:
+  """An iterator that stores arrays in lojax Variables as it is used up."""
+  found = variables(args)
+  return map(store_cell, found, zip(zip(arrays), [v._def for v in found]))  # noqa: B905
+
+
+def _picker_of_few(indices: list[int]) -> Callable[[Any], Any]:
+  if not indices:
+    return lambda _: ()
+  (index,) = indices
+  return lambda args: (args[index],)
+
+
+def _read_attribute(node: weakref.ref, key: Any) -> Any:
+  return node().__dict__[key]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _weak(leaf: Any) -> Callable[[], Any]:
+  return weakref.ref(leaf) if isinstance(leaf, Variable) else lambda: leaf

@@ -1,0 +1,218 @@
+"""What a lifted call does to the caller's objects, and how what it returned is built.
+
+A Commit is made of the structure of the arguments and of what the function gave back, and of no
+value: a compiled function has one for all its calls.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+
+from refax import _jax
+from refax.core.epoch import epoch
+from refax.core.flatten import adopt, fill, resolver
+from refax.core.graphdef import LEAF, REGION, STATIC, GraphDef
+from refax.core.node import Node
+from refax.core.variable import Variable, VariableDef
+from refax.errors import TraceContextError
+
+ARRAY = jax.tree.structure(0)
+
+
+class OutputSpec(NamedTuple):
+  """The static half of what a lifted function gives back."""
+
+  graphdef: GraphDef
+  written: tuple[int, ...]  # which inputs the written values belong to
+  hijax: tuple[bool, ...]  # the storage of each fresh leaf
+  redefined: tuple[tuple[int, VariableDef], ...]  # inputs whose metadata changed
+
+
+class Outputs:
+  """What a lifted function gives back: a pytree of arrays that any JAX transform can carry."""
+
+  __slots__ = ("fresh", "spec", "written")
+
+  def __init__(self, written: Sequence[Any], fresh: Sequence[Any], spec: OutputSpec):
+    self.written = tuple(written)  # final values of input Variables
+    self.fresh = tuple(fresh)  # lojax Variables and arrays that were not among the inputs
+    self.spec = spec
+
+
+jax.tree_util.register_pytree_node(
+  Outputs,
+  lambda out: ((out.written, out.fresh), out.spec),
+  lambda spec, children: Outputs(*children, spec),
+)
+
+
+class Change(NamedTuple):
+  """What becomes of one of the caller's objects."""
+
+  index: int
+  entries: tuple  # those that are new or others; of a container, all
+  removed: tuple[Any, ...]
+  added: tuple[Any, ...]  # the keys under which there is data that was not there
+
+
+class Fresh:
+  """A leaf that was not among the inputs: a Variable, or an array, or None.
+
+  Args:
+    leaf: the leaf, of an array or its type.
+    hijax: whether the Variable is to have a Ref.
+  """
+
+  __slots__ = ("_cells", "cls", "definition", "hijax", "treedef")
+
+  def __init__(self, leaf: Any, hijax: bool):
+    is_variable = isinstance(leaf, Variable)
+    self.cls = type(leaf) if is_variable else None
+    self.definition = leaf._def if is_variable else None
+    self.hijax = hijax
+    self.treedef = _tree(leaf._cell if is_variable else leaf)
+    self._cells: list[Callable] | None = None
+
+  def make(self, arrays: Iterator, trace: Any) -> Any:
+    """The leaf.
+
+    Args:
+      arrays: the results of the compiled function, always of the same types, of which this takes
+        its own; nobody else may hold them if they go into a Ref.
+      trace: the trace state of now.
+    """
+    if self.treedef is ARRAY and not self.hijax:
+      cell = next(arrays)
+    else:
+      cells = list(islice(arrays, self.treedef.num_leaves))
+      if self.hijax:
+        self._cells = self._cells or list(map(_jax.cells_like, cells))
+        cells = [new(x) for new, x in zip(self._cells, cells, strict=True)]
+      cell = cells[0] if self.treedef is ARRAY else self.treedef.unflatten(cells)
+    return cell if self.cls is None else self.cls._handle(cell, self.definition, trace)
+
+
+class Commit:
+  """What a call does that gives back `outputs`; of these, only structure and types are looked at.
+
+  Args:
+    before: the structure of the arguments.
+    outputs: what the function gave back: arrays, or their types.
+  """
+
+  def __init__(self, before: GraphDef, outputs: Outputs):
+    self.spec = outputs.spec
+    count, nodes = len(before.nodes), outputs.spec.graphdef.nodes
+    self.start = before.leaf_count
+    """The index of the first fresh leaf."""
+    self.fresh = list(map(Fresh, outputs.fresh, self.spec.hijax))
+    self.written = [(i, _tree(x)) for i, x in zip(self.spec.written, outputs.written, strict=True)]
+    """The input Variables that the call gives values to, and their structures."""
+    self._changes = [
+      _change(i, before.nodes[i], nodes[i]) for i in range(count) if nodes[i] != before.nodes[i]
+    ]
+    self._new = nodes[count:]
+    self._new_classes = [cls for cls, _ in self._new]
+
+  @property
+  def is_quiet(self) -> bool:
+    """Whether the caller's objects keep their structure and their metadata."""
+    return not self._changes and not self.spec.redefined
+
+  @property
+  def leaves(self) -> list[int]:
+    """The input leaves that a call's result, or its objects, will hold anew."""
+    entries = [e for c in self._changes for _, e in c.entries]
+    entries += [e for _, node in self._new for _, e in node]
+    found = {i for e in (self.spec.graphdef.root, *entries) for i in leaves_of(e)}
+    return sorted({i for i in found if i < self.start} | {i for i, _ in self.spec.redefined})
+
+  def check(self, leaves: Sequence[Any], objects: Sequence[Node]) -> None:
+    """Raise TraceContextError if an object from another trace would have to change."""
+    now = _jax.trace_state()
+    for change in self._changes:
+      node = objects[change.index]
+      if node._pytree.trace != now:
+        raise TraceContextError.attribute(type(node).__name__)
+    for index in self.spec.written:
+      variable = leaves[index]
+      if not variable.is_hijax and variable._trace != now:
+        raise TraceContextError.variable(variable._def.origin)
+
+  def build(self, leaves: list[Any], objects: Sequence[Node]) -> Any:
+    """Change the caller's objects, and build what the function returned.
+
+    Args:
+      leaves: the input leaves (of them, only `self.leaves` are needed), and the fresh ones.
+      objects: the caller's objects.
+    """
+    objects = [*objects, *(Node.__new__(cls) for cls in self._new_classes)]
+    value = resolver(leaves, objects)
+    for index, definition in self.spec.redefined:
+      leaves[index]._def = definition
+      epoch.bump()
+    if self._new:
+      for node, (_, entries) in zip(objects[-len(self._new) :], self._new, strict=True):
+        fill(node, entries, value)
+    for change in self._changes:
+      _apply(change, objects[change.index], value)
+    return value(self.spec.graphdef.root)
+
+  def plain_result(self) -> Callable[[Iterator], Any] | None:
+    """From the fresh arrays of a call to its result, where that is nothing else than arrays."""
+    root = self.spec.graphdef.root
+    entries = [root] if root[0] == LEAF else root[2] if root[0] == REGION else []
+    if root[0] not in (LEAF, REGION) or not self.is_quiet:
+      return None
+    if not all(e[0] == LEAF and e[1] >= self.start for e in entries):
+      return None
+    if any(fresh.cls is not None for fresh in self.fresh):
+      return None
+    count = iter(range(len(self.fresh)))
+    places = [None if x.treedef is not ARRAY else next(count) for x in self.fresh]
+    order = [places[e[1] - self.start] for e in entries]  # JAX returns no None
+    if root[0] == LEAF:
+      return next if order == [0] else lambda arrays: None
+    treedef = root[1]
+    if order == list(range(len(order))):
+      return treedef.unflatten
+
+    def result(arrays: Iterator) -> Any:
+      flat = list(arrays)
+      return treedef.unflatten([None if i is None else flat[i] for i in order])
+
+    return result
+
+
+def _tree(value: Any) -> Any:
+  treedef = jax.tree.structure(value)
+  return ARRAY if treedef == ARRAY else treedef
+
+
+def leaves_of(entry: tuple) -> Iterator[int]:
+  """The leaves that an entry is, or has directly inside."""
+  if entry[0] == LEAF:
+    yield entry[1]
+  elif entry[0] == REGION:
+    for child in entry[2]:
+      yield from leaves_of(child)
+
+
+def _change(index: int, before: tuple, after: tuple) -> Change:
+  was, now = dict(before[1]), dict(after[1])
+  others = tuple((k, entry) for k, entry in now.items() if was.get(k) != entry)
+  removed = tuple(k for k in was if k not in now)
+  added = tuple(k for k, entry in others if entry[0] != STATIC)
+  return Change(index, others if after[0]._altered_by_key else after[1], removed, added)
+
+
+def _apply(change: Change, node: Node, value: Callable[[tuple], Any]) -> None:
+  """Give a caller's object its new entries."""
+  entries = [(key, value(entry), entry[0] != STATIC) for key, entry in change.entries]
+  before = node._alter(entries, change.removed)
+  for key, child, is_data in entries:
+    if is_data:
+      adopt(node, key, child)
+  node._structure_changed(before, change.added, change.removed)

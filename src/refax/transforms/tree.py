@@ -1,0 +1,156 @@
+"""Arguments of nnx.jit that are containers: what is in them, compared from call to call.
+
+A list of Modules, a dict of arrays, a State of gradients, a Variable by itself: the caller may make
+these anew for each call, so they are known by what is in them and not by their identity.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from refax import _jax
+from refax.core.flatten import is_followed
+from refax.core.graphdef import LEAF, REGION
+from refax.core.node import Node
+from refax.core.variable import Variable
+
+_flatten = jax.tree_util.tree_flatten
+
+
+class Tree(NamedTuple):
+  """What one argument is to have in it."""
+
+  index: int
+  treedef: Any
+  is_leaf: Callable[[Any], bool] | None
+  entries: list[int | None]
+  """For each leaf its index among the leaves of the call; None for an object."""
+  arrays: list[tuple[int, Any, Any, Any]]
+  """What arrays and numbers are compared with, see `is_array_of`."""
+  objects: list[tuple[int, Callable[[], Any]]]
+  """The place of each object, and of each Ref that no Variable holds, and which one it is."""
+  variables: list[tuple[int, type, Any, Any]]
+  """The place, type and definition of each Variable, and its Ref; for arrays None."""
+
+  @classmethod
+  def of(cls, index: int, x: Any, entry: tuple) -> "Tree | None":
+    """The description of an argument, or None if that cannot be compared later on.
+
+    Args:
+      index: which argument it is.
+      x: the argument.
+      entry: what the walk made of it.
+    """
+    if is_followed(x):
+      return None
+    leaves, treedef = _flatten(x, is_object)
+    children = entry[2] if entry[0] == REGION else [entry]
+    if len(children) != len(leaves):
+      return None
+    entries = [e[1] if e[0] == LEAF else None for e in children]
+    tree = cls(index, treedef, None, entries, [], [], [])
+    for j, leaf in enumerate(leaves):
+      if isinstance(leaf, Node) or _jax.is_ref(leaf):
+        tree.objects.append((j, weakref.ref(leaf)))
+      elif isinstance(leaf, Variable):
+        if (cell := _known(leaf)) is None:
+          return None
+        tree.variables.append((j, type(leaf), leaf._def, cell))
+      elif type_of(leaf) is not None:
+        tree.arrays.append(is_array_of(leaf, j))
+      else:
+        return None
+    return tree._replace(is_leaf=is_object if tree.objects or tree.variables else None)
+
+  def collect(self, x: Any, leaves: list[Any], cells: list[Any], lojax: list[Variable]) -> bool:
+    """Whether an argument has the same in it.
+
+    Args:
+      x: the argument.
+      leaves: its leaves are added to this list,
+      cells: and these as arrays to this one,
+      lojax: and the lojax Variables among them to this one.
+    """
+    found, treedef = _flatten(x, self.is_leaf)
+    if treedef != self.treedef:
+      return False
+    for j, aval, place, type_ in self.arrays:
+      leaf = found[j]
+      if (
+        aval is None or getattr(leaf, "aval", None) is not aval or leaf.sharding != place
+      ) and type_of(leaf) != type_:
+        return False
+    for j, ref in self.objects:
+      if ref() is not found[j]:
+        return False
+    if not self.variables:
+      leaves += found
+      cells += found
+      return True
+    arrays = list(found)
+    for j, cls, definition, want in self.variables:
+      leaf = found[j]
+      if type(leaf) is not cls:
+        return False
+      ((cell,), now) = leaf._node
+      if now is not definition and now != definition:
+        return False
+      if type(want) is weakref.ref:
+        if want() is not cell:
+          return False
+      elif type(cell) is jax.Ref or (getattr(cell, "aval", None) is not want[0]
+                                     and type_of(cell) != want[1]):  # fmt: skip
+        return False
+      else:
+        lojax.append(leaf)
+      arrays[j] = cell
+    leaves += found
+    cells += arrays
+    return True
+
+
+def is_object(x: Any) -> bool:
+  """Whether a value is looked at as a whole."""
+  return isinstance(x, Node | Variable)
+
+
+def _known(variable: Variable) -> Any:
+  """What a Variable is known by: its Ref, or the type of its array; None for a pytree."""
+  cell = variable._cell
+  if _jax.is_ref(cell):
+    return weakref.ref(cell)
+  type_ = type_of(cell)
+  return None if type_ is None else (getattr(cell, "aval", None), type_)
+
+
+def is_array_of(x: Any, index: int) -> tuple[int, Any, Any, Any]:
+  """What a later array or number in the place of `x` is compared with."""
+  place = x.sharding if isinstance(x, jax.Array) else None
+  return index, getattr(x, "aval", None), place, type_of(x)
+
+
+def type_of(x: Any) -> Any:
+  """The type that JAX traces an array or number with; None for anything else, a Ref too."""
+  if isinstance(x, jax.Array) and type(x) is not jax.Ref:
+    weak = getattr(x, "weak_type", False)  # typed keys have none
+    return x.shape, x.dtype, weak, x.sharding, getattr(x, "committed", True)
+  if isinstance(x, np.ndarray | np.generic):
+    return type(x), x.shape, x.dtype
+  return type(x) if type(x) in (bool, int, float, complex) else None
+
+
+def signature(leaf: Any) -> Any:
+  """What a trace depends on, of a Variable or an array."""
+  if not isinstance(leaf, Variable):
+    return type_of(leaf)
+  cells, treedef = jax.tree.flatten(leaf.get_raw_value())
+  return type(leaf), leaf._def, treedef, *map(_cell_type, cells)
+
+
+def _cell_type(cell: Any) -> Any:
+  if not _jax.is_ref(cell):
+    return type_of(cell)
+  return jax.Ref, cell.shape, cell.dtype, _jax.peek_cell(cell).sharding

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
+from refax.core.variable import is_variable
 from refax.errors import FilterError, ShapeMismatchError, TreeMismatchError
+from refax.io.keys import is_key
 
 
 class Node(nnx.Module):
@@ -418,3 +420,113 @@ def test_a_graphdef_that_was_pickled_builds_them_too():
   graphdef, state = nnx.split(Node(mean=nnx.BatchStat(0.0), tagged=nnx.Param(1.0, tag="x")))
   merged = nnx.merge(pickle.loads(pickle.dumps(graphdef)), nnx.to_pure_dict(state))
   assert type(merged.mean) is nnx.BatchStat and merged.tagged.tag == "x"
+
+
+class Mixed(nnx.Module):
+  """All sorts of Variables: shared, of keys, of bfloat16, of a pytree, empty, and an array."""
+
+  def __init__(self, seed=0):
+    self.linear = nnx.Linear(2, 3, rngs=nnx.Rngs(seed))
+    self.tied = self.linear.kernel
+    self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(seed))
+    self.half = nnx.Param(jnp.full(3, seed, jnp.bfloat16))
+    self.tree = nnx.Cache({"a": jnp.full(2, seed), "b": (jnp.ones(()), jnp.zeros(0))})
+    self.nan = nnx.BatchStat(jnp.full(2, jnp.nan))
+
+
+def cells(model):
+  leaves = [v for v in jax.tree.leaves(model, is_leaf=is_variable) if is_variable(v)]
+  return [x for v in leaves for x in jax.tree.leaves(v.get_raw_value())]
+
+
+def buffers(model):
+  return [_jax.bits(_jax.peek_cell(x)).unsafe_buffer_pointer() for x in cells(model) if x.size]
+
+
+@pytest.fixture
+def copies(monkeypatch):
+  """The arrays that are copied, one after the other."""
+  found, copy = [], _jax._copy
+  monkeypatch.setattr(_jax, "_copy", lambda x: (found.append(x), copy(x))[1])
+  return found
+
+
+needs_buffers = pytest.mark.skipif(_jax._private() is None, reason="looks at buffers of Refs")
+
+
+@needs_buffers
+@pytest.mark.parametrize(
+  "duplicate",
+  [nnx.clone, copy.deepcopy, nnx.to_hijax, lambda m: nnx.merge(*copy.deepcopy(nnx.split(m)))],
+  ids=["clone", "deepcopy", "to_hijax", "state"],
+)
+def test_a_copy_takes_one_copy_of_each_array_and_shares_none(duplicate, copies):
+  model = Mixed(1)
+  del copies[:]
+  twin = duplicate(model)
+  assert len(copies) == len(cells(model))
+  assert not set(buffers(twin)) & set(buffers(model))
+  assert len(set(buffers(twin))) == len(buffers(twin))
+  assert twin.tied is twin.linear.kernel or twin.tied.get_raw_value() is cells(twin.linear)[1]
+  equal(nnx.to_lojax(twin), nnx.to_lojax(model))
+  jax.jit(lambda m: m.half.set_value(m.half * 3))(twin)
+  assert model.half[...].tolist() == [1, 1, 1]
+
+
+def equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = (jax.random.key_data(z) if is_key(z) else z for z in (x, y))
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@needs_buffers
+def test_an_update_takes_one_copy_of_each_array_and_shares_none(copies):
+  model, other = Mixed(1), Mixed(2)
+  state = nnx.state(other)
+  trees = len(jax.tree.leaves(other.tree.get_raw_value()))  # of these, there are two
+  del copies[:]
+  nnx.update(model, state)
+  assert len(copies) == len(cells(other)) + trees
+  assert not set(buffers(model)) & set(buffers(other))
+  equal(nnx.to_lojax(model), nnx.to_lojax(other))
+
+
+@pytest.mark.parametrize("target", [True, False])
+@pytest.mark.parametrize("source", [True, False])
+def test_an_update_shares_no_buffer_that_a_step_donates(target, source):
+  convert = lambda model, hijax: (nnx.to_hijax if hijax else nnx.to_lojax)(model)
+  model, other = convert(Mixed(1), target), convert(Mixed(2), source)
+  nnx.update(model, nnx.state(other))
+  step = nnx.jit(lambda m: m.linear.bias.set_value(m.linear.bias + 1))
+  for m in (model, other):
+    step(m)
+    step(m)
+  equal(nnx.to_lojax(model), nnx.to_lojax(other))
+
+
+def test_an_update_of_variables_with_each_others_values_swaps_them():
+  class Two(nnx.Module):
+    def __init__(self):
+      self.a, self.b = nnx.Param(jnp.zeros(2)), nnx.Param(jnp.ones(2))
+
+  model = Two()
+  nnx.update(model, {"a": model.b, "b": model.a})
+  assert model.a[...].tolist() == [1, 1] and model.b[...].tolist() == [0, 0]
+
+
+def test_an_update_reaches_a_shared_variable_by_each_of_its_names():
+  model = Mixed(1)
+  nnx.update(model, {"tied": jnp.full((2, 3), 7.0)})
+  assert float(model.linear.kernel[0, 0]) == 7.0
+  nnx.update(model, {"linear": {"kernel": jnp.full((2, 3), 8.0)}})
+  assert float(model.tied[0, 0]) == 8.0
+
+
+def test_a_model_is_walked_once_for_an_update(monkeypatch):
+  model = nnx.Sequential(*(nnx.Linear(1, 1, rngs=nnx.Rngs(i)) for i in range(20)))
+  state = nnx.state(model)
+  calls, entries = [], nnx.List._entries
+  monkeypatch.setattr(nnx.List, "_entries", lambda self: (calls.append(0), entries(self))[1])
+  nnx.update(model, state)
+  assert len(calls) <= 1

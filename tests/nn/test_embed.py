@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
 from refax.errors import InvalidArgumentError, ShapeMismatchError
 
 
@@ -96,3 +96,34 @@ def test_the_dtype_of_a_lookup_is_the_tables_and_that_of_attend_what_both_promot
   embed = nnx.Embed(5, 3, param_dtype=table, dtype=dtype, rngs=nnx.Rngs(0))
   assert embed(jnp.array([1])).dtype == (table if dtype is None else dtype)
   assert embed.attend(jnp.ones((2, 3), query)).dtype == want
+
+
+@pytest.mark.skipif(_jax._private() is None, reason="looks at the buffer of a Ref")
+def test_a_function_of_the_user_gets_no_buffer_of_the_table(embed):
+  kept = []
+  embed.promote_dtype = lambda xs, **_: (kept.extend(xs), xs)[1]
+  embed(jnp.array([1]))
+  embed.attend(jnp.ones(3))
+  table = _jax.peek_cell(embed.embedding.get_raw_value()).unsafe_buffer_pointer()
+  assert all(x.unsafe_buffer_pointer() != table for x in kept)
+  before = np.asarray(embed.embedding)
+  nnx.jit(lambda e: e.embedding.set_value(e.embedding * 0))(embed)
+  assert (np.asarray(kept[0]) == before).all() and (np.asarray(kept[2]) == before).all()
+
+
+@pytest.mark.skipif(_jax._private() is None, reason="counts copies of the buffer of a Ref")
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_lookup_copies_no_table(monkeypatch, dtype):
+  embed, copies = nnx.Embed(5, 3, dtype=dtype, rngs=nnx.Rngs(0)), []
+  monkeypatch.setattr(_jax, "_copy", copies.append)
+  rows = embed(jnp.array([1, 7]))
+  logits = embed.attend(jnp.ones(3))
+  assert not copies
+  assert rows.dtype == logits.dtype == (dtype or jnp.float32)
+
+
+def test_what_a_lookup_returns_outlives_the_table(embed):
+  rows = embed(jnp.arange(5))
+  before = np.asarray(rows).copy()
+  nnx.jit(lambda e: e.embedding.set_value(e.embedding * 0))(embed)
+  np.testing.assert_array_equal(rows, before)

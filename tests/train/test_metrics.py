@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refax import nnx
+from refax import _jax, nnx
 from refax.errors import InvalidArgumentError, MissingArgumentError, ShapeMismatchError
 from refax.train import accumulator
 
@@ -510,6 +510,74 @@ def test_a_metric_of_ones_own_among_others():
   assert_same(arrays(both), before)
   with pytest.raises(NotImplementedError, match="Largest has no method reset"):
     both.reset()
+
+
+def counted(*metrics_):
+  return [float(m.count) for m in metrics_]
+
+
+def test_one_metric_under_two_names_counts_twice():
+  average = metrics.Average()
+  other = metrics.Average()
+  other.total = average.total  # and one that shares a part of its state
+  for both in (nnx.MultiMetric(a=average, b=average), nnx.MultiMetric(a=average, b=other)):
+    both.reset()
+    both.update(values=jnp.array([1.0, 3.0]))
+    assert float(average.total) == 8.0
+  assert counted(average, other) == [2, 2]
+
+
+def test_an_update_of_a_subclass_or_an_attribute_is_what_runs():
+  class Twice(metrics.Average):
+    def update(self, **kwargs):
+      super().update(**kwargs)
+      super().update(**kwargs)
+
+  class Same(metrics.Accuracy):
+    pass
+
+  batch = classes(0) | {"mask": None}
+  many = nnx.MultiMetric(twice=Twice("loss"), same=Same(), inner=nnx.MultiMetric(t=Twice("loss")))
+  many.update(**{k: jnp.asarray(v) for k, v in batch.items() if v is not None})
+  assert counted(many.twice, many.same, many.inner.t) == [12, 6, 12]
+
+
+def test_nested_metrics_are_written_together_or_not_at_all():
+  both = nnx.MultiMetric(inner=nnx.MultiMetric(loss=metrics.Average("loss")), a=metrics.Accuracy())
+  batch = of(classes(0), "loss", "logits", "labels")
+  both.update(**batch)
+  before = arrays(both)
+  with pytest.raises(ShapeMismatchError):
+    both.update(**batch | {"labels": batch["labels"][:-1]})
+  assert_same(arrays(both), before)
+  assert counted(both.inner.loss, both.a) == [6, 6]
+
+
+@pytest.mark.skipif(_jax._private() is None, reason="counts copies of buffers of Refs")
+@pytest.mark.parametrize("kind", [metrics.Average, metrics.Welford])
+def test_a_metric_copies_no_state_and_hands_out_none(kind, monkeypatch):
+  metric, copies = kind(), []
+  with monkeypatch.context() as patch:
+    patch.setattr(_jax, "_copy", copies.append)
+    metric.update(values=jnp.ones(2))
+    value = metric.compute()
+    metric.reset()
+  assert not copies
+  value = jax.tree.map(np.asarray, value)
+  nnx.jit(lambda m: m.update(values=jnp.ones(3)))(metric)
+  assert float(leaves(value)[0]) == 1.0 and int(metric.count) == 3
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_a_reset_keeps_what_has_been_computed(hijax):
+  with nnx.use_hijax(hijax):
+    matrix = metrics.ConfusionMatrix(2)
+  matrix.update(logits=jnp.eye(2), labels=jnp.array([0, 1]))
+  counts = matrix.compute().counts
+  matrix.reset()
+  matrix.update(logits=jnp.eye(2), labels=jnp.array([1, 1]))
+  assert counts.tolist() == [[1, 0], [0, 1]]
+  assert matrix.compute().counts.tolist() == [[0, 0], [1, 1]]
 
 
 # errors

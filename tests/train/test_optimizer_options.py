@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
 from refax.errors import (
   InvalidArgumentError,
   MissingHyperparamError,
@@ -402,3 +402,66 @@ def test_the_first_difference_of_gradients_is_named(name, skip):
     optimizer.update(net, grads)
   assert f"\n  at:  {at}\n  got: {got}\n" in str(error.value)
   assert_same(arrays((net, optimizer)), before)
+
+
+# what `tx.init` returns goes into the cells as it is only if nobody else has it
+def keeping():
+  """A transformation that keeps arrays, and returns one twice, aliases, and what it was given."""
+  kept = {"constant": jnp.full(5, 2.0)}
+
+  def init(params):
+    leaves = jax.tree.leaves(params)
+    alias = [jax.device_put(x, x.sharding) for x in leaves]
+    twice = jnp.zeros(5)
+    kept["fresh"] = jnp.ones(5)
+    return {
+      "constant": kept["constant"],
+      "fresh": kept["fresh"],
+      "alias": alias,
+      "given": leaves,
+      "twice": [twice, twice],
+      "mine": jnp.full(5, 3.0),
+      "number": 1.0,
+      "weak": jnp.asarray(1.0),
+    }
+
+  def update(grads, state, params=None):
+    return grads, jax.tree.map(lambda x: x + 1, state)
+
+  return optax.GradientTransformation(init, update), kept
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_an_array_that_somebody_else_has_is_copied(hijax):
+  tx, kept = keeping()
+  with nnx.use_hijax(hijax):
+    net = Net()
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+  before = np.asarray(net.a.kernel)
+  zeros = jax.tree.map(lambda v: jnp.zeros(v.shape), nnx.pure(nnx.state(net, nnx.Param)))
+  step = nnx.jit(lambda net, optimizer: optimizer.update(net, zeros) and None)
+  for _ in range(2):
+    step(net, optimizer)
+  assert kept["constant"].tolist() == [2] * 5 and kept["fresh"].tolist() == [1] * 5
+  np.testing.assert_array_equal(net.a.kernel, before)
+  state = optimizer.opt_state
+  assert state["constant"][...].tolist() == [4] * 5 and state["mine"][...].tolist() == [5] * 5
+  assert [v[...].tolist() for v in state["twice"]] == [[2] * 5] * 2
+  assert float(state["number"]) == float(state["weak"]) == 3.0
+  assert not state["weak"][...].weak_type
+  for part in ("alias", "given"):
+    for v, x in zip(state[part], jax.tree.leaves(nnx.pure(nnx.state(net, nnx.Param))), strict=True):
+      np.testing.assert_allclose(v[...], x + 2, rtol=1e-6)
+
+
+@pytest.mark.skipif(_jax._private() is None, reason="counts copies of buffers of Refs")
+def test_a_state_that_nobody_else_has_is_not_copied(monkeypatch):
+  net, sizes = nnx.Linear(30, 30, rngs=nnx.Rngs(0)), []
+  tx = optax.adam(1e-3)
+  note = lambda x: sizes.append(x.size)
+  for name in ("copied", "copied_for_cell", "_copy"):
+    copy = getattr(_jax, name)
+    monkeypatch.setattr(_jax, name, lambda x, copy=copy: (note(x), copy(x))[1])
+  optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+  assert max(sizes, default=1) == 1
+  assert optimizer.opt_state[0].mu["kernel"].shape == (30, 30)

@@ -38,6 +38,11 @@ def as_array(x: Any, hijax: bool = True) -> jax.Array:
     x = jnp.array(x, copy=True)
   elif not _jax.is_tracer(x):
     x = _jax.copied_for_cell(x) if hijax else _jax.copied(x)
+  return strong(x)
+
+
+def strong(x: jax.Array) -> jax.Array:
+  """An array without a weak type."""
   return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 

@@ -7,7 +7,7 @@ handles may share a cell (after `split`, inside a transform); what one writes, a
 import copy as copylib
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,15 @@ class Variable(ArrayProtocol, Generic[A]):
     return self
 
   @classmethod
+  def _taking(cls, value: jax.Array) -> "Variable":
+    """A Variable whose cell takes over a concrete array that nobody else has, uncopied."""
+    hijax = config.using_hijax()
+    value = storage.strong(value)
+    definition = VariableDef({}, Origin(cls.__name__))
+    definition.hijax = hijax
+    return cls._handle(_jax.new_cell(value) if hijax else value, definition)
+
+  @classmethod
   def _unflatten(cls, definition: VariableDef, children: Iterable[Any]) -> "Variable":
     """As JAX rebuilds a Variable; raises RefArgumentError in a function that it differentiates."""
     children = tuple(children)
@@ -195,7 +204,7 @@ class Variable(ArrayProtocol, Generic[A]):
       return
     self.commit(self.prepare(value, index=index))
 
-  def _is_plain_write(self, value: Any) -> bool:
+  def _is_plain_write(self, value: Any) -> TypeGuard[jax.Array]:
     """Whether a write is a copy of an array into a concrete Ref and nothing else, as most are."""
     cell = self._cell
     return (

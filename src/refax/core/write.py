@@ -62,7 +62,10 @@ def commit(prepared: Prepared, *, fresh: bool = False) -> None:
     for variable, writes in others:
       variable.commit(writes)
 
-  uninterrupted(store)
+  if len(refs) == 1 and not others:
+    store()  # one buffer is exchanged at once, by itself
+  else:
+    uninterrupted(store)
 
 
 def _is_concrete(ref: Any, value: Any) -> bool:

@@ -1,11 +1,13 @@
 """Average and Accuracy: means over all that was counted."""
 
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from refax.core.variable import borrowed
 from refax.core.write import write
 from refax.errors import InvalidArgumentError, ShapeMismatchError
 from refax.nn import check, dtypes
@@ -41,7 +43,7 @@ class Average(metric.Metric):
 
   def reset(self) -> None:
     """Forget all that was counted, in place."""
-    self._set((0.0, 0.0), (0, 0))
+    metric.clear(*self._state())
 
   def update(self, mask: ArrayLike | None = None, **kwargs: Any) -> None:
     """Count numbers, in place.
@@ -55,25 +57,33 @@ class Average(metric.Metric):
       ShapeMismatchError: the numbers are complex or the mask does not broadcast to them; nothing
         has been written.
     """
-    self._count(metric.numbers(self, self.argname, kwargs, self.total), mask)
+    write(*self._planned(mask, **kwargs), fresh=True)
 
-  def _count(self, x: jax.Array, mask: ArrayLike | None) -> None:
+  def _planned(self, mask: ArrayLike | None = None, **kwargs: Any) -> metric.Writes:
+    x = metric.numbers(self, self.argname, kwargs, self.total)
     mask = check.mask(type(self).__name__, x, mask)
-    total = (self.total[...], self.total_low[...])
-    total = accumulator.add(*total, *accumulator.sum_parts(x, mask))
-    n = accumulator.size(x, mask)
-    self._set(total, accumulator.add_count(self.count[...], self.count_high[...], n))
+    state = self._state()
+    return list(zip(state, _added(list(map(borrowed, state)), x, mask), strict=True))
 
-  def _set(self, total: tuple[Any, Any], count: tuple[Any, Any]) -> None:
-    write(
-      *zip((self.total, self.total_low), total, strict=True),
-      *zip((self.count, self.count_high), count, strict=True),
-    )
+  def _state(self) -> list[metric.MetricState]:
+    return [self.total, self.total_low, self.count, self.count_high]
 
   def compute(self) -> jax.Array:
     """The mean, a float32; nan if nothing was counted."""
-    total = self.total[...] + self.total_low[...]
-    return total / accumulator.count_as_float(self.count[...], self.count_high[...])
+    return _mean(*map(borrowed, self._state()))
+
+
+@partial(jax.jit, inline=True)
+def _added(state: list[jax.Array], x: jax.Array, mask: jax.Array | None) -> list[jax.Array]:
+  """The state of an Average after numbers have been counted."""
+  total, total_low, count, count_high = state
+  total, total_low = accumulator.add(total, total_low, *accumulator.sum_parts(x, mask))
+  return [total, total_low, *accumulator.add_count(count, count_high, accumulator.size(x, mask))]
+
+
+@partial(jax.jit, inline=True)
+def _mean(total: Any, total_low: Any, count: Any, count_high: Any) -> jax.Array:
+  return (total + total_low) / accumulator.count_as_float(count, count_high)
 
 
 class Accuracy(Average):
@@ -114,18 +124,40 @@ class Accuracy(Average):
       ShapeMismatchError: `labels` are not integers or do not have the shape of the predictions, or
         the mask does not broadcast to them; nothing has been written.
     """
-    name = type(self).__name__
-    if self.threshold is None:
+    write(*self._planned(logits=logits, labels=labels, mask=mask), fresh=True)
+
+  def _planned(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any
+  ) -> metric.Writes:
+    name, threshold = type(self).__name__, self.threshold
+    if threshold is None:
       logits, labels = metric.classes(name, logits, labels, self.total)
-      self._count(logits.argmax(-1) == labels, mask)
-      return
-    logits, labels = check.as_input(logits), metric.integers(name, labels, self.total, boolean=True)
-    if logits.shape != labels.shape:
+    else:
+      logits = check.as_input(logits)
+      labels = metric.integers(name, labels, self.total, boolean=True)
+    if threshold is not None and logits.shape != labels.shape:
       raise ShapeMismatchError(
         f"{name} with a threshold compares one logit with one label",
         at=check.origin(self.total),
         got=f"logits of shape {logits.shape} and labels of shape {labels.shape}",
         fix="pass both of one shape, or for classes build it without a threshold",
       )
-    # In bfloat16 the threshold 0.7 is 0.699.
-    self._count((dtypes.wide(logits) >= self.threshold) == (labels > 0), mask)
+    mask, state = check.mask(name, labels, mask), self._state()
+    new = _added_right(list(map(borrowed, state)), logits, labels, mask, threshold=threshold)
+    return list(zip(state, new, strict=True))
+
+
+@partial(jax.jit, inline=True, static_argnames="threshold")
+def _added_right(
+  state: list[jax.Array],
+  logits: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array | None,
+  *,
+  threshold: float | None,
+) -> list[jax.Array]:
+  """The state of an Accuracy after predictions have been counted."""
+  if threshold is None:
+    return _added(state, logits.argmax(-1) == labels, mask)
+  # In bfloat16 the threshold 0.7 is 0.699.
+  return _added(state, (dtypes.wide(logits) >= threshold) == (labels > 0), mask)

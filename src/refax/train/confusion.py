@@ -1,11 +1,13 @@
 """ConfusionMatrix: which classes are taken for which."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from refax.core.variable import borrowed
 from refax.core.write import write
 from refax.errors import ShapeMismatchError
 from refax.nn import check
@@ -58,7 +60,7 @@ class ConfusionMatrix(metric.Metric):
 
   def reset(self) -> None:
     """Forget all that was counted, in place."""
-    write((self.counts, 0))
+    metric.clear(self.counts)
 
   def update(  # pyright: ignore[reportIncompatibleMethodOverride]
     self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any
@@ -75,6 +77,11 @@ class ConfusionMatrix(metric.Metric):
         `logits` has another number of classes, or the mask does not broadcast to the labels;
         nothing has been written.
     """
+    write(*self._planned(logits=logits, labels=labels, mask=mask), fresh=True)
+
+  def _planned(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any
+  ) -> metric.Writes:
     name, n = type(self).__name__, self.num_classes
     logits, labels = metric.classes(name, logits, labels, self.counts)
     if logits.shape[-1] != n:
@@ -85,17 +92,29 @@ class ConfusionMatrix(metric.Metric):
         fix=f"pass logits with {n} on the last axis, or build it with {logits.shape[-1]}",
       )
     mask = check.mask(name, labels, mask)
-    counted = (labels >= 0) & (labels < n)
-    counted = counted if mask is None else counted & mask
-    rows = jnp.where(counted, labels, 0)
-    new = jnp.zeros((n, n), jnp.uint32).at[rows, logits.argmax(-1)].add(counted.astype(jnp.uint32))
-    total = self.counts[...] + new
-    write((self.counts, jnp.where(total < new, jnp.uint32(2**32 - 1), total)))
+    return [(self.counts, _added(borrowed(self.counts), logits, labels, mask))]
 
   def compute(self) -> ConfusionStatistics:
     """The counts and what follows from them for each class; nan where there was nothing."""
-    counts = self.counts[...]
-    share = counts.astype(jnp.float32)
-    right, predicted, actual = jnp.diagonal(share), share.sum(0), share.sum(1)
-    f1 = 2 * right / (predicted + actual)
-    return ConfusionStatistics(counts, right / predicted, right / actual, f1)
+    return ConfusionStatistics(self.counts[...], *_shares(borrowed(self.counts)))
+
+
+@partial(jax.jit, inline=True)
+def _added(
+  counts: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+  """The counts after predictions have been counted."""
+  counted = (labels >= 0) & (labels < counts.shape[-1])
+  counted = counted if mask is None else counted & mask
+  rows = jnp.where(counted, labels, 0)
+  new = jnp.zeros_like(counts).at[rows, logits.argmax(-1)].add(counted.astype(jnp.uint32))
+  total = counts + new
+  return jnp.where(total < new, jnp.uint32(2**32 - 1), total)
+
+
+@partial(jax.jit, inline=True)
+def _shares(counts: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Precision, recall and F1."""
+  share = counts.astype(jnp.float32)
+  right, predicted, actual = jnp.diagonal(share), share.sum(0), share.sum(1)
+  return right / predicted, right / actual, 2 * right / (predicted + actual)

@@ -1,5 +1,6 @@
 """Metric: the base of metrics, and what they ask of their arguments."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 
 from refax.core.filters import Filter
 from refax.core.pytree import Pytree
-from refax.core.variable import Variable
+from refax.core.variable import Variable, borrowed
+from refax.core.write import write
 from refax.errors import InvalidArgumentError, MissingArgumentError, ShapeMismatchError
 from refax.graph.split import split
 from refax.nn import check, dtypes
@@ -24,6 +26,10 @@ class MetricState(Variable):
   """
 
   detached = True
+
+
+Writes = list[tuple[Variable, jax.Array]]
+"""Values for Variables, fresh from compiled functions."""
 
 
 class Metric(Pytree):
@@ -56,9 +62,31 @@ class Metric(Pytree):
     """The value of the metric over all that was counted."""
     raise NotImplementedError(f"{type(self).__name__} has no method compute")
 
+  def _planned(self, **kwargs: Any) -> "Writes | None":
+    """What `update` would write, checked, with nothing written; None if only `update` knows."""
+    return None
+
   def split(self, *filters: Filter) -> Any:
     """As `nnx.split(metric, *filters)`."""
     return split(self, *filters)
+
+
+def planned(metric: Metric, kwargs: dict[str, Any]) -> Writes | None:
+  """What `metric.update(**kwargs)` would write; None if there is no plan of this `update`."""
+  owner = lambda name: next(cls for cls in type(metric).__mro__ if name in vars(cls))
+  if "update" in vars(metric) or not issubclass(owner("_planned"), owner("update")):
+    return None  # a subclass has an `update` of its own
+  return metric._planned(**kwargs)
+
+
+@partial(jax.jit, inline=True, keep_unused=True)  # the zeros lie where the arrays do
+def _zeros(arrays: list[jax.Array]) -> list[jax.Array]:
+  return list(map(jnp.zeros_like, arrays))
+
+
+def clear(*state: Variable) -> None:
+  """Set Variables to zero, all or none of them."""
+  write(*zip(state, _zeros(list(map(borrowed, state))), strict=True), fresh=True)
 
 
 def argument_name(metric: str, argname: Any) -> str:

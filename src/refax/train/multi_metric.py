@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from refax.core.variable import identity
+from refax.core.write import write
 from refax.errors import InvalidArgumentError
-from refax.train.metric import Metric
+from refax.train.metric import Metric, Writes, planned
 from refax.transforms.effect import transaction
 
 
@@ -50,13 +52,34 @@ class MultiMetric(Metric):
       MissingArgumentError, ShapeMismatchError: a metric refuses the batch; none has been written.
       InvalidArgumentError: `mask` is a dict with a name that is no metric's.
     """
+    writes = self._planned(mask, **updates)
+    if writes is not None:
+      write(*writes, fresh=True)
+      return
+    with transaction(self):
+      for metric, kwargs in self._calls(mask, updates):
+        metric.update(**kwargs)
+
+  def _planned(self, mask: Any = None, **updates: Any) -> Writes | None:
+    writes: Writes = []
+    for metric, kwargs in self._calls(mask, updates):
+      part = planned(metric, kwargs)
+      if part is None:
+        return None
+      writes += part
+    distinct = len({identity(variable) for variable, _ in writes}) == len(writes)
+    return writes if distinct else None  # two that share state count one after the other
+
+  def _calls(self, mask: Any, updates: dict[str, Any]) -> list[tuple[Metric, dict[str, Any]]]:
+    """The metrics, and the arguments of each one's `update`."""
     if isinstance(mask, dict) and (unknown := [k for k in mask if k not in self._metric_names]):
       want = f"masks for {', '.join(self._metric_names)}"
       raise InvalidArgumentError.value(type(self).__name__, "mask", {unknown[0]: ...}, want)
-    with transaction(self):
-      for name in self._metric_names:
-        own = mask.get(name) if isinstance(mask, dict) else mask
-        getattr(self, name).update(**updates, **({} if own is None else {"mask": own}))
+    calls = []
+    for name in self._metric_names:
+      own = mask.get(name) if isinstance(mask, dict) else mask
+      calls.append((getattr(self, name), updates | ({} if own is None else {"mask": own})))
+    return calls
 
   def compute(self) -> dict[str, Any]:
     """The values of the metrics, by name."""

@@ -10,15 +10,16 @@ from refax.core import storage
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter
 from refax.core.node import Node
+from refax.core.owned import Owned
 from refax.core.pytree import Pytree, data
-from refax.core.variable import Variable, is_variable
+from refax.core.variable import Variable, borrowed, is_variable
 from refax.core.write import write
 from refax.errors import InvalidArgumentError, TreeMismatchError
 from refax.graph.split import state, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
-from refax.train.placement import beside, sharding_of
+from refax.train.placement import beside, is_beside, sharding_of
 from refax.typing import describe, path_str
 
 
@@ -80,9 +81,12 @@ class Optimizer(Pytree):
     count = beside(jnp.zeros((), jnp.uint32), devices)
     self.step = OptState(count)
     self.skipped = OptState(count) if skip_nonfinite else None
-    leaves, treedef = jax.tree.flatten(tx.init(_arrays(params)))
-    for i, leaf in enumerate(leaves):  # one after the other: all copies at once would be a peak
-      leaves[i] = OptState(beside(leaf, devices))
+    values = from_flat_state((path, borrowed(x)) for path, x in to_flat_state(params))
+    leaves, treedef = jax.tree.flatten(tx.init(values))
+    owned = Owned(leaves, jax.tree.leaves(values))
+    for i in range(len(leaves)):  # one after the other: all copies at once would be a peak
+      take = owned(i) and is_beside(leaves[i], devices)
+      leaves[i] = OptState._taking(leaves[i]) if take else OptState(beside(leaves[i], devices))
     self.opt_state = data(treedef.unflatten(leaves))
 
   @property

@@ -25,6 +25,18 @@ def sharding_of(tree: Any) -> Sharding | None:
   return next((c.sharding for c in cells if isinstance(c, kinds) and not _jax.is_tracer(c)), None)
 
 
+def is_beside(x: Any, sharding: Sharding | None) -> bool:
+  """Whether `x` is on the devices of a sharding, or is nothing that could be moved.
+
+  >>> import jax.numpy as jnp
+  >>> is_beside(jnp.zeros(3), jnp.ones(3).sharding)
+  True
+  """
+  if sharding is None or not isinstance(x, jax.Array) or _jax.is_tracer(x):
+    return True
+  return x.sharding.device_set == sharding.device_set
+
+
 def beside(x: Any, sharding: Sharding | None) -> Any:
   """`x` on the devices of a sharding: as it is if it is there, else a copy on each of them.
 
@@ -32,9 +44,7 @@ def beside(x: Any, sharding: Sharding | None) -> Any:
   >>> int(beside(jnp.zeros((), int), jnp.ones(3).sharding))
   0
   """
-  if sharding is None or not isinstance(x, jax.Array) or _jax.is_tracer(x):
-    return x
-  if x.sharding.device_set == sharding.device_set:
+  if sharding is None or is_beside(x, sharding):
     return x
   if isinstance(sharding, NamedSharding):
     sharding = NamedSharding(sharding.mesh, PartitionSpec())

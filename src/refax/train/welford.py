@@ -1,11 +1,13 @@
 """Welford: mean and standard deviation of numbers that come in batches."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from refax.core.variable import borrowed
 from refax.core.write import write
 from refax.nn import check, dtypes
 from refax.train import accumulator, metric
@@ -65,14 +67,10 @@ class Welford(metric.Metric):
 
   def reset(self) -> None:
     """Forget all that was counted, in place."""
-    self._set((0.0, 0.0), (0.0, 0.0), (0, 0))
+    metric.clear(*self._state())
 
-  def _set(self, mean: tuple[Any, Any], m2: tuple[Any, Any], count: tuple[Any, Any]) -> None:
-    write(
-      *zip((self.mean, self.mean_low), mean, strict=True),
-      *zip((self.m2, self.m2_low), m2, strict=True),
-      *zip((self.count, self.count_high), count, strict=True),
-    )
+  def _state(self) -> list[metric.MetricState]:
+    return [self.mean, self.mean_low, self.m2, self.m2_low, self.count, self.count_high]
 
   def update(self, mask: ArrayLike | None = None, **kwargs: Any) -> None:
     """Count numbers, in place.
@@ -86,30 +84,47 @@ class Welford(metric.Metric):
       ShapeMismatchError: the numbers are complex or the mask does not broadcast to them; nothing
         has been written.
     """
+    write(*self._planned(mask, **kwargs), fresh=True)
+
+  def _planned(self, mask: ArrayLike | None = None, **kwargs: Any) -> metric.Writes:
     x = metric.numbers(self, self.argname, kwargs, self.mean)
     mask = check.mask(type(self).__name__, x, mask)
-    mean = (self.mean[...], self.mean_low[...])
-    old = accumulator.count_as_float(self.count[...], self.count_high[...])
-    n = accumulator.size(x, mask)
-    count = accumulator.add_count(self.count[...], self.count_high[...], n)
-    new = accumulator.count_as_float(*count)
-    n = jnp.asarray(n, jnp.float32)
-    shift, rest, batch_m2 = _distance(x, mask, n, mean)
-    delta, part = shift + rest, n / jnp.maximum(new, 1)
-    mean = accumulator.add(*mean, shift * part, rest * part)
-    m2 = accumulator.add(self.m2[...], self.m2_low[...], batch_m2, delta * delta * old * part)
-    self._set(mean, m2, count)
+    state = self._state()
+    return list(zip(state, _added(list(map(borrowed, state)), x, mask), strict=True))
 
   def compute(self) -> Statistics:
     """The statistics; all are nan if nothing was counted."""
-    count = accumulator.count_as_float(self.count[...], self.count_high[...])
-    deviation = jnp.sqrt((self.m2[...] + self.m2_low[...]) / count)
-    mean = jnp.where(count > 0, self.mean[...] + self.mean_low[...], jnp.nan)
-    return Statistics(mean, deviation / jnp.sqrt(count), deviation)
+    return _statistics(*map(borrowed, self._state()))
+
+
+@partial(jax.jit, inline=True)
+def _added(state: list[jax.Array], x: jax.Array, mask: jax.Array | None) -> list[jax.Array]:
+  """The state of a Welford after numbers have been counted."""
+  mean, m2, (low, high) = state[:2], state[2:4], state[4:]
+  old = accumulator.count_as_float(low, high)
+  n = accumulator.size(x, mask)
+  count = accumulator.add_count(low, high, n)
+  new = accumulator.count_as_float(*count)
+  n = jnp.asarray(n, jnp.float32)
+  shift, rest, batch_m2 = _distance(x, mask, n, mean)
+  delta, part = shift + rest, n / jnp.maximum(new, 1)
+  mean = accumulator.add(*mean, shift * part, rest * part)
+  m2 = accumulator.add(*m2, batch_m2, delta * delta * old * part)
+  return [*mean, *m2, *count]
+
+
+@partial(jax.jit, inline=True)
+def _statistics(
+  mean: Any, mean_low: Any, m2: Any, m2_low: Any, count: Any, count_high: Any
+) -> Statistics:
+  count = accumulator.count_as_float(count, count_high)
+  deviation = jnp.sqrt((m2 + m2_low) / count)
+  mean = jnp.where(count > 0, mean + mean_low, jnp.nan)
+  return Statistics(mean, deviation / jnp.sqrt(count), deviation)
 
 
 def _distance(
-  x: jax.Array, mask: jax.Array | None, n: jax.Array, mean: tuple[jax.Array, jax.Array]
+  x: jax.Array, mask: jax.Array | None, n: jax.Array, mean: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """How far the mean of a batch is from another, in two parts, and its sum of squared distances.
 

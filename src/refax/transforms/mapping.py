@@ -125,7 +125,7 @@ class _Mapped:
       return 0
 
     axes = [self.axes[i] for i in range(len(self.values))]
-    jax.eval_shape(self._vmap(stage, in_axes=(axes,), out_axes=None), self.values)
+    self._vmap(stage, in_axes=(axes,), out_axes=None)(self.values)  # on the values: one trace less
     self.staged = found[0]
 
   def call(self) -> Any:

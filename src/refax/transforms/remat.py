@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from refax import _jax
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 
@@ -18,6 +19,8 @@ def remat(
   policy: Callable[..., bool] | None = None,
 ) -> Any:
   """Recompute `f` in the backward pass instead of keeping its intermediate values.
+
+  Outside of every transform there is no backward pass: `f` is called as it is.
 
   Args:
     f: a function of Modules, Variables and arrays; without it, a decorator is returned.
@@ -43,6 +46,8 @@ def remat(
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     fixed = {range(len(args))[n]: args[range(len(args))[n]] for n in static}
+    if _jax.no_trace_active():
+      return f(*args, **kwargs)
     call = lambda *inner, **kw: f(*(fixed.get(i, x) for i, x in enumerate(inner)), **kw)
     inputs = Inputs.of(tuple(None if i in fixed else x for i, x in enumerate(args)), kwargs)
     values = values_of(inputs)

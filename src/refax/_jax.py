@@ -153,6 +153,14 @@ def copied_for_cell(x: jax.Array) -> jax.Array:
   return _copy_onto(x.sharding)(x)
 
 
+def copied_from_host(x: Any, sharding: Any) -> jax.Array:
+  """A NumPy array as one of JAX on one device, in a buffer that nobody else knows.
+
+  `jax.device_put` would let it share the memory of `x`, even with `may_alias=False`.
+  """
+  return _copy_onto(sharding)(x)
+
+
 def no_trace_active() -> bool:
   """Whether code runs eagerly, outside every transform.
 

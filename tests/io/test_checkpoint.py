@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
 from refax.errors import (
   CheckpointFormatError,
   CheckpointLockedError,
@@ -318,3 +318,34 @@ def test_what_was_saved_on_eight_devices_is_restored_on_one_and_back(tmp_path):
     v *= 2
     checkpoints.save(2, {"v": v})
   assert run("read").strip() == str([2.0 * i for i in range(16)])
+
+
+# memory
+@pytest.mark.skipif(_jax._private() is None, reason="counts copies of buffers of Refs")
+def test_what_was_read_is_not_copied_and_is_nobody_elses(tmp_path, monkeypatch):
+  make = lambda x: {"a": nnx.Param(jnp.full(2**17, x)), "b": nnx.Param(jnp.full(2**17, -x))}
+  objects = make(0.0)
+  with nnx.Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, make(3.0))
+    checkpoints.wait()
+    copies = []
+    for name in ("copied", "copied_for_cell", "_copy", "copied_from_host"):
+      monkeypatch.setattr(_jax, name, lambda *args: copies.append(args))
+    checkpoints.restore(objects)
+    monkeypatch.undo()
+  assert not copies
+  step = nnx.jit(lambda o: o["a"].set_value(o["a"] + 1))
+  for _ in range(3):
+    step(objects)
+  assert float(objects["a"].mean()) == 6.0 and float(objects["b"].mean()) == -3.0
+
+
+def test_a_variable_that_was_shared_may_be_several_now(tmp_path):
+  one = nnx.Param(jnp.arange(4.0))
+  apart = {"a": nnx.Param(jnp.zeros(4)), "b": nnx.Param(jnp.zeros(4)), "c": nnx.Param(jnp.zeros(4))}
+  with nnx.Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(1, {"a": one, "b": one, "c": one})
+    checkpoints.restore(apart)
+  nnx.jit(lambda o: o["a"].set_value(o["a"] + 1))(apart)
+  assert apart["a"][...].tolist() == [1, 2, 3, 4]
+  assert apart["b"][...].tolist() == apart["c"][...].tolist() == [0, 1, 2, 3]

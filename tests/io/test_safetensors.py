@@ -16,13 +16,14 @@ import safetensors.numpy as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refax import nnx
+from refax import _jax, nnx
 from refax.errors import (
   CheckpointFormatError,
   CheckpointMismatchError,
   InvalidArgumentError,
   TraceContextError,
 )
+from refax.io import safetensors as safetensors_module
 from refax.io.tensor_file import DTYPES
 
 
@@ -817,3 +818,93 @@ def test_a_sharded_variable_keeps_its_layout(path):
 def test_nnx_does_not_import_the_package():
   done = python("import sys; from refax import nnx; assert 'safetensors' not in sys.modules")
   assert done.returncode == 0, done.stderr
+
+
+# memory
+def test_tensors_are_read_into_the_same_memory_and_stay_apart(tmp_path):
+  make = lambda seed: Node(
+    large=nnx.Param(jnp.arange(2.0**18) + seed),
+    smaller=nnx.Param(jnp.arange(2.0**17) * seed),
+    last=nnx.Param(jnp.arange(2.0**18) - seed),
+    small=[nnx.Param(jnp.full(3, float(seed + i))) for i in range(9)],
+  )
+  path, model, want = tmp_path / "m", make(1), make(5)
+  nnx.save_safetensors(want, path)
+  nnx.load_safetensors(model, path)
+  for v, x in zip(leaves_of(model), leaves_of(want), strict=True):
+    np.testing.assert_array_equal(v, x)
+  nnx.jit(lambda m: m.large.set_value(m.large + 1))(model)
+  np.testing.assert_array_equal(model.last[...], want.last[...])
+
+
+def leaves_of(model):
+  return list(map(np.asarray, jax.tree.leaves(nnx.to_lojax(model))))
+
+
+def test_a_function_may_keep_what_it_is_given(tmp_path):
+  path, kept = tmp_path / "m", {}
+  names = [f"v{i}" for i in range(6)]
+  oracle.save_file({n: np.full(2**17, float(i), "f") for i, n in enumerate(names)}, path)
+  model = Node(**{n: nnx.Param(jnp.zeros(2**17)) for n in names})
+
+  def keep(name):
+    return name, lambda x: (kept.setdefault(name, []).append(x), x)[1]
+
+  nnx.load_safetensors(model, path, rename=lambda name: keep(name) if name < "v3" else name)
+  assert [float(kept[n][-1].mean()) for n in names[:3]] == [0, 1, 2]
+  assert [float(model.__dict__[n][...].mean()) for n in names] == [0, 1, 2, 3, 4, 5]
+
+
+def test_an_array_of_numpy_in_a_model_keeps_its_values(tmp_path):
+  path = tmp_path / "m"
+  make = lambda x: Node(a=np.full(2**17, x, "f"), b=np.full(2**17, x + 1, "f"), c=nnx.Param(x))
+  nnx.save_safetensors(make(1.0), path)
+  model = make(5.0)
+  nnx.load_safetensors(model, path)
+  assert float(model.a.mean()) == 1.0 and float(model.b.mean()) == 2.0
+
+
+@pytest.mark.skipif(_jax._private() is None, reason="counts copies of buffers of Refs")
+def test_saving_copies_nothing_on_a_cpu_and_steps_still_donate(tmp_path, monkeypatch):
+  model, path = Node(w=nnx.Param(jnp.ones(2**18))), tmp_path / "m"
+  step = nnx.jit(lambda m: m.w.set_value(m.w + 1))
+  step(model)
+  step(model)
+
+  def refuse(*_):
+    raise AssertionError("copied")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(_jax, "_copy_all", refuse)
+    patch.setattr(_jax, "_copy", refuse)
+    nnx.save_safetensors(model, path)
+  place = lambda: _jax.peek_cell(model.w.get_raw_value()).unsafe_buffer_pointer()
+  before = place()
+  step(model)
+  assert place() == before  # the view of the file's writer is gone
+  assert float(oracle.load_file(path)["w"].mean()) == 3.0
+
+
+def test_a_step_while_a_file_is_written_is_in_it_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+  model = Node(a=nnx.Param(jnp.zeros(2**18)), b=nnx.Param(jnp.zeros(2**18)))
+
+  @nnx.jit
+  def step(model):
+    model.a[...] += 1
+    model.b[...] += 1
+
+  step(model)
+  taken, on_host = [], safetensors_module._on_host
+
+  def stepping(slot):
+    x = on_host(slot)
+    taken.append(slot.name)
+    if len(taken) == 1:
+      step(model)  # `x` is a view of memory that the step would donate
+      assert float(x.mean()) == 1.0
+    return x
+
+  monkeypatch.setattr(safetensors_module, "_on_host", stepping)
+  nnx.save_safetensors(model, tmp_path / "m")
+  got = oracle.load_file(tmp_path / "m")
+  assert float(got["a"].mean()) == float(got["b"].mean()) == 2.0

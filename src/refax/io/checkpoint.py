@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import threading
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from refax import _jax
 from refax.core.filters import Filter
+from refax.core.owned import Owned
 from refax.core.variable import Variable
 from refax.errors import (
   CheckpointFormatError,
@@ -37,9 +38,18 @@ from refax.io.notes import decoded, encoded
 from refax.io.origin import written_by
 from refax.io.parts import part as parted_of
 from refax.io.parts import state_from, state_of
-from refax.io.slots import Slot, Slots, can_fill, fill, slots_of
+from refax.io.slots import (
+  Slot,
+  Slots,
+  can_fill,
+  fill,
+  hand_over,
+  is_ref_slot,
+  on_one_device,
+  slots_of,
+)
 from refax.io.snapshot import snapshot
-from refax.io.stored import UNKNOWN_TO_ORBAX, flat_bytes, from_bytes
+from refax.io.stored import UNKNOWN_TO_ORBAX, checksums, from_bytes
 from refax.io.undo import undo_on_error
 from refax.io.writer import Writer, orbax
 
@@ -307,10 +317,12 @@ class Checkpointer:
     tree = dict.fromkeys(wanted, 0)
     args = orbax().args.PyTreeRestore(tree, restore_args=wanted, partial_restore=True)
     values = dict(self._writer.read(step, state=args).state)
-    for name, x in values.items():
+    for name in values:
       facts = saved.arrays[name]
-      values[name] = x = from_bytes(x, facts["dtype"]) if "stored" in facts else x
-      if _checksum(x) not in (None, facts["crc32"]):
+      if "stored" in facts:
+        values[name] = from_bytes(values[name], facts["dtype"])
+    for name, found in checksums(values).items():
+      if found not in (None, saved.arrays[name]["crc32"]):
         raise ValueError(f"{name} has another checksum than when it was written")
     return values
 
@@ -339,10 +351,13 @@ def _content(
   _check_fillable(function, parted.objects, slots)
   live = snapshot(function, slots.selected)
   values = {name: as_data(x) for name, x in live.items()}
+  sums = checksums(values)
   about = {
     "format": FORMAT,
     "written_by": written_by("orbax-checkpoint"),
-    "arrays": {name: _facts(x, implementation(live[name])) for name, x in values.items()},
+    "arrays": {
+      name: _facts(x, implementation(live[name]), sums[name]) for name, x in values.items()
+    },
     "aliases": {name: slot.name for name, slot in slots.by_name.items() if name != slot.name},
     "iterators": {name: state_of(function, name, x) for name, x in parted.iterators.items()},
     "metrics": metrics,
@@ -368,23 +383,16 @@ def _check_json(about: dict[str, Any]) -> None:
     raise InvalidArgumentError.value("Checkpointer.save", "user", about["user"], want) from None
 
 
-def _facts(value: Any, impl: str | None) -> dict[str, Any]:
+def _facts(value: Any, impl: str | None, checksum: int | None) -> dict[str, Any]:
   facts = {"shape": list(np.shape(value)), "dtype": str(value.dtype), "keys": impl}
   stored = {"stored": "uint8"} if facts["dtype"] in UNKNOWN_TO_ORBAX else {}
-  return facts | stored | {"crc32": _checksum(value)}
-
-
-def _checksum(x: Any) -> int | None:
-  """Of the bytes of an array; None where this process does not have them all."""
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return None
-  return zlib.crc32(flat_bytes(x).data)
+  return facts | stored | {"crc32": checksum}
 
 
 def _wanted(slot: Slot, facts: dict[str, Any]) -> Any:
   """What orbax is to make of an array: NumPy's where the slot holds that, else JAX's, in place."""
   ocp = orbax()
-  if _is_numpy(slot):
+  if _is_numpy(slot) or on_one_device(slot):  # JAX's arrays cost orbax another copy
     return ocp.RestoreArgs(restore_type=np.ndarray)
   # The bits of keys are moved to where the keys lie when these are written.
   sharding = None if slot.is_key else getattr(slot.cell, "sharding", None)
@@ -400,17 +408,28 @@ def _is_numpy(slot: Slot) -> bool:
 def _fill(
   objects: Any, slots: Slots, sources: dict[str, str], values: dict[str, Any], saved: Saved
 ) -> None:
-  """Write what was read; all of it fits."""
-  used: set[str] = set()
+  """Write what was read; all of it fits. Each array is let go of when it has been written."""
+  uses = Counter(sources[slot.name] for slot in slots.selected)
+  places = {name: i for i, name in enumerate(values)}
+  arrays = [values.pop(name) for name in places]
+  owned = Owned(arrays)
   for mine in slots.by_leaf():
     new = []
     for slot in mine:
       source = sources[slot.name]
-      facts, x = saved.arrays[source], values.get(source)
-      if x is None:  # an empty one
+      facts, i = saved.arrays[source], places.get(source)
+      uses[source] -= 1
+      if i is None:  # an empty one
         x = (np if _is_numpy(slot) else jnp).zeros(facts["shape"], jnp.dtype(facts["dtype"]))
-      elif source in used:  # what was shared and is not any more
-        x = _jax.copied(x) if isinstance(x, jax.Array) else x.copy()
-      used.add(source)
+      elif uses[source]:  # what was shared and is not any more
+        x = _jax.copied(arrays[i]) if isinstance(arrays[i], jax.Array) else arrays[i].copy()
+      elif is_ref_slot(slot) and (isinstance(arrays[i], np.ndarray) or owned(i)):
+        x, arrays[i] = arrays[i], None
+        hand_over(slot, x)
+        continue
+      else:
+        x, arrays[i] = arrays[i], None
       new.append(as_value(x, facts["keys"]))
-    fill(objects, mine, new)
+      x = None
+    if new:
+      fill(objects, mine, new)

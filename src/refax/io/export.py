@@ -32,8 +32,8 @@ from refax.io.tensor_file import NAMES
 from refax.nn.kv_cache import poison
 from refax.rngs import RngCount, RngKey
 from refax.train.optimizer import OptState
-from refax.transforms.jit import jit
 from refax.transforms.commit import Commit, Outputs
+from refax.transforms.jit import jit
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged
 

@@ -4,11 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def is_key(x: Any) -> bool:
   """Whether `x` is, or has the dtype of, typed keys."""
-  return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  dtype = getattr(x, "dtype", None)
+  if dtype is None or isinstance(dtype, np.dtype):
+    return False
+  return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def as_data(x: Any) -> Any:

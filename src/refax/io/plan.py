@@ -14,7 +14,7 @@ import numpy as np
 from refax.io.keys import as_data
 from refax.io.rename import Rename, Target, renamer
 from refax.io.slots import Slot, Slots, can_fill
-from refax.io.tensor_file import Reader
+from refax.io.tensor_file import Reader, Scratch
 from refax.typing import describe
 
 ALIASES = "refax.aliases"
@@ -64,9 +64,9 @@ class Checkpoint:
     """An array like a tensor of the file, without reading it."""
     return self._as_key(name, self.reader.entries[name].zeros())
 
-  def read(self, name: str) -> Any:
-    """A tensor of the file."""
-    return self._as_key(name, self.reader.read(name))
+  def read(self, name: str, scratch: Scratch | None = None) -> Any:
+    """A tensor of the file; no key, if it comes to lie in `scratch`."""
+    return self._as_key(name, self.reader.read(name, scratch))
 
   def _as_key(self, name: str, x: np.ndarray) -> Any:
     impl = self.keys.get(name)
@@ -148,6 +148,8 @@ def mismatches(tree: Any, file: Checkpoint, slots: Slots, plan: Plan, cast: bool
   for slot in slots.selected:
     for source in plan.sources.get(slot.name, ()):
       fix = "" if can_fill(tree, slot) else "make it an nnx.Variable: a tuple cannot be changed"
+      if not fix and goes_as_it_is(file, slot, source):
+        continue
       zeros = file.zeros(source.name)
       has = describe(zeros)
       try:
@@ -160,6 +162,18 @@ def mismatches(tree: Any, file: Checkpoint, slots: Slots, plan: Plan, cast: bool
       if fix:
         rows.append((source.name, source.target.name, has, holds(slot), fix))
   return rows
+
+
+def goes_as_it_is(file: Checkpoint, slot: Slot, source: Source) -> bool:
+  """Whether a tensor has the shape and dtype of its slot, and there are no keys in either."""
+  entry = file.reader.entries[source.name]
+  return (
+    not source.target.transforms
+    and source.name not in file.keys
+    and not slot.is_key
+    and entry.shape == tuple(slot.shape)
+    and entry.dtype == slot.dtype
+  )
 
 
 def _advice(slot: Slot, x: Any) -> str:

@@ -32,15 +32,16 @@ from refax.io.plan import (
   absent,
   array_for,
   contradictions,
+  goes_as_it_is,
   holds,
   mismatches,
   on_host,
   plan_for,
 )
 from refax.io.rename import Rename
-from refax.io.slots import Slot, Slots, fill, slots_of
+from refax.io.slots import Slot, Slots, copy_in, fill, on_one_device, slots_of
 from refax.io.snapshot import snapshot
-from refax.io.tensor_file import NAMES, order, reading, write
+from refax.io.tensor_file import NAMES, Scratch, order, reading, write
 from refax.typing import describe
 
 
@@ -116,7 +117,7 @@ def _one_by_one(slots: dict[str, Slot], names: list[str]) -> Iterator[tuple[str,
   moved = lambda: not all(map(operator.is_, before, map(_jax.peek_cell, refs)))
   for name in names:
     try:
-      x = on_host(slots[name].read())
+      x = _on_host(slots[name])
     except Exception as error:
       if moved():
         raise _MovedError from error
@@ -126,18 +127,34 @@ def _one_by_one(slots: dict[str, Slot], names: list[str]) -> Iterator[tuple[str,
     raise _MovedError
 
 
+def _on_host(slot: Slot) -> np.ndarray:
+  """The value of a slot. On a CPU it is a view: as long as that lives, JAX donates no memory of it.
+
+  Elsewhere, JAX would keep the copy on the host with the buffer of the Ref.
+  """
+  if on_one_device(slot):
+    buffer = _jax.peek_cell(slot.cell)
+    if all(device.platform == "cpu" for device in buffer.sharding.device_set):
+      try:
+        return np.asarray(buffer)
+      except RuntimeError:  # another thread donates it
+        pass
+  return on_host(slot.read())
+
+
 def _stored_as(name: str, slot: Slot, x: Any) -> tuple[np.dtype, tuple[int, ...]]:
   """The dtype and shape in the file."""
   if isinstance(slot.cell, jax.ShapeDtypeStruct):
     want = "a model with values; this one is abstract"
     raise InvalidArgumentError.value("save_safetensors", name, slot.cell, want)
-  if x.dtype not in NAMES:
+  dtype = x.dtype
+  if dtype not in NAMES:
     want = f"one of {', '.join(map(str, NAMES))}; only=... leaves a Variable out"
-    raise InvalidArgumentError.value("save_safetensors", f"dtype of {name}", x.dtype, want)
+    raise InvalidArgumentError.value("save_safetensors", f"dtype of {name}", dtype, want)
   if name == "__metadata__":
     want = "a model without this name, the format keeps it for itself"
     raise InvalidArgumentError.value("save_safetensors", "name", name, want)
-  return np.dtype(x.dtype), tuple(x.shape)
+  return np.dtype(dtype), tuple(x.shape)
 
 
 def _texts(metadata: Any, aliases: dict[str, str], keys: dict[str, str]) -> dict[str, str]:
@@ -261,10 +278,10 @@ def load_safetensors(
 def _load(tree: Any, file: Checkpoint, slots: Slots, plan: Plan, cast: bool) -> None:
   """Read what is planned, one Variable after the other."""
   found = slots._replace(selected=[s for s in slots.selected if s.name in plan.sources])
-  done = 0
+  done, scratch = 0, Scratch()
   for parts in found.by_leaf():
     try:
-      _load_leaf(tree, file, parts, plan, cast)
+      _load_leaf(tree, file, parts, plan, cast, scratch)
     except Exception as error:
       if not done:
         raise
@@ -273,9 +290,15 @@ def _load(tree: Any, file: Checkpoint, slots: Slots, plan: Plan, cast: bool) -> 
     done += len(parts)
 
 
-def _load_leaf(tree: Any, file: Checkpoint, parts: list[Slot], plan: Plan, cast: bool) -> None:
+def _load_leaf(
+  tree: Any, file: Checkpoint, parts: list[Slot], plan: Plan, cast: bool, scratch: Scratch
+) -> None:
   """A function of its own, so that what was read is freed before the next is."""
-  fill(tree, parts, [_read(file, slot, plan.sources[slot.name][0], cast) for slot in parts])
+  slot, source = parts[0], plan.sources[parts[0].name][0]
+  if goes_as_it_is(file, slot, source) and on_one_device(slot):
+    copy_in(slot, file.read(source.name, scratch))
+  else:  # a function of `rename` may keep what it is given
+    fill(tree, parts, [_read(file, slot, plan.sources[slot.name][0], cast) for slot in parts])
 
 
 def _read(file: Checkpoint, slot: Slot, source: Source, cast: bool) -> Any:

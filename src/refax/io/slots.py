@@ -15,6 +15,7 @@ from refax.core.node import Node
 from refax.core.pytree import data
 from refax.core.storage import is_array_like
 from refax.core.variable import Variable
+from refax.core.write import write
 from refax.errors import InvalidArgumentError
 from refax.graph.split import _set_child
 from refax.graph.state import State
@@ -39,7 +40,8 @@ class Slot(NamedTuple):
   @property
   def dtype(self) -> Any:
     """The dtype that is read and written."""
-    return self.cell.dtype if hasattr(self.cell, "dtype") else np.asarray(self.cell).dtype
+    dtype = getattr(self.cell, "dtype", None)
+    return np.asarray(self.cell).dtype if dtype is None else dtype
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -136,17 +138,25 @@ def _places(graphdef: GraphDef) -> Iterator[tuple[Path, int]]:
 
 def _cells(leaf: Any) -> tuple[list[Any], Any]:
   cell = leaf.get_raw_value() if isinstance(leaf, Variable) else leaf
-  return jax.tree.flatten(cell)
+  return ([cell], _ARRAY) if isinstance(cell, _ARRAYS) else jax.tree.flatten(cell)
+
+
+_ARRAY = jax.tree.structure(0)  # what an array is, as a pytree
+_ARRAYS = (jax.Ref, np.ndarray)  # `jax.Array` takes longer to ask than to flatten
 
 
 def _part_paths(leaf: Any) -> list[Path]:
-  return region_paths(_cells(leaf)[1])
+  return _paths(_cells(leaf)[1])
+
+
+def _paths(treedef: Any) -> list[Path]:
+  return [()] if treedef is _ARRAY else region_paths(treedef)
 
 
 def _parts(function: str, leaf: Any, index: int, path: Path, sep: str) -> list[Slot]:
   cells, treedef = _cells(leaf)
   slots = []
-  for i, (part, cell) in enumerate(zip(region_paths(treedef), cells, strict=True)):
+  for i, (part, cell) in enumerate(zip(_paths(treedef), cells, strict=True)):
     ours = is_array_like(cell) or _jax.is_ref(cell) or isinstance(cell, jax.ShapeDtypeStruct)
     if not ours:
       what = f"leaf at {path_str(path + part)}"
@@ -172,6 +182,31 @@ def fill(tree: Any, slots: list[Slot], values: list[Any]) -> None:
   if _jax.no_trace_active():  # JAX copies while Python goes on, and would hold several tensors
     cells = _cells(holder)[0] if isinstance(holder, Variable) else values
     jax.block_until_ready([_jax.peek_cell(x) if _jax.is_ref(x) else x for x in cells])
+
+
+def is_ref_slot(slot: Slot) -> bool:
+  """Whether a slot is all of a Variable on a Ref, of no keys: to fill it is to give it a buffer."""
+  cell = slot.cell
+  own = isinstance(slot.holder, Variable) and slot.holder.get_raw_value() is cell
+  return own and type(cell) is jax.Ref and not slot.is_key and _jax.no_trace_active()
+
+
+def on_one_device(slot: Slot) -> bool:
+  """Whether a slot `is_ref_slot` on one device: it takes an array of the host as a whole."""
+  return is_ref_slot(slot) and len(_jax.peek_cell(slot.cell).sharding.device_set) == 1
+
+
+def hand_over(slot: Slot, x: Any) -> None:
+  """Let a slot `is_ref_slot` have an array that nobody else has; NumPy's, if `on_one_device`."""
+  if isinstance(x, np.ndarray):
+    x = jax.device_put(x, _jax.peek_cell(slot.cell).sharding)
+  write((slot.holder, x), fresh=True)
+  jax.block_until_ready(x)
+
+
+def copy_in(slot: Slot, x: np.ndarray) -> None:
+  """Copy an array of the host to a slot `on_one_device`; its memory may then be used again."""
+  hand_over(slot, _jax.copied_from_host(x, _jax.peek_cell(slot.cell).sharding))
 
 
 def _like(old: Any, x: Any) -> Any:

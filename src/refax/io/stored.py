@@ -1,5 +1,9 @@
 """Arrays in dtypes that a format does not have, as integers that every format has."""
 
+import concurrent.futures
+import os
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -50,3 +54,24 @@ def flat_bytes(x: Any) -> np.ndarray:
 def from_flat_bytes(x: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
   """What `flat_bytes` was given."""
   return np.asarray(x).view(jnp.dtype(dtype)).reshape(shape)
+
+
+def checksums(arrays: Mapping[str, Any]) -> dict[str, int | None]:
+  """The CRC-32 of the bytes of each array; None where this process does not have them all.
+
+  Every core takes a part: on one, the checksums take half as long as it takes to read the arrays.
+
+  >>> checksums({"a": np.zeros(2, np.int8)})
+  {'a': 1104745215}
+  """
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  if cores == 1 or sum(x.nbytes for x in arrays.values()) < 2**20:
+    return {name: _checksum(x) for name, x in arrays.items()}
+  with concurrent.futures.ThreadPoolExecutor(min(cores, 8)) as pool:
+    return dict(zip(arrays, pool.map(_checksum, arrays.values()), strict=True))
+
+
+def _checksum(x: Any) -> int | None:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return None
+  return zlib.crc32(flat_bytes(x).data)

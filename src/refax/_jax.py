@@ -8,6 +8,7 @@ tests run both.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import operator
@@ -776,3 +777,25 @@ def put_back(refs: list[jax.Ref], buffers: list[jax.Array]) -> None:
   else:
     for ref, buffer in zip(refs, buffers, strict=True):
       ref[...] = buffer
+
+
+def evaluate(eqn: Any, args: list[Any]) -> list[Any]:
+  """The results of one equation of a jaxpr, under the settings and names that it was traced with.
+
+  Private: `get_bind_params` and `eqn.ctx`, with which JAX's own `eval_jaxpr` does the same, and the
+  name stack. Falls back to no names.
+  """
+  params = eqn.primitive.get_bind_params(eqn.params)
+  with _named(eqn), eqn.ctx.manager:
+    results = eqn.primitive.bind(*args, **params)
+  return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _named(eqn: Any) -> Any:
+  try:
+    from jax._src.source_info_util import current_name_stack, user_context
+
+    names = current_name_stack() + eqn.source_info.name_stack
+    return user_context(eqn.source_info.traceback, name_stack=names)
+  except (ImportError, AttributeError, TypeError):
+    return contextlib.nullcontext()

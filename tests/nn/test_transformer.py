@@ -1,3 +1,6 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +147,117 @@ def test_decoding_in_a_scan():
     return nnx.scan(step, in_axes=(None, 1), out_axes=1)(decoder, xs)
 
   np.testing.assert_allclose(run(decoder, X), want, rtol=1e-4, atol=1e-5)
+
+
+ROOM, WIDE, LAYERS = 512, 32, 3
+TOKEN = jnp.ones((1, 1, WIDE))
+
+
+def decoder_and_its_blocks(hijax=True, dtype=jnp.float32, shape=(1, ROOM, WIDE), **options):
+  """A decoder, and a function that calls the same blocks one by one."""
+  with nnx.use_hijax(hijax):
+    decoder = nnx.TransformerDecoder(LAYERS, WIDE, 2, rngs=nnx.Rngs(0), **options)
+    blocks = nnx.Sequential(*decoder.blocks)
+    decoder.init_cache(shape, dtype)
+    for block in blocks.layers:
+      block.init_cache(shape, dtype)
+  return decoder, nnx.List([*blocks.layers, decoder.norm])
+
+
+def one_by_one(parts, x):
+  *blocks, norm = parts
+  for block in blocks:
+    x = block(x, decode=True)
+  return norm(x)
+
+
+def at_once(decoder, x):
+  return decoder(x, decode=True)
+
+
+def looped(step, model, x):
+  return jax.lax.fori_loop(0, 4, lambda _, x: step(model, x), x)
+
+
+def compiled(f, model, hijax):
+  """A call that may reuse the memory of the model, and gives a lojax one back."""
+  if hijax:
+    return nnx.jit(f).lower(model, TOKEN).compile()
+  return jax.jit(lambda m, x: (f(m, x), m), donate_argnums=0).lower(model, TOKEN).compile()
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+@pytest.mark.parametrize("options", [{}, {"remat": True}, {"rope": nnx.RoPE()}], ids=str)
+def test_decoding_copies_no_memory(options, in_a_loop):
+  wrap = (lambda f: functools.partial(looped, f)) if in_a_loop else lambda f: f
+  decoder, parts = decoder_and_its_blocks(**options)
+  run = compiled(wrap(at_once), decoder, True)
+  whole = rf"= f32\[{LAYERS},1,{ROOM},2,{WIDE // 2}\]\S* (\S+?)\("
+  kinds = set(re.findall(whole, run.as_text()))
+  # A fusion may only be the update in place: what it makes anew would be among the temporaries.
+  assert kinds <= {"parameter", "get-tuple-element", "fusion", "dynamic-update-slice", "bitcast"}
+  temporaries = lambda run: run.memory_analysis().temp_size_in_bytes
+  weights = sum(v.nbytes for v in jax.tree.leaves(nnx.to_pure_dict(nnx.state(parts[0], nnx.Param))))
+  cut_out = 2 * parts[0].attention.cached_key.nbytes  # of one layer, where XLA does not fuse it
+  want = temporaries(compiled(wrap(one_by_one), parts, True))
+  assert temporaries(run) <= 1.05 * want + weights + cut_out
+
+
+def test_a_lojax_decoder_copies_no_memory():
+  decoder, _ = decoder_and_its_blocks(hijax=False)
+  text = compiled(at_once, decoder, False).as_text()
+  assert re.findall(rf"= f32\[{LAYERS},1,{ROOM},\S* (?:copy|slice|dynamic-slice)\(", text) == []
+
+
+def test_what_is_traced_to_decode_does_not_grow_with_the_number_of_layers():
+  def lines(layers):
+    decoder = nnx.TransformerDecoder(layers, 8, 2, rngs=nnx.Rngs(0))
+    decoder.init_cache((1, 5, 8))
+    return str(jax.make_jaxpr(at_once)(decoder, X[:1, :1])).count("\n")
+
+  assert lines(2) == lines(9)
+
+
+@pytest.mark.parametrize(
+  ("wrap", "dtype"), [(jax.jit, jnp.float32), (nnx.jit, jnp.float32), (nnx.jit, jnp.bfloat16)]
+)
+@pytest.mark.parametrize("options", [{}, {"remat": True}, {"num_kv_heads": 1}], ids=str)
+def test_a_decoder_equals_its_blocks_one_by_one(wrap, dtype, options):
+  shape = (2, 3, 6, WIDE)
+  decoder, parts = decoder_and_its_blocks(dtype=dtype, shape=shape, **options)
+  x = jax.random.normal(jax.random.key(7), (2, 3, 7, WIDE))
+  step, plain = wrap(at_once), wrap(one_by_one)
+  for start, stop in ((0, 3), (3, 4), (4, 5), (5, 7)):  # the last does not fit
+    got, want = step(decoder, x[..., start:stop, :]), plain(parts, x[..., start:stop, :])
+    np.testing.assert_allclose(got, want, rtol=2e-2 if dtype == jnp.bfloat16 else 1e-4, atol=1e-3)
+  memory = decoder.blocks.layers.attention
+  for name in ("cached_key", "cached_value", "cache_index"):
+    want = jnp.stack([getattr(block.attention, name)[...] for block in parts[:-1]])
+    np.testing.assert_allclose(
+      np.asarray(getattr(memory, name), np.float32), np.asarray(want, np.float32), 2e-2, 2e-2
+    )
+
+
+def test_gradients_through_the_memory_of_a_decoder():
+  decoder, parts = decoder_and_its_blocks(shape=(1, 4, WIDE))
+  x = jax.random.normal(jax.random.key(7), (1, 4, WIDE))
+  steps = lambda f: lambda m: sum((f(m, x[:, i : i + 1]) ** 3).sum() for i in range(4))
+  grad = lambda f, m: nnx.jit(nnx.grad(steps(f), through=nnx.Cache))(m)
+  got = grad(at_once, decoder)["blocks"]["layers"]["attention"]["value"]["kernel"]
+  want = grad(one_by_one, parts)
+  want = jnp.stack([want[i]["attention"]["value"]["kernel"][...] for i in range(LAYERS)])
+  np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_decoders_under_vmap():
+  x = jax.random.normal(jax.random.key(7), (2, 3, WIDE))
+  build = lambda rngs: nnx.TransformerDecoder(LAYERS, WIDE, 2, rngs=rngs)
+  decoders = nnx.vmap(build)(nnx.Rngs(0).split(2))
+  want = nnx.vmap(lambda m, x: m(x))(decoders, x)
+  nnx.vmap(lambda m: m.init_cache((3, WIDE)))(decoders)
+  step = nnx.jit(nnx.vmap(at_once))
+  got = [step(decoders, x[:, i : i + 1]) for i in range(3)]
+  np.testing.assert_allclose(jnp.concatenate(got, 1), want, rtol=1e-4, atol=1e-5)
 
 
 def test_it_trains_with_remat_as_without():

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from refax import _jax
 from refax.core.flatten import flatten
 from refax.core.module import Module
-from refax.core.variable import Variable, identity, is_variable
+from refax.core.variable import Cache, Variable, identity, is_variable
 from refax.core.write import write
 from refax.errors import AliasError, InvalidArgumentError, ShapeMismatchError, TreeMismatchError
 from refax.nn import check
 from refax.rngs import Rngs
 from refax.transforms.axes import Carry
-from refax.transforms.loops import scan
+from refax.transforms.loops import Scan
 from refax.transforms.mapping import vmap
 from refax.transforms.remat import remat
 from refax.typing import describe
@@ -26,7 +26,8 @@ class Stack(Module):
 
   Their Variables are stacked: those of `layers` have a leading axis of size `length`. A call is one
   `scan` over it, so that tracing and compiling take as long as for one layer. What a layer writes
-  (running statistics, random streams, caches) is its own.
+  (running statistics, random streams, caches) is its own; a memory of which it writes a part (the
+  next position, while decoding) is updated in place.
 
   Args:
     layer: a Module class or function, called as `layer(*args, rngs=rngs, **kwargs)`.
@@ -34,7 +35,8 @@ class Stack(Module):
     *args: arguments of `layer`.
     rngs: forked, so that each layer has streams of its own.
     remat: whether to recompute a layer in the backward pass instead of keeping what it computes:
-      activations then take the memory of one layer, plus one input for each.
+      activations then take the memory of one layer, plus one input for each. A call that decodes
+      is not recomputed.
     policy: with `remat`, what to keep all the same, one of `jax.checkpoint_policies`.
     unroll: how many layers each step of the scan holds, as in `jax.lax.scan`.
     **kwargs: keyword arguments of `layer`.
@@ -134,9 +136,18 @@ class Stack(Module):
       return y
 
     x = jax.tree.map(check.as_input, x, is_leaf=is_variable)
-    body = remat(step, policy=self.policy, prevent_cse=False) if self.remat else step
-    run = scan(body, in_axes=(Carry, 0), out_axes=Carry, unroll=self.unroll)
-    return run(x, self.layers)
+    return self._scan(step, x).run(reverse=False, unroll=self.unroll)
+
+  def _scan(self, step: Callable[[Any, Any], Any], x: Any) -> Scan:
+    """The loop over the layers, traced."""
+    over = lambda f: Scan(f, (x, self.layers), {}, in_axes=(Carry, 0), out_axes=Carry, length=None)
+    if not self.remat:
+      return over(step)
+    if any(isinstance(leaf, Cache) for leaf in flatten(self.layers).leaves):
+      plain = over(step)
+      if plain.in_place:  # it decodes: to recompute nothing is no loss, to copy memories would be
+        return plain
+    return over(remat(step, policy=self.policy, prevent_cse=False))
 
   def __len__(self) -> int:
     return self.length

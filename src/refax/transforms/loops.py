@@ -19,6 +19,7 @@ from refax.errors import TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, move, size_of
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.stage import Result, Staged, read_closures, values_of, write_closures
+from refax.transforms.view import View, value_of
 from refax.typing import ArrayLike, describe, path_str
 
 
@@ -72,7 +73,7 @@ def scan(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    call = _Scan(f, args, kwargs, in_axes=in_axes, out_axes=out_axes, length=length)
+    call = Scan(f, args, kwargs, in_axes=in_axes, out_axes=out_axes, length=length)
     return call.run(reverse, unroll)
 
   return wrapper
@@ -310,7 +311,7 @@ def _same_type(a: Any, b: Any) -> bool:
   return a.shape == b.shape and a.dtype == b.dtype
 
 
-class _Scan:
+class Scan:
   """One call of a scanned function: which leaf is carried, sliced or shared."""
 
   def __init__(self, f, args, kwargs, *, in_axes, out_axes, length):
@@ -336,6 +337,8 @@ class _Scan:
     self.staged, self.carry, self.values = _stage_carried(
       f, self.inputs, values, pairs, what, slices
     )
+    self.in_place = {i for i in self.staged.updated() if self.sliced.get(i) == 0}
+    """Slices that a step writes in part: the stacked array is carried, see `view.py`."""
 
   def _name(self, index: int) -> str:
     return path_str(self.inputs.graphdef.paths[index][1:])
@@ -354,24 +357,30 @@ class _Scan:
     staged, carry = self.staged, self.carry
     refs, closures = read_closures([staged])
     xs = {i: move(self.values[i], axis, 0) for i, axis in self.sliced.items()}
+    whole = {i: jnp.asarray(xs.pop(i)) for i in sorted(self.in_place)}
+    index = jnp.arange(self.length) if whole else None
 
-    def step(state: _State, xs: dict[int, Any]):
-      values = carry.values(self.values, state, xs)
+    def step(loop: tuple[_State, dict[int, Any]], given: tuple[Any, dict[int, Any]]):
+      (state, whole), (index, xs) = loop, given
+      views = {i: View(x, index) for i, x in whole.items()}
+      values = carry.values(self.values, state, xs | views)
       result = staged.run(values, closures | state.closures)
       final = dict(zip(carry.written, result.outputs.written, strict=True))
+      whole = {i: final[i].stacked for i in whole}
       fresh = {i: x for i, x in enumerate(result.outputs.fresh) if not carry.is_carried(i)}
-      return carry.after(state, result), ({i: final[i] for i in final if i in xs}, fresh)
+      sliced = {i: value_of(final[i]) for i in final if i in xs}
+      return (carry.after(state, result), whole), (sliced, fresh)
 
-    last, (written, stacked) = jax.lax.scan(
+    (last, whole), (written, stacked) = jax.lax.scan(
       step,
-      carry.start(self.values, closures),
-      xs,
+      (carry.start(self.values, closures), whole),
+      (index, xs),
       length=self.length,
       reverse=reverse,
       unroll=unroll,
     )
     write_closures(refs, last.closures)
-    written = {i: move(x, 0, self.sliced[i]) for i, x in written.items()} | last.cells
+    written = {i: move(x, 0, self.sliced[i]) for i, x in written.items()} | whole | last.cells
     spec = staged.outputs.spec._replace(written=tuple(carry.written))
     fresh = self._fresh(stacked, last, 0 if reverse else -1)
     return self.inputs.commit(Outputs([written[i] for i in spec.written], fresh, spec))

@@ -17,7 +17,9 @@ from refax.core.observe import observe
 from refax.core.storage import as_array, needs_guard, write_ref
 from refax.core.variable import Variable
 from refax.errors import AliasError
+from refax.transforms import view
 from refax.transforms.lift import Entered, Inputs, Outputs
+from refax.transforms.view import View, value_of
 
 Closures = dict[int, jax.Ref]
 """Refs that functions reach by closure, by identity."""
@@ -111,6 +113,18 @@ class Staged:
     closed, shapes = jax.make_jaxpr(with_local_refs, return_shape=True)(flat, avals)
     self._pure = _jax.discharge(closed)
     self._pure_tree = jax.tree.structure(shapes)
+    self._in_tree = jax.tree.structure(list(values))
+
+  def updated(self) -> set[int]:
+    """Which of the caller's Variables are written in part, by `dynamic_update_slice`."""
+    jaxpr = self._pure.jaxpr
+    results, _ = self._pure_tree.unflatten(jaxpr.outvars)
+    finals, outputs = self._tree.unflatten(results)
+    after = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
+    before = self._in_tree.unflatten(jaxpr.invars[: self._in_tree.num_leaves])
+    sources = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    source = lambda v: sources.get(id(v))
+    return {i for i in self.written if view.is_updated(after.get(i), before[i], source)}
 
   def run(
     self,
@@ -120,17 +134,25 @@ class Staged:
     written: Sequence[int] | None = None,
     closures_written: Sequence[int] | None = None,
   ) -> Result:
-    """Run on values; `written` may ask for more final values than the function writes."""
+    """Run on values; `written` may ask for more final values than the function writes.
+
+    A value may be a `View`: where `updated` names it, so is what is written to it.
+    """
     written = sorted(self.written if written is None else written)
     wanted = self.closures_written if closures_written is None else closures_written
     mine = {key: closures[key] for key in self.closures}
-    flat = map(jnp.asarray, jax.tree.leaves((list(values), mine)))
-    results, after = self._pure_tree.unflatten(_jax.jaxpr_as_fun(self._pure)(*flat))
+    flat = [x if isinstance(x, View) else jnp.asarray(x) for x in jax.tree.leaves((values, mine))]
+    if any(isinstance(x, View) for x in flat):
+      results = view.evaluate(self._pure, flat)
+    else:
+      results = _jax.jaxpr_as_fun(self._pure)(*flat)
+    results, after = self._pure_tree.unflatten(results)
     finals, outputs = self._tree.unflatten(results)
     finals, after = jax.tree.map(_without_tangent, (finals, after))
     given = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
     spec = outputs.spec._replace(written=tuple(written))
-    outputs = Outputs([given.get(i, values[i]) for i in written], outputs.fresh, spec)
+    fresh = jax.tree.map(value_of, outputs.fresh)
+    outputs = Outputs([given.get(i, values[i]) for i in written], fresh, spec)
     return Result(outputs, {key: after.get(key, closures[key]) for key in sorted(wanted)})
 
   def run_apart(
@@ -143,6 +165,8 @@ class Staged:
 
 def _without_tangent(x: Any) -> Any:
   """The final value of a Ref carries none; under some transforms JAX makes it explicit zeros."""
+  if isinstance(x, View):
+    return View(_without_tangent(x.stacked), x.index)
   return jax.lax.stop_gradient(x) if needs_guard(x) else x
 
 

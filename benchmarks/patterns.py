@@ -227,7 +227,9 @@ def gradients_in(n: int) -> Steps:
   def step(model, grads, x):
     lib = nnx if isinstance(model, nnx.Module) else flax
     params = lib.state(model, lib.Param)
-    lib.update(model, jax.tree.map(lambda p, g: p[...] - g[...], params, grads, is_leaf=_is_variable))
+    lib.update(
+      model, jax.tree.map(lambda p, g: p[...] - g[...], params, grads, is_leaf=_is_variable)
+    )
     return jax.tree.map(lambda g: g + x, grads), x
 
   def make(lib):

@@ -28,12 +28,18 @@ from jax.interpreters import ad, batching, mlir
 try:  # private: `jax.extend`, which has these in public, also imports Pallas: 60 of 80 ms of ours
   if os.environ.get("REFAX_PUBLIC_JAX") == "1":
     raise ImportError
+  from jax._src.core import ClosedJaxpr as ClosedJaxpr
+  from jax._src.core import Literal as Literal
   from jax._src.core import Primitive as Primitive
+  from jax._src.core import Var as _new_var
   from jax._src.core import get_opaque_trace_state as get_opaque_trace_state
   from jax._src.core import jaxpr_as_fun as jaxpr_as_fun
   from jax._src.source_info_util import register_exclusion
 except ImportError:
+  from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+  from jax.extend.core import Literal as Literal
   from jax.extend.core import Primitive as Primitive
+  from jax.extend.core import Var as _new_var
   from jax.extend.core import get_opaque_trace_state as get_opaque_trace_state
   from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
   from jax.extend.source_info_util import register_exclusion
@@ -542,6 +548,156 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
     return closed_jaxpr
   pure = _rewritten(pure, _taken_out) if rules else pure
   return pure if not rules or _custom_rules(pure) == rules else closed_jaxpr
+
+
+def without_refs(closed_jaxpr: Any, written: list[Any]) -> tuple[Any, list[Any]] | None:
+  """A jaxpr of Refs as one of values, for a compiler: what it does to Refs is put into variables.
+
+  JAX would trace the whole once more for it (`discharge_state`, 50 us an operation). Here, reads and
+  writes of a whole Ref become other names for variables; only an operation that does something else
+  to a Ref (a loop, a write to a part) is discharged by JAX, by itself.
+
+  Private: the names and forms of JAX's operations on Refs, `discharge_state`.
+
+  Args:
+    closed_jaxpr: the jaxpr; among its inputs and constants are Refs.
+    written: the variables of those Refs whose values are returned, before all else.
+
+  Returns:
+    The jaxpr, and the variables of the old one that its inputs stand for: those of Refs that it
+    neither reads nor writes are left out. None if JAX has operations that are not known here.
+  """
+  if _private() is None:
+    return None
+  try:
+    return _Values(closed_jaxpr).run(written)
+  except (ImportError, AttributeError, NotImplementedError, TypeError, KeyError, ValueError):
+    return None
+
+
+class _Values:
+  """The values of variables and Refs while a jaxpr is rewritten."""
+
+  def __init__(self, closed_jaxpr: Any):
+    self._closed, self._jaxpr = closed_jaxpr, closed_jaxpr.jaxpr
+    self._names: dict[Any, Any] = {}  # variables that are others now
+    self._refs: dict[Any, Any] = {}  # the value of each Ref
+    self._eqns: list[Any] = []
+    self._consts: dict[Any, Any] = {}
+
+  def run(self, written: list[Any]) -> tuple[Any, list[Any]]:
+    old = self._jaxpr
+    consts = dict(zip(old.constvars, self._closed.consts, strict=True))
+    refs = [v for v in (*old.invars, *consts) if _is_ref_var(v)]
+    self._refs = {v: _new_var(v.aval.inner_aval) for v in refs}
+    inputs = dict(self._refs)
+    self._consts = {v: x for v, x in consts.items() if not _is_ref_var(v)}
+    for eqn in old.eqns:
+      self._add(eqn)
+    outvars = [*(self._refs[v] for v in written), *map(self._now, old.outvars)]
+    used = {v for eqn in self._eqns for v in eqn.invars if type(v) is not Literal} | {
+      v for v in outvars if type(v) is not Literal
+    }
+    kept = [v for v in (*old.invars, *consts) if v not in self._consts]
+    kept = [v for v in kept if v not in inputs or inputs[v] in used]
+    jaxpr = old.replace(
+      constvars=list(self._consts),
+      invars=[inputs.get(v, v) for v in kept],
+      outvars=outvars,
+      eqns=self._eqns,
+      effects=frozenset(),
+      debug_info=old.debug_info.with_unknown_names(),
+    )
+    return ClosedJaxpr(jaxpr, list(self._consts.values())), kept
+
+  def _now(self, atom: Any) -> Any:
+    return atom if type(atom) is Literal else self._names.get(atom, atom)
+
+  def _add(self, eqn: Any) -> None:
+    """Take over an operation, or what it does to a Ref."""
+    name, params = eqn.primitive.name, eqn.params
+    is_whole = name in ("get", "swap") and len(eqn.invars) == 1 + (name == "swap")
+    if is_whole and not jax.tree.unflatten(params["tree"], []):
+      ref = eqn.invars[0]
+      self._names[eqn.outvars[0]] = self._refs[ref]
+      if name == "swap":
+        self._refs[ref] = self._now(eqn.invars[1])
+    elif name == "new_ref" and params["memory_space"] is None:
+      self._refs[eqn.outvars[0]] = self._now(eqn.invars[0])
+    elif name == "freeze":
+      self._names[eqn.outvars[0]] = self._refs[eqn.invars[0]]
+    elif any(map(_is_ref_var, (*eqn.invars, *eqn.outvars))):
+      self._discharge(eqn)
+    else:
+      invars = list(map(self._now, eqn.invars))
+      same = all(map(operator.is_, invars, eqn.invars))
+      self._eqns.append(eqn if same else eqn.replace(invars=invars))
+
+  def _discharge(self, eqn: Any) -> None:
+    from jax._src.state.discharge import discharge_state
+
+    if any(map(_is_ref_var, eqn.outvars)):
+      raise NotImplementedError(eqn.primitive.name)
+    invars = list({v: None for v in eqn.invars if type(v) is not Literal})
+    alone = self._jaxpr.replace(
+      constvars=[],
+      invars=invars,
+      outvars=eqn.outvars,
+      eqns=[eqn],
+      effects=eqn.effects,
+      debug_info=self._jaxpr.debug_info.with_unknown_names(),
+    )
+    pure = discharge_state(ClosedJaxpr(alone, []), lower=False)
+    inner = pure.jaxpr
+    given = [self._refs[v] if _is_ref_var(v) else self._now(v) for v in invars]
+    self._names |= zip(inner.invars, given, strict=True)
+    self._consts |= zip(inner.constvars, pure.consts, strict=True)
+    for new in inner.eqns:
+      self._eqns.append(new.replace(invars=list(map(self._now, new.invars))))
+    refs = [v for v in invars if _is_ref_var(v)]
+    values = list(map(self._now, inner.outvars))
+    self._names |= zip(eqn.outvars, values[: len(eqn.outvars)], strict=True)
+    self._refs |= zip(refs, values[len(eqn.outvars) :], strict=True)
+
+
+def _is_ref_var(atom: Any) -> bool:
+  return hasattr(atom.aval, "inner_aval")
+
+
+_call = Primitive("refax_call")
+_call.multiple_results = True
+_call.def_abstract_eval(lambda *args, call: list(call.jaxpr.out_avals))
+mlir.register_lowering(
+  _call,
+  lambda ctx, *args, call: mlir.core_call_lowering(
+    ctx, *args, name=call.name, call_jaxpr=call.jaxpr
+  ),
+)
+
+
+class _Call(NamedTuple):
+  """The function that an operation `refax_call` calls."""
+
+  name: str
+  jaxpr: Any
+  __hash__ = object.__hash__
+  __eq__ = object.__eq__
+
+
+def call_jaxpr(closed_jaxpr: Any, args: list[Any], name: str) -> list[Any]:
+  """The results of a jaxpr without effects, as one operation of the trace of now.
+
+  `jaxpr_as_fun` would trace each of its operations once more. This is for a compiler only: it can
+  be neither differentiated nor batched.
+  """
+  return _call.bind(*args, call=_Call(name, closed_jaxpr))
+
+
+def fits(closed_jaxpr: Any, args: list[Any]) -> bool:
+  """Whether values have the types, shardings included, that a jaxpr is to be called with."""
+  plain = lambda aval: aval.strip_weak_type() if hasattr(aval, "strip_weak_type") else aval
+  types = (plain(jax.typeof(x)) for x in args)
+  return all(map(operator.eq, types, map(plain, closed_jaxpr.in_avals)))
 
 
 def _is_custom(eqn: Any) -> bool:

@@ -1,5 +1,6 @@
 """Dropout: zeros at random."""
 
+import functools
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -13,6 +14,14 @@ from refax.errors import InvalidArgumentError, MissingArgumentError, MissingRngE
 from refax.nn import check, dtypes
 from refax.rngs import Rngs, RngStream
 from refax.typing import ArrayLike
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _dropped(key: jax.Array, x: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+  """An array with elements set to zero; those of one place in `shape` go together."""
+  keep = jax.random.bernoulli(key, 1 - rate, shape)
+  scaled = dtypes.divided(x, 1 - rate)
+  return lax.select(jnp.broadcast_to(keep, x.shape), scaled, jnp.zeros_like(scaled))
 
 
 class Dropout(Module):
@@ -92,9 +101,7 @@ class Dropout(Module):
       return jnp.zeros_like(x)
     shared = check.normalized_axes("Dropout", x, self.broadcast_dims)
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
-    keep = jax.random.bernoulli(self._key(rngs), 1 - self.rate, shape)
-    scaled = dtypes.divided(x, 1 - self.rate)
-    return lax.select(jnp.broadcast_to(keep, x.shape), scaled, jnp.zeros_like(scaled))
+    return _dropped(self._key(rngs), x, self.rate, shape)
 
   def _key(self, rngs: Any) -> jax.Array:
     """A key from what came with the call, or else from the layer's own stream."""

@@ -64,8 +64,19 @@ def promote_dtype(args: Any, /, *, dtype: Dtype | None = None, inexact: bool = T
   >>> x.dtype, y.dtype, z
   (dtype(bfloat16), dtype(bfloat16), None)
   """
+  if (dtype is None and inexact) and _are_alike(args):
+    return tuple(args)
   dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
   return tuple(None if x is None else jnp.asarray(x, dtype) for x in args)
+
+
+def _are_alike(args: Any) -> bool:
+  """Whether all are JAX arrays of one inexact dtype: mostly there is nothing to promote."""
+  given = [x for x in args if x is not None]
+  if not all(isinstance(x, jax.Array) and not getattr(x, "weak_type", False) for x in given):
+    return False
+  dtypes = {x.dtype for x in given}
+  return len(dtypes) == 1 and jnp.issubdtype(dtypes.pop(), jnp.inexact)
 
 
 def wide(x: jax.Array) -> jax.Array:

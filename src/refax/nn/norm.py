@@ -6,6 +6,7 @@ Statistics are computed in float32 or better whatever the dtype of the input. Th
 `E[|x|^2] - |E[x]|^2`, in one pass over the input; the other one is `E[|x - E[x]|^2]`.
 """
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -39,6 +40,8 @@ class Norm(Module):
   ) -> tuple[Any, Any]:
     """Mean and variance over `axes`, which stay as axes of size 1 if `keepdims`."""
     x, mask = self._wide(x, mask)
+    if mask is None and self.axis_name is None:
+      return _moments(x, tuple(axes), keepdims, self.use_fast_variance)
     if self.use_fast_variance:
       mean, square = self._means((x, _abs_square(x)), axes, mask, keepdims)
       return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
@@ -76,14 +79,41 @@ class Norm(Module):
     """Apply statistics that broadcast to `x`; scale and bias belong to `axes`."""
     scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
     dtype = self.promote_dtype((x, scale, bias), dtype=self.dtype)[0].dtype
-    shape = along(x, axes)
-    factor = lax.rsqrt(var + self.epsilon)
-    if scale is not None:
-      factor = factor * scale.reshape(shape)
-    y = (x - mean) * factor
-    if bias is not None:
-      y = y + bias.reshape(shape)
-    return y.astype(dtype)
+    return _normalized(x, mean, var, scale, bias, self.epsilon, tuple(along(x, axes)), dtype)
+
+
+# Compiled by themselves, these are traced and differentiated once for all layers of one shape:
+# with ten operations each, they would be most of what tracing a deep model takes.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _moments(
+  x: jax.Array, axes: tuple[int, ...], keepdims: bool, use_fast_variance: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance over `axes`."""
+  mean = x.mean(axes, keepdims=keepdims or not use_fast_variance)
+  if use_fast_variance:
+    square = _abs_square(x).mean(axes, keepdims=keepdims)
+    return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
+  var = _abs_square(x - mean).mean(axes, keepdims=keepdims)
+  return mean if keepdims else mean.squeeze(axes), var
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _normalized(
+  x: jax.Array,
+  mean: Any,
+  var: Any,
+  scale: jax.Array | None,
+  bias: jax.Array | None,
+  epsilon: float,
+  shape: tuple[int, ...],
+  dtype: Any,
+) -> jax.Array:
+  """The input with these statistics, of mean 0 and variance 1, scaled and moved."""
+  factor = lax.rsqrt(var + epsilon)
+  if scale is not None:
+    factor = factor * scale.reshape(shape)
+  y = (x - mean) * factor
+  return (y if bias is None else y + bias.reshape(shape)).astype(dtype)
 
 
 def along(x: jax.Array, axes: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """A compiled function bound to cells and objects: what one call of nnx.jit does, from end to end.
 
-    run = bind(compiled, leaves, sources)   # once for the objects of a call
-    result = run(args)                      # buffers out, the call, buffers and structure back
+run = bind(compiled, leaves, sources)   # once for the objects of a call
+result = run(args)                      # buffers out, the call, buffers and structure back
 """
 
 import functools
@@ -82,7 +82,9 @@ class Sources:
 
   def giver(self, items: Items) -> Callable[[Any], list]:
     """The function from the arguments of a call to the arrays that it may overwrite."""
-    direct = [self._places[i] if i in self._places else (2, self._attribute(i)) for i in items.given]
+    direct = [
+      self._places[i] if i in self._places else (2, self._attribute(i)) for i in items.given
+    ]
 
     has_trees = self._has_trees
 

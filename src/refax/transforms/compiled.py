@@ -96,7 +96,7 @@ class Compiled:
     flat, self._tree = jax.tree.flatten(_in_two(inputs.leaves, mask))
     self.closures = {i: c for i, c in enumerate(traced.jaxpr.consts) if _jax.is_ref(c)}
     refs = {i: x for i, x in enumerate(flat) if _jax.is_ref(x)}
-    self._refs = list(refs)
+    self._ref_places = list(refs)
     _, writes = _jax.ref_effects(jaxpr)
     used = _jax.used_vars(jaxpr)
     vars_: dict[Any, Any] = {i: jaxpr.invars[i] for i in refs}
@@ -105,7 +105,11 @@ class Compiled:
     self.read = [key for key, var in vars_.items() if var in used and var not in writes]
     self._types = {k: (r.shape, r.dtype) for k, r in {**refs, **self._closure_refs}.items()}
     self.careful = careful or not _jax.only_refs_are_effects(traced.jaxpr)
-    self._compile(traced.fun_name, self.cells(inputs.leaves)[0])
+    self._vars = {**dict(enumerate(jaxpr.invars)), **vars_}
+    self._name = traced.fun_name
+    writes_of = [vars_[key] for key in self.written]
+    self._pure = None if self.careful else _jax.without_refs(traced.jaxpr, writes_of)
+    self._compile(self.cells(inputs.leaves)[0])
 
   @property
   def _closure_refs(self) -> dict[Any, jax.Ref]:
@@ -114,15 +118,15 @@ class Compiled:
   def cells(self, leaves: Sequence[Any]) -> tuple[list[jax.Ref], list[jax.Ref]]:
     """The Refs that a call writes, and those that it only reads, of these leaves."""
     flat = jax.tree.leaves([leaves[i] for i in self._order])
-    refs: dict[Any, Any] = {i: flat[i] for i in self._refs} | self._closure_refs
+    refs: dict[Any, Any] = {i: flat[i] for i in self._ref_places} | self._closure_refs
     return [refs[key] for key in self.written], [refs[key] for key in self.read]
 
-  def _compile(self, name: str, written: list[jax.Ref]) -> None:
+  def _compile(self, written: list[jax.Ref]) -> None:
     # A Ref stays where it is; for what a function returns, the compiler would choose.
     places = [_jax.peek_cell(ref).sharding for ref in written]
     call: Any = self._function()
     call = _pure(call) if _jax.checks_results() else call
-    call.__name__ = call.__qualname__ = name  # what profiles and errors show
+    call.__name__ = call.__qualname__ = self._name  # what profiles and errors show
     self.jitted: Any = jax.jit(
       call,
       donate_argnums=() if self.careful else 0,
@@ -140,17 +144,36 @@ class Compiled:
         raise Retraced
       traces.append(None)
       values = dict(zip([*self.written, *self.read], [*written[:count], *read], strict=True))
-      # A cell that is neither read nor written stays out: nothing asks for its value.
-      refs = {
-        key: _jax.new_cell(values[key] if key in values else jnp.zeros(shape, dtype))
-        for key, (shape, dtype) in self._types.items()
-      }
       order = (*self.items.given, *self.items.kept)
       items = dict(zip(order, [*written[count:], *arrays], strict=True))
-      results = self._own(self._run(refs, self._flat(refs, items)))
-      return (*(refs[key][...] for key in self.written), *results)
+      new, results = self._of_values(values, items) or self._of_refs(values, items)
+      return (*new, *self._own(results))
 
     return call
+
+  def _of_values(self, values: dict[Any, Any], items: dict[int, Any]) -> Any:
+    """What is written, and the results, if the trace could be made one of values."""
+    if self._pure is None:
+      return None
+    closed, kept = self._pure
+    cells = {self._vars[key]: x for key, x in values.items()}
+    flat = self._flat(dict.fromkeys(self._types), items)
+    by_var = {self._vars[i]: x for i, x in enumerate(flat)} | cells
+    args = [by_var[var] for var in kept]
+    if not _jax.fits(closed, args):
+      return None
+    out = _jax.call_jaxpr(closed, args, self._name)
+    return out[: len(self.written)], out[len(self.written) :]
+
+  def _of_refs(self, values: dict[Any, Any], items: dict[int, Any]) -> Any:
+    """What is written, and the results, by Refs like the caller's."""
+    # A cell that is neither read nor written stays out: nothing asks for its value.
+    refs = {
+      key: _jax.new_cell(values[key] if key in values else jnp.zeros(shape, dtype))
+      for key, (shape, dtype) in self._types.items()
+    }
+    results = self._run(refs, self._flat(refs, items))
+    return [refs[key][...] for key in self.written], results
 
   def _flat(self, refs: dict[Any, Any], items: dict[int, Any]) -> list[Any]:
     """The flat leaves as they were traced."""
@@ -160,7 +183,7 @@ class Compiled:
     return flat
 
   def _run(self, refs: dict[Any, jax.Ref], flat: list[Any]) -> list[Any]:
-    """The function on Refs like the caller's, of which JAX has the trace already."""
+    """The function on Refs, of which JAX has the trace already."""
     if not (self.closures or self.careful):
       return jax.tree.leaves(self._jitted(*self._tree.unflatten(flat)))
     consts = [refs.get(("closure", i), c) for i, c in enumerate(self._closed.consts)]
@@ -203,7 +226,9 @@ _OURS = re.compile(r"(?<=argument )(written|read|arrays)\[(\d+)\]")
 
 def _in_two(leaves: Sequence[Any], mask: Sequence[bool]) -> tuple[tuple, tuple]:
   """The leaves that are kept, and those that may be overwritten."""
-  kept, given = ([x for x, m in zip(leaves, mask, strict=True) if m is is_] for is_ in (False, True))
+  kept, given = (
+    [x for x, m in zip(leaves, mask, strict=True) if m is is_] for is_ in (False, True)
+  )
   return tuple(kept), tuple(given)
 
 

@@ -76,9 +76,9 @@ class Entry:
       return None
     for i, aval, place, type_ in self._types:
       x = values[i]
-      if (
-        aval is None or getattr(x, "aval", None) is not aval or x.sharding != place
-      ) and type_of(x) != type_:
+      if (aval is None or getattr(x, "aval", None) is not aval or x.sharding != place) and type_of(
+        x
+      ) != type_:
         return None
     for i, value, kind_ in self._constants:
       if values[i] is not value and not (kind(values[i]) == kind_ and values[i] == value):
@@ -247,7 +247,13 @@ class Seen:
     watch: Watch,
     then: int,
   ):
-    self.values, self.names, self.inputs, self.watch, self.epoch = values, names, inputs, watch, then
+    self.values, self.names, self.inputs, self.watch, self.epoch = (
+      values,
+      names,
+      inputs,
+      watch,
+      then,
+    )
     self._static = frozenset(static)
     self.constants = [(i, values[i], kind(values[i])) for i in self._static]
     self.objects: list[tuple[int, Node]] = []
@@ -304,7 +310,6 @@ class Seen:
   def sources(self) -> Sources:
     """Where later calls find their leaves and objects."""
     return Sources(self.inputs, self._places, has_trees=bool(self.trees))
-
 
 
 def _first(values: tuple) -> int | None:

@@ -33,7 +33,7 @@ class Tree(NamedTuple):
   objects: list[tuple[int, Callable[[], Any]]]
   """The place of each object, and of each Ref that no Variable holds, and which one it is."""
   variables: list[tuple[int, type, Any, Any]]
-  """The place, type and definition of each Variable, and its Ref; for arrays None."""
+  """The place, type and definition of each Variable, and what is known of its cell."""
 
   @classmethod
   def of(cls, index: int, x: Any, entry: tuple) -> "Tree | None":
@@ -56,9 +56,7 @@ class Tree(NamedTuple):
       if isinstance(leaf, Node) or _jax.is_ref(leaf):
         tree.objects.append((j, weakref.ref(leaf)))
       elif isinstance(leaf, Variable):
-        if (cell := _known(leaf)) is None:
-          return None
-        tree.variables.append((j, type(leaf), leaf._def, cell))
+        tree.variables.append((j, type(leaf), leaf._def, _known(leaf._cell)))
       elif type_of(leaf) is not None:
         tree.arrays.append(is_array_of(leaf, j))
       else:
@@ -101,10 +99,9 @@ class Tree(NamedTuple):
       if type(want) is weakref.ref:
         if want() is not cell:
           return False
-      elif type(cell) is jax.Ref or (getattr(cell, "aval", None) is not want[0]
-                                     and type_of(cell) != want[1]):  # fmt: skip
+      elif not want.holds(cell):
         return False
-      else:
+      elif want.is_lojax:
         lojax.append(leaf)
       arrays[j] = cell
     leaves += found
@@ -117,13 +114,44 @@ def is_object(x: Any) -> bool:
   return isinstance(x, Node | Variable)
 
 
-def _known(variable: Variable) -> Any:
-  """What a Variable is known by: its Ref, or the type of its array; None for a pytree."""
-  cell = variable._cell
+class _Array(NamedTuple):
+  """The cell of a lojax Variable."""
+
+  aval: Any
+  type: Any
+  is_lojax = True
+
+  def holds(self, cell: Any) -> bool:
+    return getattr(cell, "aval", self) is self.aval or type_of(cell) == self.type
+
+
+class _Cells(NamedTuple):
+  """A pytree of Refs, or of arrays, whose types are left to JAX."""
+
+  treedef: Any
+  refs: list[Callable[[], Any]]
+
+  @property
+  def is_lojax(self) -> bool:
+    return not self.refs
+
+  def holds(self, cell: Any) -> bool:
+    cells, treedef = _flatten(cell)
+    refs = [x for x in cells if _jax.is_ref(x)]
+    same = len(refs) == len(self.refs) and all(
+      r() is x for r, x in zip(self.refs, refs, strict=True)
+    )
+    return same and treedef == self.treedef
+
+
+def _known(cell: Any) -> Any:
+  """What the cell of a Variable is known by."""
   if _jax.is_ref(cell):
     return weakref.ref(cell)
-  type_ = type_of(cell)
-  return None if type_ is None else (getattr(cell, "aval", None), type_)
+  if (type_ := type_of(cell)) is not None:
+    return _Array(getattr(cell, "aval", None), type_)
+  cells, treedef = _flatten(cell)
+  return _Cells(treedef, [weakref.ref(x) for x in cells if _jax.is_ref(x)])
 
 
 def is_array_of(x: Any, index: int) -> tuple[int, Any, Any, Any]:

@@ -1,9 +1,9 @@
 """The ordinary ways to call `nnx.jit`: what each costs beside the same step written by hand.
 
 Each case is one function of the library (Refax or Flax NNX: the code is the same) that makes a
-step, and the same step as a donated `jax.jit` of arrays. The step adds a number to each of `n` small
-arrays, so that what is measured is the call. Equinox is there where its functions take the same
-arguments.
+step, and the same step as a donated `jax.jit` of arrays. The step adds a number to each of `n`
+small arrays, so that what is measured is the call. Equinox is there where its functions take the
+same arguments.
 """
 
 import functools

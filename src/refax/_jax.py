@@ -553,9 +553,9 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
 def without_refs(closed_jaxpr: Any, written: list[Any]) -> tuple[Any, list[Any]] | None:
   """A jaxpr of Refs as one of values, for a compiler: what it does to Refs is put into variables.
 
-  JAX would trace the whole once more for it (`discharge_state`, 50 us an operation). Here, reads and
-  writes of a whole Ref become other names for variables; only an operation that does something else
-  to a Ref (a loop, a write to a part) is discharged by JAX, by itself.
+  JAX would trace the whole once more for it (`discharge_state`, 50 us an operation). Here, a read
+  or a write of a whole Ref becomes another name for a variable; only an operation that does
+  something else to a Ref (a loop, a write to a part) is discharged by JAX, by itself.
 
   Private: the names and forms of JAX's operations on Refs, `discharge_state`.
 

@@ -170,9 +170,9 @@ def _watch(node: Node, watch: Watch) -> None:
 def _tracked(value: Any, watch: Watch | None) -> bool:
   """Whether every container in a region is immutable or reports its changes, to the watch."""
   if isinstance(value, tuple):
-    return all([_tracked(x, watch) for x in value])
+    return all(_tracked(x, watch) for x in value)
   if isinstance(value, Tracked):
-    return all([_tracked(x, watch) for x in value._visit(watch)])
+    return all(_tracked(x, watch) for x in value._visit(watch))
   return value is None or isinstance(value, Node | Variable) or jax.tree_util.all_leaves([value])
 
 

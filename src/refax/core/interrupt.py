@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 try:  # what is under `signal`: its functions make an enum of each result, 1 us a time
-  import _signal as raw
+  import _signal as raw  # pyright: ignore[reportMissingImports]
 except ImportError:
   raw = signal
 

@@ -138,7 +138,7 @@ class BatchNorm(Norm):
 
   def _move(self, running: BatchStat, new: jax.Array) -> None:
     """Move a running statistic towards that of the batch."""
-    new = jax.lax.stop_gradient(new)  # nothing of a statistic is differentiated: spare JAX the trace
+    new = jax.lax.stop_gradient(new)  # a statistic has no gradient: JAX need not trace one
     if jnp.isrealobj(new):  # float64 into float32, but complex into real is an error
       new = new.astype(running.dtype)
     running[...] = self.momentum * running[...] + (1 - self.momentum) * new

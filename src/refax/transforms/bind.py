@@ -59,7 +59,8 @@ class Sources:
   """
 
   def __init__(self, inputs: Inputs, places: dict[int, tuple[int, int]], *, has_trees: bool):
-    self._inputs, self._places, self._has_trees = inputs, places, has_trees
+    self._inputs, self._has_trees = inputs, has_trees
+    self._places: dict[int, tuple[int, Any]] = dict(places)
 
   def picker(self, items: Items) -> Callable[[Any], Any]:
     """The function from the arguments of a call to its arrays."""
@@ -82,11 +83,8 @@ class Sources:
 
   def giver(self, items: Items) -> Callable[[Any], list]:
     """The function from the arguments of a call to the arrays that it may overwrite."""
-    direct = [
-      self._places[i] if i in self._places else (2, self._attribute(i)) for i in items.given
-    ]
-
-    has_trees = self._has_trees
+    place = lambda i: self._places[i] if i in self._places else (2, self._attribute(i))
+    direct, has_trees = list(map(place, items.given)), self._has_trees
 
     def give(args: Any) -> list[Any]:
       parts = (args[0], args[2]) if has_trees else (args,)
@@ -96,9 +94,8 @@ class Sources:
 
   def reader(self, indices: Sequence[int]) -> Callable[[Any], list]:
     """The function from the arguments of a call to some of its leaves."""
-    sources = [
-      self._places[i] if i in self._places else (2, _weak(self._inputs.leaves[i])) for i in indices
-    ]
+    weak = lambda i: (2, _weak(self._inputs.leaves[i]))
+    sources = [self._places[i] if i in self._places else weak(i) for i in indices]
     if all(where == 2 for where, _ in sources):
       refs = [ref for _, ref in sources]
       return lambda _: [ref() for ref in refs]

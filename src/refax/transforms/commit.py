@@ -51,7 +51,7 @@ jax.tree_util.register_pytree_node(
 class Change(NamedTuple):
   """What becomes of one of the caller's objects."""
 
-  index: int
+  place: int
   entries: tuple  # those that are new or others; of a container, all
   removed: tuple[Any, ...]
   added: tuple[Any, ...]  # the keys under which there is data that was not there
@@ -70,7 +70,7 @@ class Fresh:
   def __init__(self, leaf: Any, hijax: bool):
     is_variable = isinstance(leaf, Variable)
     self.cls = type(leaf) if is_variable else None
-    self.definition = leaf._def if is_variable else None
+    self.definition: Any = leaf._def if is_variable else None
     self.hijax = hijax
     self.treedef = _tree(leaf._cell if is_variable else leaf)
     self._cells: list[Callable] | None = None
@@ -133,7 +133,7 @@ class Commit:
     """Raise TraceContextError if an object from another trace would have to change."""
     now = _jax.trace_state()
     for change in self._changes:
-      node = objects[change.index]
+      node = objects[change.place]
       if node._pytree.trace != now:
         raise TraceContextError.attribute(type(node).__name__)
     for index in self.spec.written:
@@ -157,7 +157,7 @@ class Commit:
       for node, (_, entries) in zip(objects[-len(self._new) :], self._new, strict=True):
         fill(node, entries, value)
     for change in self._changes:
-      _apply(change, objects[change.index], value)
+      _apply(change, objects[change.place], value)
     return value(self.spec.graphdef.root)
 
   def plain_result(self) -> Callable[[Iterator], Any] | None:

@@ -1,4 +1,4 @@
-"""The steady state of nnx.jit: a call is known by its arguments and goes straight to the executable.
+"""The steady state of nnx.jit: a call is known by its arguments and goes to the executable at once.
 
 An Entry describes one call: the objects among its arguments, by identity and by a Watch that knows
 when their structure changes; the types of arrays; the values of static arguments; and of containers
@@ -93,7 +93,7 @@ class Entry:
     cells: list[Any] = []
     lojax: list[Variable] = []
     for tree in self._trees:
-      if not tree.collect(values[tree.index], leaves, cells, lojax):
+      if not tree.collect(values[tree.argument], leaves, cells, lojax):
         return None
     if self._distinct is not None:
       ids = set(map(object.__hash__, lojax))  # `id` is audited: it takes three times as long

@@ -13,8 +13,8 @@ import numpy as np
 
 from refax import _jax, config
 from refax.core.definition import kind
-from refax.core.graphdef import GraphDef
 from refax.core.epoch import epoch
+from refax.core.graphdef import GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.observe import compiled_as_is, observe
 from refax.core.variable import Variable

@@ -23,7 +23,7 @@ _flatten = jax.tree_util.tree_flatten
 class Tree(NamedTuple):
   """What one argument is to have in it."""
 
-  index: int
+  argument: int
   treedef: Any
   is_leaf: Callable[[Any], bool] | None
   entries: list[int | None]

@@ -101,6 +101,11 @@ class Staged:
 
   def _purify(self, values: Sequence[Any]) -> None:
     """Turn the jaxpr into one of values only: Refs inside it become values that are passed on."""
+    self._in_tree = jax.tree.structure(list(values))
+    if not self.closures:  # all Refs are made inside: the second trace would be the first one
+      self._pure = _jax.discharge(self._jaxpr)
+      self._pure_tree = jax.tree.structure(([0] * len(self._jaxpr.out_avals), {}))
+      return
 
     def with_local_refs(flat, closures):
       refs = {key: _jax.new_cell(value) for key, value in closures.items()}
@@ -113,7 +118,6 @@ class Staged:
     closed, shapes = jax.make_jaxpr(with_local_refs, return_shape=True)(flat, avals)
     self._pure = _jax.discharge(closed)
     self._pure_tree = jax.tree.structure(shapes)
-    self._in_tree = jax.tree.structure(list(values))
 
   def updated(self) -> set[int]:
     """Which of the caller's Variables are written in part, by `dynamic_update_slice`."""
@@ -141,7 +145,7 @@ class Staged:
     written = sorted(self.written if written is None else written)
     wanted = self.closures_written if closures_written is None else closures_written
     mine = {key: closures[key] for key in self.closures}
-    flat = [x if isinstance(x, View) else jnp.asarray(x) for x in jax.tree.leaves((values, mine))]
+    flat = list(map(_operand, jax.tree.leaves((values, mine))))
     if any(isinstance(x, View) for x in flat):
       results = view.evaluate(self._pure, flat)
     else:
@@ -161,6 +165,11 @@ class Staged:
     """`run` for transforms that take specs: a plain tuple of its results."""
     result = self.run(values, closures)
     return result.outputs, result.closures
+
+
+def _operand(x: Any) -> Any:
+  """`x` as an operand of a jaxpr: an array, or a `View` of one."""
+  return x if isinstance(x, jax.Array | View) else jnp.asarray(x)  # which takes 10 us of an array
 
 
 def _without_tangent(x: Any) -> Any:

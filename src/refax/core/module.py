@@ -78,9 +78,10 @@ class Module(Pytree, Habits):
     """
     names = tuple(attributes)
     found = _having(self, names, filters) if filters else self._having(names)
-    missing = attributes.keys() - {name for _, name in found}
-    if missing and raise_if_not_found:
-      raise FilterError.attributes(sorted(missing), type(self).__name__)
+    if raise_if_not_found:
+      missing = attributes.keys() - {name for _, name in found}
+      if missing:
+        raise FilterError.attributes(sorted(missing), type(self).__name__)
     for module, name in found:
       setattr(module, name, attributes[name])
 

@@ -152,7 +152,7 @@ class Node:
     """
     attributes, dynamic, memoized = self.__dict__, self._pytree.dynamic, self._memoized
     keys = sorted(attributes) if not memoized else sorted(attributes.keys() - memoized)
-    if any(type(attributes.get(key)) in CALLABLES for key in dynamic):
+    if not CALLABLES.isdisjoint([type(attributes.get(key)) for key in dynamic]):
       keys.sort(key=lambda key: key in dynamic and type(attributes[key]) in CALLABLES)
     return [(key, attributes[key], key in dynamic) for key in keys]
 

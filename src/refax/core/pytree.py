@@ -180,6 +180,9 @@ class Pytree(Node):
     register(cls)
 
   def __setattr__(self, name: str, value: Any) -> None:
+    if type(value) in _PLAIN and type(self.__dict__.get(name, MISSING)) in _PLAIN:
+      self._set_plain(name, value)
+      return
     if isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)
       return
@@ -211,13 +214,25 @@ class Pytree(Node):
     if dynamic:
       adopt(self, name, value)
 
+  def _set_plain(self, name: str, value: Any) -> None:
+    """Set a number, a string or a class in the place of another: loops switch modes by it."""
+    old = self.__dict__[name]
+    if old is value or _same(old, value):
+      return
+    self._check_trace(name)
+    before = {name: (old, name in self._pytree.dynamic)}
+    try:
+      set_attribute(self.__dict__, name, value)
+      self._pytree.dynamic.discard(name)
+    finally:
+      self._structure_changed(before, (), (name,))
+
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
     dynamic = self._pytree.dynamic
     parameters = getattr(type(self), "__dataclass_params__", None)
     frozen = parameters is not None and parameters.frozen
-    if frozen or any(
-      isinstance(x, Variable) and name not in dynamic for name, x in self.__dict__.items()
-    ):
+    static = [x for name, x in self.__dict__.items() if name not in dynamic]
+    if frozen or any(isinstance(x, Variable) for x in static):
       self._classify_all()
     return super()._entries()
 

@@ -4,7 +4,9 @@ A Variable is a pytree node of its own: its one child is the cell, its metadata 
 handles may share a cell (after `split`, inside a transform); what one writes, all see.
 """
 
+import collections
 import copy as copylib
+import itertools
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar, cast
@@ -494,6 +496,26 @@ _flatten = operator.attrgetter("_node")
 
 store_cell = _set_node
 """`store_cell(variable, ((cell,), definition))` in C: no signal comes between two of them."""
+
+
+def make_variables(
+  classes: Iterable[type[Variable]],
+  cells: Iterable[tuple[Any]],
+  definitions: Iterable[VariableDef],
+  trace: Any,
+) -> list[Variable]:
+  """Variables on existing cells, `(cell,)` for each; validates nothing.
+
+  Args:
+    classes: their types.
+    cells: what they hold.
+    definitions: their static halves.
+    trace: the trace state of now.
+  """
+  made = list(map(_new, classes))
+  collections.deque(map(_set_node, made, zip(cells, definitions, strict=True)), 0)
+  collections.deque(map(_set_trace, made, itertools.repeat(trace)), 0)
+  return made
 
 
 def _register(cls: type[Variable]) -> None:

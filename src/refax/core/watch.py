@@ -64,9 +64,10 @@ class Watch:
     if before is None or len(self._touched) > _MOST:
       self._dead = True
     else:
+      touched = self._touched
       for key, (old, was_data) in before.items():
-        kept = (weakref.ref(node), self._kept(old), was_data)
-        self._touched.setdefault((id(node), key), kept)
+        if (id(node), key) not in touched:
+          touched.setdefault((id(node), key), (weakref.ref(node), self._kept(old), was_data))
     self._mark = object()
 
   def holds(self) -> bool:

@@ -369,8 +369,12 @@ def partition(
   parts: list[list[tuple[Path, Any]]] = [[] for _ in predicates]
   rest = []
   for path, leaf in flat:
-    index = next((i for i, p in enumerate(predicates) if p(path, leaf)), None)
-    (rest if index is None else parts[index]).append((path, leaf))
+    for part, matches in zip(parts, predicates, strict=True):
+      if matches(path, leaf):
+        part.append((path, leaf))
+        break
+    else:
+      rest.append((path, leaf))
   if rest and exhaustive:
     raise FilterError.remainder([path_str(path) for path, _ in rest])
   return parts

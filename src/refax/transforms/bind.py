@@ -116,9 +116,9 @@ class Sources:
   def _attribute(self, index: int) -> Callable[[], Any]:
     """The function to an array in an object; it may be replaced without another structure."""
     pairs = zip(self._inputs.objects, self._inputs.graphdef.nodes, strict=True)
-    for node, (cls, entries) in pairs:
+    for node, (_, entries) in pairs:
       for key, entry in entries:
-        if entry == (LEAF, index) and cls._altered_by_key:
+        if entry == (LEAF, index) and key in node.__dict__:
           return functools.partial(_read_attribute, weakref.ref(node), key)
     array = self._inputs.leaves[index]  # in a container, whose watch sees that it is replaced
     return lambda: array
@@ -149,7 +149,9 @@ def bind(
   result = commit.plain_result()
   if result is not None and one_by_one:
     return exchange(result, store=store)
-  run, objects, wanted = exchange(iter, store=store), sources.objects(), commit.leaves
+  # Where nothing is written, `iter` might not ask for the call; callbacks are to run all the same.
+  start = iter if compiled.written else _called
+  run, objects, wanted = exchange(start, store=store), sources.objects(), commit.leaves
   read, now = sources.reader(wanted), _jax.trace_state()
 
   def whole(args: Any) -> Any:
@@ -160,7 +162,7 @@ def bind(
     found: list[Any] = [None] * commit.start
     for i, leaf in zip(wanted, read(args), strict=True):
       found[i] = leaf
-    found += [fresh.make(arrays, now) for fresh in commit.fresh]
+    found += commit.make(arrays, now)
     return commit.build(found, objects())
 
   if commit.is_quiet and one_by_one:
@@ -172,6 +174,10 @@ def _stored(variables: Callable[[Any], list[Variable]], args: Any, arrays: Itera
   """An iterator that stores arrays in lojax Variables as it is used up."""
   found = variables(args)
   return map(store_cell, found, zip(zip(arrays), [v._def for v in found]))  # noqa: B905
+
+
+def _called(arrays: Iterator) -> Iterator:
+  return iter(list(arrays))
 
 
 def _picker_of_few(indices: list[int]) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ from refax.core.epoch import epoch
 from refax.core.flatten import adopt, fill, resolver
 from refax.core.graphdef import LEAF, REGION, STATIC, GraphDef
 from refax.core.node import Node
-from refax.core.variable import Variable, VariableDef
+from refax.core.variable import Variable, VariableDef, make_variables
 from refax.errors import TraceContextError
 
 ARRAY = jax.tree.structure(0)
@@ -75,23 +75,18 @@ class Fresh:
     self.treedef = _tree(leaf._cell if is_variable else leaf)
     self._cells: list[Callable] | None = None
 
-  def make(self, arrays: Iterator, trace: Any) -> Any:
-    """The leaf.
+  def make(self, arrays: Iterator) -> Any:
+    """What the leaf holds: an array, or what a Variable is to have as its cell.
 
     Args:
       arrays: the results of the compiled function, always of the same types, of which this takes
         its own; nobody else may hold them if they go into a Ref.
-      trace: the trace state of now.
     """
-    if self.treedef is ARRAY and not self.hijax:
-      cell = next(arrays)
-    else:
-      cells = list(islice(arrays, self.treedef.num_leaves))
-      if self.hijax:
-        self._cells = self._cells or list(map(_jax.cells_like, cells))
-        cells = [new(x) for new, x in zip(self._cells, cells, strict=True)]
-      cell = cells[0] if self.treedef is ARRAY else self.treedef.unflatten(cells)
-    return cell if self.cls is None else self.cls._handle(cell, self.definition, trace)
+    cells = list(islice(arrays, self.treedef.num_leaves))
+    if self.hijax:
+      self._cells = self._cells or list(map(_jax.cells_like, cells))
+      cells = [new(x) for new, x in zip(self._cells, cells, strict=True)]
+    return cells[0] if self.treedef is ARRAY else self.treedef.unflatten(cells)
 
 
 class Commit:
@@ -113,6 +108,11 @@ class Commit:
     self._changes = [
       _change(i, before.nodes[i], nodes[i]) for i in range(count) if nodes[i] != before.nodes[i]
     ]
+    variables = [(i, x) for i, x in enumerate(self.fresh) if x.cls is not None]
+    self._places = [i for i, _ in variables]
+    self._classes: list[Any] = [x.cls for _, x in variables]
+    self._definitions = [x.definition for _, x in variables]
+    self._is_as_returned = all(x.treedef is ARRAY and not x.hijax for x in self.fresh)
     self._new = nodes[count:]
     self._new_classes = [cls for cls, _ in self._new]
 
@@ -140,6 +140,22 @@ class Commit:
       variable = leaves[index]
       if not variable.is_hijax and variable._trace != now:
         raise TraceContextError.variable(variable._def.origin)
+
+  def make(self, arrays: Iterator, trace: Any) -> list[Any]:
+    """The fresh leaves.
+
+    Args:
+      arrays: what the compiled function returned, after the written values.
+      trace: the trace state of now.
+    """
+    found = list(arrays) if self._is_as_returned else [x.make(arrays) for x in self.fresh]
+    cells = [(found[i],) for i in self._places]
+    variables = make_variables(self._classes, cells, self._definitions, trace)
+    if len(variables) == len(found):
+      return variables
+    for i, variable in zip(self._places, variables, strict=True):
+      found[i] = variable
+    return found
 
   def build(self, leaves: list[Any], objects: Sequence[Node]) -> Any:
     """Change the caller's objects, and build what the function returned.
@@ -174,7 +190,7 @@ class Commit:
     places = [None if x.treedef is not ARRAY else next(count) for x in self.fresh]
     order = [places[e[1] - self.start] for e in entries]  # JAX returns no None
     if root[0] == LEAF:
-      return next if order == [0] else lambda arrays: None
+      return next if order == [0] else lambda arrays: next(arrays, None)  # it asks for the call
     treedef = root[1]
     if order == list(range(len(order))):
       return treedef.unflatten

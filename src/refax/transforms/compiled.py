@@ -123,7 +123,7 @@ class Compiled:
 
   def _compile(self, written: list[jax.Ref]) -> None:
     # A Ref stays where it is; for what a function returns, the compiler would choose.
-    places = [_jax.peek_cell(ref).sharding for ref in written]
+    places = [_the(_jax.peek_cell(ref).sharding) for ref in written]
     call: Any = self._function()
     call = _pure(call) if _jax.checks_results() else call
     call.__name__ = call.__qualname__ = self._name  # what profiles and errors show
@@ -221,7 +221,17 @@ class Compiled:
     return self._names()[next(i for i, span in self._spans.items() if key in span)]
 
 
-_OURS = re.compile(r"(?<=argument )(written|read|arrays)\[(\d+)\]")
+_OURS = re.compile(r"(?:(?<=argument )|(?<=argument path is ))(written|read|arrays)\[(\d+)\]")
+
+
+_places: dict[Any, Any] = {}
+
+
+def _the(sharding: Any) -> Any:
+  """The one of all equal shardings: JAX compares two in Python, 1 us for each array and call."""
+  if len(_places) > 1024:
+    _places.clear()
+  return _places.setdefault(sharding, sharding)
 
 
 def _in_two(leaves: Sequence[Any], mask: Sequence[bool]) -> tuple[tuple, tuple]:

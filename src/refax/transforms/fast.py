@@ -37,21 +37,30 @@ class Entry:
     seen: the call that was made.
     compiled: what was compiled for it.
     slots: places where the function finds objects without being given them.
-    forget: called when an object among the arguments is gone.
+    forget: called with the entry when an object among the arguments is gone, or a cell.
   """
 
   __slots__ = (
-    "_compiled", "_constants", "_count", "_distinct", "_epoch", "_names", "_objects", "_slots",
-    "_trees", "_types", "_watch", "quick", "run",
+    "__weakref__", "_cells", "_compiled", "_constants", "_count", "_distinct", "_epoch", "_names",
+    "_objects", "_slots", "_trees", "_types", "_watch", "quick", "run",
   )  # fmt: skip
 
   def __init__(
-    self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot], forget: Callable[[Any], None]
+    self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot], forget: Callable[["Entry"], None]
   ):
     self._epoch, self._watch, self._names = seen.epoch, seen.watch, seen.names
     self._compiled, self._count = compiled, len(seen.values)
     self._slots, self._trees, self._constants = slots, seen.trees, seen.constants
-    self._objects = [(i, weakref.ref(x, forget)) for i, x in seen.objects]
+    this = weakref.ref(self)
+
+    def gone(_: Any) -> None:
+      if (entry := this()) is not None:
+        forget(entry)
+
+    self._objects = [(i, weakref.ref(x, gone)) for i, x in seen.objects]
+    # `run` holds the buffers of all cells: what it holds of a model must not outlive the model.
+    cells = (ref for refs in compiled.cells(seen.inputs.leaves) for ref in refs)
+    self._cells = [weakref.ref(ref, gone) for ref in cells]
     self._types = [is_array_of(x, i) for i, x in seen.arrays]
     self._distinct = seen.distinct
     sources = seen.sources()
@@ -141,7 +150,7 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
     except Retraced:
       calls.drop(run)
       return general(args, kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
       raise calls.renamed(run, error) from None
 
   return call
@@ -190,10 +199,9 @@ class FastCalls:
       return
     key, calls = _first(seen.values), weakref.ref(self)
 
-    def forget(_):
+    def forget(entry: Entry) -> None:
       if (living := calls()) is not None:
-        living.last = NO_CALL
-        living._entries.pop(key, None)
+        living.drop(entry.run)
 
     if sum(map(len, self._entries.values())) >= LIMIT:
       self._entries.clear()
@@ -205,8 +213,10 @@ class FastCalls:
   def drop(self, run: Callable) -> None:
     """Forget an entry, by its `run`: JAX would trace again for it."""
     self.last = NO_CALL
-    for lot in self._entries.values():
+    for key, lot in list(self._entries.items()):  # objects may die, and entries with them, meanwhile
       lot[:] = [entry for entry in lot if entry.run is not run]
+      if not lot:
+        self._entries.pop(key, None)
 
   def forget(self, key: tuple) -> None:
     """Forget all entries, and what was compiled for a structure."""
@@ -216,7 +226,7 @@ class FastCalls:
 
   def renamed(self, run: Callable, error: Exception) -> Exception:
     """An error of JAX in an entry's `run`, in the user's words."""
-    entries = [e for lot in self._entries.values() for e in lot if e.run is run]
+    entries = [e for lot in list(self._entries.values()) for e in lot if e.run is run]
     return entries[0].renamed(error) if entries else error
 
   def clear(self) -> None:

@@ -109,7 +109,7 @@ class _Jitted:
         return entry.run(given)
       except Retraced:
         self.fast.drop(entry.run)
-      except (ValueError, TypeError) as error:
+      except (ValueError, TypeError, OverflowError) as error:
         raise entry.renamed(error) from None
     return self._call(args, kwargs)
 
@@ -140,7 +140,7 @@ class _Jitted:
     run = bind(compiled, inputs.leaves, Given(inputs), executable)
     try:
       return uninterrupted(lambda: run(()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
       raise compiled.renamed(error) from None
 
   def _compiled(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refax import _jax
 from refax.core.filters import Filter, to_predicate
 from refax.core.graphdef import LEAF
 from refax.core.variable import Variable
@@ -111,22 +112,28 @@ class _Mapped:
     self._vmap = functools.partial(
       jax.vmap, axis_name=axis_name, axis_size=self.size, spmd_axis_name=spmd_axis_name
     )
-    self._stage(f)
+    self._is_named = axis_name is not None or spmd_axis_name is not None
+    self.staged = self._stage(f)
 
   def _name(self, index: int) -> str:
     return path_str(self.inputs.graphdef.paths[index][1:])
 
-  def _stage(self, f: Callable) -> None:
-    """Trace `f` on one element, inside the mapped axis, to see what it writes and returns."""
+  def _stage(self, f: Callable) -> Staged:
+    """Trace `f` on one element to see what it writes and returns."""
+    is_final = _jax.no_trace_active()  # now, and not inside the mapped axis
+    axes = [self.axes[i] for i in range(len(self.values))]
+    if is_final and not self._is_named and all(map(_is_local, self.values, axes)):
+      elements = list(map(_element, self.values, axes))
+      return Staged(f, self.inputs, elements, is_final=True)
     found: list[Staged] = []
 
     def stage(values):
-      found.append(Staged(f, self.inputs, values))
+      found.append(Staged(f, self.inputs, values, is_final=is_final))
       return 0
 
-    axes = [self.axes[i] for i in range(len(self.values))]
+    # Inside the axis: it has a name, or a mesh is part of the types.
     self._vmap(stage, in_axes=(axes,), out_axes=None)(self.values)  # on the values: one trace less
-    self.staged = found[0]
+    return found[0]
 
   def call(self) -> Any:
     """Run it and commit."""
@@ -217,3 +224,26 @@ class _Mapped:
     root = spec.graphdef.root
     found = assign(self.out_axes, root, spec.graphdef, leaves, "out_axes")
     return [found.get(count + i, 0) for i in range(len(leaves) - count)]
+
+
+def _is_local(value: Any, axis: Any) -> bool:
+  """Whether shape and dtype say all that a trace depends on, of an element along `axis`."""
+  if not isinstance(axis, int | None) or not jax.sharding.get_abstract_mesh().empty:
+    return False
+  arrays = [x for x in jax.tree.leaves(value) if isinstance(x, jax.Array)]
+  return all(isinstance(x.sharding, jax.sharding.SingleDeviceSharding) for x in arrays)
+
+
+def _element(value: Any, axis: int | None) -> Any:
+  """The type of one element of a value along an axis; the value where all elements have it."""
+  if axis is None:
+    return value
+
+  def element(x: Any) -> jax.ShapeDtypeStruct:
+    whole = jax.typeof(x)
+    shape = list(whole.shape)
+    del shape[axis]
+    weak = getattr(whole, "weak_type", False)  # typed keys have none
+    return jax.ShapeDtypeStruct(tuple(shape), whole.dtype, weak_type=weak)
+
+  return jax.tree.map(element, value)

@@ -6,6 +6,7 @@ the caller are: their cells are Refs that live in the trace. What is written is 
 and state that the function reaches by closure is found there too.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
-from refax.core.observe import observe
+from refax.core.observe import compiled_as_is, observe
 from refax.core.storage import as_array, needs_guard, write_ref
 from refax.core.variable import Variable
 from refax.errors import AliasError
@@ -39,12 +40,20 @@ class Staged:
     fn: called with the inner arguments, `fn(*args, **kwargs)`.
     inputs: the caller's arguments.
     values: the value of each leaf of the inputs, or its shape and dtype.
+    is_final: whether nothing will differentiate what is staged: fewer operations are then recorded.
   """
 
-  def __init__(self, fn: Callable, inputs: Inputs, values: Sequence[Any]):
+  def __init__(
+    self, fn: Callable, inputs: Inputs, values: Sequence[Any], *, is_final: bool = False
+  ):
     self.inputs = inputs
+    self._is_final = is_final
 
     def traced(values):
+      with compiled_as_is(()) if is_final else contextlib.nullcontext():
+        return staged(values)
+
+    def staged(values):
       frame = inputs.enter(entered(inputs, values))
       args, kwargs = frame.args
       outputs = frame.collect(fn(*args, **kwargs))
@@ -53,7 +62,7 @@ class Staged:
       return finals, outputs
 
     with observe() as self._observed:
-      self._jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(list(values))
+      self._jaxpr, shapes = _jax.traced(traced, list(values))
     self._tree = jax.tree.structure(shapes)
     self.finals, self.outputs = shapes  # shapes and dtypes
     self._find_effects(values)
@@ -152,7 +161,9 @@ class Staged:
       results = _jax.jaxpr_as_fun(self._pure)(*flat)
     results, after = self._pure_tree.unflatten(results)
     finals, outputs = self._tree.unflatten(results)
-    finals, after = jax.tree.map(_without_tangent, (finals, after))
+    finals = {i: finals[i] for i in written if i in finals}
+    if not self._is_final:
+      finals, after = jax.tree.map(_without_tangent, (finals, after))
     given = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
     spec = outputs.spec._replace(written=tuple(written))
     fresh = jax.tree.map(value_of, outputs.fresh)

@@ -67,8 +67,16 @@ class Watch:
       touched = self._touched
       for key, (old, was_data) in before.items():
         if (id(node), key) not in touched:
+          if was_data and isinstance(old, tuple | list | dict):
+            self._dead = True  # it may hold arrays, which are not to be kept for its identity
+            break
           touched.setdefault((id(node), key), (weakref.ref(node), self._kept(old), was_data))
     self._mark = object()
+
+  @property
+  def is_dead(self) -> bool:
+    """Whether it will never hold again."""
+    return self._dead
 
   def holds(self) -> bool:
     """Whether a walk would find the same again."""

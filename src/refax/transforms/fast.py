@@ -195,7 +195,9 @@ class FastCalls:
 
   def learn(self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot]) -> None:
     """A new entry for a call that has been made, if it can be known by its arguments."""
-    if compiled.careful or compiled.commit.spec.redefined or not seen.describe():
+    if compiled.careful or compiled.commit.spec.redefined or seen.watch.is_dead:
+      return
+    if not seen.describe():
       return
     key, calls = _first(seen.values), weakref.ref(self)
 
@@ -213,7 +215,7 @@ class FastCalls:
   def drop(self, run: Callable) -> None:
     """Forget an entry, by its `run`: JAX would trace again for it."""
     self.last = NO_CALL
-    for key, lot in list(self._entries.items()):  # objects may die, and entries with them, meanwhile
+    for key, lot in list(self._entries.items()):  # of objects that die meanwhile, lots go
       lot[:] = [entry for entry in lot if entry.run is not run]
       if not lot:
         self._entries.pop(key, None)

@@ -1,0 +1,206 @@
+"""Calls of nnx.jit that are out of the ordinary: right, forgotten in time, and with good errors."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from refax import _jax, nnx
+
+pytestmark = pytest.mark.skipif(
+  not _jax.no_trace_active(), reason="the fast path needs the private API, which is switched off"
+)
+
+
+def is_known(step, *args, **kwargs):
+  return step._fast.find((*args, *kwargs.values()), tuple(kwargs)) is not None
+
+
+class Counter(nnx.Module):
+  def __init__(self, size=()):
+    self.count = nnx.Variable(jnp.zeros(size))
+
+
+RESULTS = {
+  "nothing": lambda counter: None,
+  "an empty dict": lambda counter: {},
+  "None in a tuple": lambda counter: (None, None),
+  "the model": lambda counter: counter,
+  "the model and None": lambda counter: (counter, None),
+  "an empty Module": lambda counter: nnx.Module(),
+}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_function_that_only_calls_back_is_called(result):
+  seen = []
+
+  @nnx.jit
+  def f(counter, x):
+    jax.debug.callback(lambda x: seen.append(int(x)), x)
+    return RESULTS[result](counter)
+
+  counter = Counter()
+  for i in range(3):
+    f(counter, i)
+  jax.effects_barrier()
+  assert seen == [0, 1, 2]
+
+
+def test_an_argument_is_given_away_also_where_nothing_is_returned():
+  f = nnx.jit(lambda x: None, donate_argnums=0)
+  g = jax.jit(lambda x: None, donate_argnums=0)
+  x, y = jnp.ones(3), jnp.ones(3)
+  f(x), g(y)
+  assert x.is_deleted() == y.is_deleted()
+
+
+def test_an_array_that_is_an_attribute_of_a_list_may_be_replaced():
+  class Layers(nnx.List):
+    def __init__(self):
+      super().__init__([nnx.Variable(1.0), jnp.ones(())])
+      self.scale = jnp.array(2.0)
+
+  layers = Layers()
+  f = nnx.jit(lambda layers: layers.scale * layers[0] + layers[1])
+  for scale in (2.0, 2.0, 5.0, 5.0, 7.0):
+    layers.scale = jnp.array(scale)
+    assert float(f(layers)) == scale + 1
+  layers[1] = jnp.zeros(())
+  assert float(f(layers)) == 7.0
+
+
+def plus_one(x):
+  v = nnx.Variable(x)
+  v[...] += 1
+  return v[...]
+
+
+INSIDE = {
+  "jit": lambda x: jax.jit(plus_one)(x),
+  "jit in jit": lambda x: jax.jit(jax.jit(plus_one))(x),
+  "cond": lambda x: jax.lax.cond(x > 0, plus_one, lambda x: x, x),
+  "switch": lambda x: jax.lax.switch(1, [lambda x: x, plus_one], x),
+  "scan": lambda x: jax.lax.scan(lambda c, _: (plus_one(c), c), x, None, 3)[0],
+  "while": lambda x: jax.lax.while_loop(lambda x: plus_one(x) < 9, plus_one, x),
+  "fori": lambda x: jax.lax.fori_loop(0, 3, lambda _, x: plus_one(x), x),
+  "checkpoint": lambda x: jax.checkpoint(plus_one)(x),
+  "vmap": lambda x: jax.vmap(plus_one)(x[None])[0],
+  "grad of jit": lambda x: jax.grad(lambda x: jax.jit(lambda x: (plus_one(0.0) + x) ** 2)(x))(x),
+  "jit in scan": lambda x: jax.lax.scan(lambda c, _: (jax.jit(plus_one)(c), c), x, None, 3)[0],
+  "map": lambda x: jax.lax.map(plus_one, x[None])[0],
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_state_that_is_made_inside_a_function_inside(name):
+  f, v = INSIDE[name], nnx.Variable(1.0)
+
+  @nnx.jit
+  def step(v):
+    v[...] = f(v[...])
+    return v * 2
+
+  want = f(jnp.array(1.0))
+  assert float(step(v)) == float(want) * 2
+  assert float(v) == float(want)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: [n]], ids=["alone", "in a list"])
+def test_a_number_that_is_too_large_is_named_in_a_known_call_too(times, wrap):
+  @nnx.jit
+  def f(counter, steps):
+    counter.count[...] += 1
+    return steps
+
+  counter = Counter()
+  for _ in range(times):
+    f(counter, wrap(1))
+  with pytest.raises(OverflowError, match=r"argument path is steps(\[0\])?\."):
+    f(counter, wrap(2**40))
+  assert float(counter.count) == times
+
+
+SIZE = 12345
+
+
+def live():
+  gc.collect()
+  return sum(x.size == SIZE for x in jax.live_arrays())
+
+
+ARGUMENTS = {
+  "the model": lambda counter: counter,
+  "in a list": lambda counter: [counter],
+  "in a tuple with a number": lambda counter: (counter, 1),
+  "a State": nnx.state,
+  "a Variable": lambda counter: counter.count,
+  "a Variable in a dict": lambda counter: {"count": counter.count},
+  "a Ref": lambda counter: counter.count.get_raw_value(),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_state_held_is_forgotten_with_it(name):
+  @nnx.jit
+  def step(x):
+    for ref in jax.tree.leaves(x):
+      if isinstance(ref, jax.Ref):
+        ref[...] += 1
+
+  for _ in range(3):
+    counter = Counter(SIZE)
+    for _ in range(3):
+      step(ARGUMENTS[name](counter))
+    assert is_known(step, ARGUMENTS[name](counter))
+  del counter
+  assert live() == 0
+
+
+def test_state_that_was_replaced_in_a_model_is_forgotten():
+  @nnx.jit
+  def step(counter):
+    counter.count[...] += 1
+
+  counter = Counter(SIZE)
+  for _ in range(5):
+    counter.count = nnx.Variable(jnp.zeros(SIZE))
+    step(counter), step(counter)
+  assert is_known(step, counter)
+  assert live() == 1
+
+
+def test_the_death_of_one_argument_leaves_the_entries_of_others():
+  @nnx.jit
+  def step(counters):
+    counters[0].count[...] += 1
+
+  one, other = Counter(), Counter()
+  for counter in (one, other, one, other):
+    step([counter])
+  del one, counter
+  gc.collect()
+  assert is_known(step, [other])
+
+
+def test_an_attribute_that_each_step_replaces_is_not_kept_of_any_step():
+  optimizer = optax.trace(0.9)
+
+  class Trained(nnx.Module):
+    def __init__(self):
+      self.weights = nnx.Param(jnp.ones(SIZE))
+      self.state = optimizer.init(self.weights[...])
+
+  @nnx.jit
+  def step(model, x):
+    updates, model.state = optimizer.update(model.weights * x, model.state)
+    model.weights[...] -= updates
+
+  model = Trained()
+  for _ in range(8):
+    step(model, 0.1)
+  assert live() == 2
+  assert sum(map(len, step._fast._entries.values())) <= 1

@@ -258,3 +258,83 @@ def test_a_snapshot_waits_for_a_buffer_that_another_call_is_taking(monkeypatch):
   monkeypatch.setattr(_jax, "_copied_together", refusing)
   refs = [nnx.Variable(2.0).get_raw_value()]
   assert [float(x) for x in _jax.snapshot(refs) or []] == [2.0]
+
+
+TRACED = {
+  "arrays": (lambda xs: {"a": xs[0] @ xs[1], "b": None}, [jnp.ones((2, 3)), jnp.ones(3)]),
+  "numbers": (lambda xs: (xs[0] + xs[1], 2.0), [1.0, np.ones(2, np.int8)]),
+  "keys": (lambda xs: jax.random.split(xs[0]), [jax.random.key(0)]),
+  "a closure": (lambda xs: xs[0] + jnp.arange(3) + TRACED["arrays"][1][1], [jnp.ones(3)]),
+  "types": (lambda xs: xs[0].sum(), [jax.ShapeDtypeStruct((4,), jnp.bfloat16)]),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_is_that_of_make_jaxpr(name):
+  f, values = TRACED[name]
+  assert _jax._tracer() is not None
+  got, want = _jax.traced(f, values), jax.make_jaxpr(f, return_shape=True)(values)
+  assert str(got[0]) == str(want[0])
+  assert got[0].in_avals == want[0].in_avals and got[0].out_avals == want[0].out_avals
+  assert jax.tree.structure(got[1]) == jax.tree.structure(want[1])
+  types = lambda shapes: [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(shapes)]
+  assert types(got[1]) == types(want[1])
+
+
+def test_a_trace_of_what_returns_no_array_says_what_jax_says():
+  f = lambda xs: {"a": [xs[0], "text"]}
+  texts = []
+  for way in (_jax._tracer(), _jax._make_jaxpr):
+    with pytest.raises(TypeError, match="returned a value of type <class 'str'>") as caught:
+      way(f, [jnp.ones(2)])
+    texts.append(str(caught.value))
+  assert texts[0] == texts[1]
+
+
+def _whole(x):
+  a, b = jax.new_ref(x), jax.new_ref(jnp.zeros(2))
+  a[...] = jax.nn.relu(a[...]) * 2
+  b[...] = a[...] + b[...]
+  return a[...], jax.freeze(b), x, 1.0
+
+
+def _part(x):
+  a = jax.new_ref(x)
+  a[0] = 5.0
+  return (a[...],)
+
+
+def _inside(x):
+  def inner(x):
+    a = jax.new_ref(x)
+    a[...] *= 3
+    return a[...]
+
+  return (jax.jit(inner)(x),)
+
+
+@pytest.mark.parametrize("f, is_renamed", [(_whole, True), (_part, False), (_inside, False)])
+def test_refs_made_inside_become_values_without_another_trace(f, is_renamed, monkeypatch):
+  x = jnp.array([-1.0, 2.0])
+  closed = jax.make_jaxpr(f)(x)
+  assert (_jax._renamed(closed) is not None) is is_renamed
+  pure = _jax.discharge(closed)
+  monkeypatch.setattr(_jax, "_renamed", lambda closed: None)
+  for jaxpr in (pure, _jax.discharge(closed)):
+    assert "Ref" not in str(jaxpr)
+    run = _jax.jaxpr_as_fun(jaxpr)
+    for got, want in zip(run(x), f(x), strict=True):
+      np.testing.assert_array_equal(got, want)
+    gradient = jax.grad(lambda x, run=run: run(x)[0].sum())(x)
+    np.testing.assert_array_equal(gradient, {_whole: [0, 2], _part: [0, 1], _inside: [3, 3]}[f])
+
+
+def test_what_else_a_jaxpr_does_is_not_lost():
+  def f(x):
+    a = jax.new_ref(x)
+    jax.debug.print("{}", a[...])
+    return (a[...],)
+
+  closed = jax.make_jaxpr(f)(1.0)
+  assert _jax._renamed(closed) is None
+  assert "debug" in str(_jax.discharge(closed))

@@ -531,7 +531,7 @@ def traced(fun: Callable[[Any], Any], values: Any) -> tuple[Any, Any]:
   us in place of 70. Private: `trace_to_jaxpr_dynamic`, on which JAX's own transforms are built.
   Falls back to `jax.make_jaxpr`, as it does where JAX looks at the keys of each trace.
   """
-  trace = None if flag("jax_debug_key_reuse") else _tracer()
+  trace = None if _private() is None or flag("jax_debug_key_reuse") else _tracer()
   return (trace or _make_jaxpr)(fun, values)
 
 
@@ -542,8 +542,6 @@ def _make_jaxpr(fun: Callable[[Any], Any], values: Any) -> tuple[Any, Any]:
 @functools.cache
 def _tracer() -> Callable[..., tuple[Any, Any]] | None:
   """The private way of `traced`, when it does what `jax.make_jaxpr` does, else None."""
-  if _private() is None:
-    return None
   try:
     from jax._src import core
     from jax._src.api_util import debug_info
@@ -618,6 +616,8 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   """
   if _private() is None:
     return closed_jaxpr
+  if (renamed := _renamed(closed_jaxpr)) is not None:
+    return renamed
   try:
     from jax._src.state.discharge import discharge_state
 
@@ -628,6 +628,20 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
     return closed_jaxpr
   pure = _rewritten(pure, _taken_out) if rules else pure
   return pure if not rules or _custom_rules(pure) == rules else closed_jaxpr
+
+
+def _renamed(closed_jaxpr: Any) -> Any:
+  """`discharge` of a jaxpr that makes, reads and writes whole Refs only; None for any other.
+
+  JAX would trace all of it once more. Such a jaxpr has as many operations of other sorts as before,
+  and what has derivatives of its own is one of these.
+  """
+  if not all(type(e).__name__ == "InternalMutableArrayEffect" for e in closed_jaxpr.effects):
+    return None
+  try:
+    return _Whole(closed_jaxpr).run([])[0]
+  except (AttributeError, NotImplementedError, TypeError, KeyError, ValueError):
+    return None
 
 
 def without_refs(closed_jaxpr: Any, written: list[Any]) -> tuple[Any, list[Any]] | None:
@@ -738,6 +752,18 @@ class _Values:
     values = list(map(self._now, inner.outvars))
     self._names |= zip(eqn.outvars, values[: len(eqn.outvars)], strict=True)
     self._refs |= zip(refs, values[len(eqn.outvars) :], strict=True)
+
+
+class _Whole(_Values):
+  """The same where all operations on Refs make, read or write a whole one."""
+
+  def _add(self, eqn: Any) -> None:
+    if _has_state(eqn) and eqn.primitive.name not in ("new_ref", "get", "swap", "freeze"):
+      raise NotImplementedError(eqn.primitive.name)
+    super()._add(eqn)
+
+  def _discharge(self, eqn: Any) -> None:
+    raise NotImplementedError(eqn.primitive.name)
 
 
 def _is_ref_var(atom: Any) -> bool:

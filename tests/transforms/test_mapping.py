@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
-from refax.errors import SharedWriteError, TreeMismatchError
+from refax.errors import DifferentiatedWriteError, SharedWriteError, TreeMismatchError
 
 
 class Node(nnx.Module):
@@ -306,3 +306,66 @@ def test_shared_random_streams_draw_other_numbers_for_each_element_if_asked(clos
   assert len({*one.tolist(), *two.tolist()}) == 6
   assert int(rngs.default.count) == 3
   np.testing.assert_array_equal(jax.random.key_data(rngs.default.key[...]), key)
+
+
+ELEMENTS = {
+  "keys": (jax.random.split(jax.random.key(0), 3), 0),
+  "a negative axis": (np.ones((2, 3), np.float32), -1),
+  "weak": (jnp.full(3, 2.0), 0),
+  "NumPy": (np.arange(3), 0),
+  "a pytree": ({"a": jnp.ones((3, 2)), "b": jnp.ones(3)}, 0),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_the_function_sees_one_element_of_the_type_that_jax_shows(name):
+  x, axis = ELEMENTS[name]
+  seen = []
+
+  def f(v, x):
+    seen.append([jax.typeof(leaf) for leaf in jax.tree.leaves(x)])
+    return v + 1
+
+  jax.vmap(lambda x: f(1.0, x), in_axes=(axis,))(x)
+  nnx.vmap(f, in_axes=(None, axis))(nnx.Variable(1.0), x)
+  assert seen[0] == seen[1]
+
+
+def test_the_function_runs_at_every_call_for_what_it_reads_may_have_changed():
+  scale = [1.0]
+  f = nnx.vmap(lambda v, x: v * x * scale[0], in_axes=(None, 0))
+  v = nnx.Variable(2.0)
+  close(f(v, jnp.ones(2)), [2.0, 2.0])
+  scale[0] = 3.0
+  close(f(v, jnp.ones(2)), [6.0, 6.0])
+
+
+@pytest.mark.parametrize("axis_name", [None, "batch"])
+def test_a_write_of_what_is_differentiated_inside_is_refused(axis_name):
+  v = nnx.Variable(jnp.zeros(3))
+
+  def f(v, x):
+    def loss(w):
+      v[...] = 2 * w
+      return w * x
+
+    return jax.grad(loss)(x)
+
+  with pytest.raises(DifferentiatedWriteError):
+    nnx.vmap(f, axis_name=axis_name)(v, jnp.ones(3))
+  close(v, [0, 0, 0])
+
+
+@pytest.mark.parametrize("axis_name", [None, "batch"])
+def test_gradients_flow_through_a_function_that_is_mapped_inside(axis_name):
+  stat = nnx.BatchStat(jnp.zeros(3))
+
+  def f(w, v, x):
+    v[...] = v + x
+    return w * x
+
+  def loss(w):
+    return nnx.vmap(f, in_axes=(None, 0, 0), axis_name=axis_name)(w, stat, jnp.arange(3.0)).sum()
+
+  close(jax.grad(loss)(1.0), 3.0)
+  close(nnx.grad(lambda p: loss(p))(nnx.Param(1.0)), 3.0)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from refax import _jax
+from refax.core.observe import undo_on_error
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 
@@ -46,8 +47,9 @@ def remat(
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     fixed = {range(len(args))[n]: args[range(len(args))[n]] for n in static}
-    if _jax.no_trace_active():
-      return f(*args, **kwargs)
+    if _jax.no_trace_active():  # nothing is differentiated
+      with undo_on_error(()):
+        return f(*args, **kwargs)
     call = lambda *inner, **kw: f(*(fixed.get(i, x) for i, x in enumerate(inner)), **kw)
     inputs = Inputs.of(tuple(None if i in fixed else x for i, x in enumerate(args)), kwargs)
     values = values_of(inputs)

@@ -116,7 +116,8 @@ class Staged:
       self._pure_tree = jax.tree.structure(([0] * len(self._jaxpr.out_avals), {}))
       return
 
-    def with_local_refs(flat, closures):
+    def with_local_refs(given):
+      flat, closures = given
       refs = {key: _jax.new_cell(value) for key, value in closures.items()}
       consts = [refs.get(id(c), c) if _jax.is_ref(c) else c for c in self._jaxpr.consts]
       results = _jax.jaxpr_as_fun(self._jaxpr.replace(consts=consts))(*flat)
@@ -124,7 +125,7 @@ class Staged:
 
     avals = {key: jax.ShapeDtypeStruct(r.shape, r.dtype) for key, r in self.closures.items()}
     flat = jax.tree.leaves(list(values))
-    closed, shapes = jax.make_jaxpr(with_local_refs, return_shape=True)(flat, avals)
+    closed, shapes = _jax.traced(with_local_refs, (flat, avals))
     self._pure = _jax.discharge(closed)
     self._pure_tree = jax.tree.structure(shapes)
 

@@ -208,6 +208,26 @@ def is_staging() -> bool:
 
 
 @functools.cache
+def _trace_context() -> Callable[[], Any]:
+  try:
+    from jax._src.config import trace_context
+
+    hash(trace_context())
+    return trace_context
+  except (ImportError, AttributeError, TypeError):
+    return lambda: ()
+
+
+def trace_context() -> Any:
+  """The settings that JAX traces again for (precision, mesh, device, x64): hashable.
+
+  Private: `jax._src.config.trace_context`, a part of the key of JAX's own caches. Without it, what
+  is compiled under one setting is compiled once more after a call under another one.
+  """
+  return _trace_context()()
+
+
+@functools.cache
 def steady_check() -> Callable[[], bool]:
   """`no_trace_active() and not checks_results()`, for a call that cannot afford two such calls.
 

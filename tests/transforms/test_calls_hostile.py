@@ -124,6 +124,40 @@ def test_a_number_that_is_too_large_is_named_in_a_known_call_too(times, wrap):
   assert float(counter.count) == times
 
 
+def test_settings_of_jax_that_go_back_and_forth_are_each_compiled_once():
+  @nnx.jit
+  def f(counter, x):
+    counter.count[...] += 1
+    return x @ x
+
+  counter, x = Counter(), jnp.ones((4, 4))
+  for _ in range(3):
+    f(counter, x)
+    with jax.default_matmul_precision("highest"):
+      f(counter, x)
+    with nnx.use_hijax(False):
+      f(counter, x)
+  assert float(counter.count) == 9
+  assert len(f._fast._compiled) == 3
+  assert all(compiled.call._cache_size() <= 2 for compiled in f._fast._compiled.values())
+
+
+def test_another_class_is_another_structure():
+  class One(Counter):
+    def __call__(self):
+      return self.count + 1
+
+  class Two(One):
+    def __call__(self):
+      return self.count + 2
+
+  counter, f = One(), nnx.jit(lambda counter: counter())
+  assert float(f(counter)) == float(f(counter)) == 1
+  counter.__class__ = Two
+  assert isinstance(counter, Two)
+  assert float(f(counter)) == float(counter()) == 2
+
+
 SIZE = 12345
 
 

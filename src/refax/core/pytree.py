@@ -186,6 +186,11 @@ class Pytree(Node):
     if isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)
       return
+    if name == "__class__":
+      self._check_trace(name)
+      object.__setattr__(self, name, value)
+      self._structure_changed(None)
+      return
     if name == "__dict__":
       self.__dict__.clear()
       self.__dict__.update(value)

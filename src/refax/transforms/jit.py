@@ -147,7 +147,8 @@ class _Jitted:
     self, inputs: Inputs, spec: tuple, leaves: tuple, watch: Watch
   ) -> tuple[tuple, Compiled]:
     """What is compiled for this structure; it is traced where there is none."""
-    rest = (config.using_hijax(), _jax.checks_results(), *map(signature, inputs.leaves))
+    settings = (config.using_hijax(), _jax.checks_results(), _jax.trace_context())
+    rest = (*settings, *map(signature, inputs.leaves))
     key = (spec, *rest)
     compiled = self.fast.compiled(key)
     if compiled is None:

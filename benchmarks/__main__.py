@@ -1,4 +1,4 @@
-"""Refax beside JAX by hand, Flax NNX and Equinox: dispatch, training, construction, memory, import.
+"""Refax beside JAX by hand, Flax NNX and Equinox: calls, tracing, eager work, files, memory.
 
 Every case runs in a process of its own, pinned to one core. In it, all ways of writing the case
 take turns, round after round, so that a machine that slows down slows them all. Printed are
@@ -13,7 +13,7 @@ import platform
 from pathlib import Path
 
 from benchmarks.measure import measure, pin, rounds_of
-from benchmarks.report import chart, tables
+from benchmarks.report import chart, lost, tables
 
 OUT = Path("out/benchmarks")
 
@@ -21,6 +21,9 @@ OUT = Path("out/benchmarks")
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
   parser.add_argument("cases", nargs="*", help="parts of names of cases; by default all")
+  parser.add_argument(
+    "--against", type=Path, help="a numbers.json of before: names the rows that lost over 15 %%"
+  )
   parser.add_argument("--rounds", type=int, help="how often all ways take turns")
   parser.add_argument("--case", help=argparse.SUPPRESS)
   parser.add_argument("--ways", action="store_true", help=argparse.SUPPRESS)
@@ -31,17 +34,28 @@ def main() -> None:
     return
   from benchmarks.cases import CASES
 
-  wanted = [n for n in CASES if not options.cases or any(part in n for part in options.cases)]
+  named = lambda n: f"{CASES[n].table}: {n}"
+  wanted = [n for n in CASES if not options.cases or any(p in named(n) for p in options.cases)]
   results = {}
   for name in wanted:
     print(f"{name} ...", flush=True)
     results[name] = measure(name, CASES[name], options.rounds)
   OUT.mkdir(parents=True, exist_ok=True)
   (OUT / "numbers.json").write_text(json.dumps({"machine": machine(), "cases": results}, indent=1))
-  text = tables(results, {name: CASES[name].unit for name in results}) + f"\n\n{machine()}\n"
+  text = tables(results, CASES) + f"\n\n{machine()}\n"
   (OUT / "table.md").write_text(text)
   chart(results, machine(), OUT / "chart.png")
-  print(f"\n{text}\nAll numbers, the table and a chart: {OUT}/")
+  print(f"\n{text}\nAll numbers, the tables and a chart: {OUT}/")
+  if options.against:
+    _compare(json.loads(options.against.read_text())["cases"], results)
+
+
+def _compare(old: dict, new: dict) -> None:
+  """Name the rows that have become slower; it is an error if there are any."""
+  rows = lost(old, new)
+  if rows:
+    raise SystemExit("\n".join(["These rows lost more than 15 %:", *rows]))
+  print("No row lost more than 15 %.")
 
 
 def run(options: argparse.Namespace) -> object:

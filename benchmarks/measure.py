@@ -22,6 +22,7 @@ class Case(NamedTuple):
   """A thing to measure."""
 
   make: Callable[[], Steps]
+  table: str
   rounds: int = 15
   unit: str = "s"
   alone: bool = False

@@ -466,3 +466,41 @@ PATTERNS: dict[str, Callable[[int], Steps]] = {
   "a lojax model, written": lojax_written,
   "dict and tuple batch, keywords": batches,
 }
+
+
+def serving(n: int) -> Steps:
+  """A step of decoding in a large model: `n` Variables are read, two are written.
+
+  The size is that of a model served by vLLM on TPU, whose host lost 13 of 41 ms a token in
+  flattening (vllm-project/tpu-inference#2607).
+  """
+
+  def step(model, cache, x):
+    weights = jax.lax.optimization_barrier([v[...] for v in model.weights])  # all are needed
+    cache.keys[...] = cache.keys[...] + x
+    cache.values[...] = cache.values[...] - x
+    return weights[0].sum() * x
+
+  def models(lib):
+    class Model(lib.Module):
+      def __init__(self):
+        self.weights = lib.List([lib.Param(w) for w in zeros(n)])
+
+    class Cache(lib.Module):
+      def __init__(self):
+        self.keys, self.values = (lib.Variable(jnp.zeros(8)) for _ in range(2))
+
+    return Model(), Cache()
+
+  def make(lib):
+    f, (model, cache) = lib.jit(step), models(lib)
+    return lambda: f(model, cache, ONE)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def hand(cache, weights, x):
+    keys, values = cache
+    return (keys + x, values - x), jax.lax.optimization_barrier(weights)[0].sum() * x
+
+  steps = both(make, threaded(hand, (jnp.zeros(8), jnp.zeros(8)), zeros(n), ONE))
+  partial = flax.jit_partial(step, *models(flax), graph=False)
+  return steps | {"Flax jit_partial": lambda: partial(ONE)}

@@ -3,21 +3,31 @@
 import statistics
 from pathlib import Path
 
-from benchmarks.measure import BASE, ratios
+from benchmarks.measure import BASE, Case, ratios
 
 Results = dict[str, dict[str, list[float]]]
 
 
-def tables(results: Results, units: dict[str, str]) -> str:
-  """A table for the cases that share ways of writing them, another for the others."""
-  groups: list[Results] = []
+def tables(results: Results, cases: dict[str, Case]) -> str:
+  """The tables, each under its heading."""
+  groups: dict[str, Results] = {}
   for name, numbers in results.items():
-    shared = lambda group, numbers=numbers: set(ways_of(group)) & numbers.keys() - {BASE}
-    group = next(filter(shared, groups), None)
-    if group is None:
-      groups.append(group := {})
-    group[name] = numbers
-  return "\n\n".join(_table(group, units) for group in groups)
+    groups.setdefault(cases[name].table, {})[name] = numbers
+  units = {name: cases[name].unit for name in results}
+  parts = (f"### {heading}\n\n{_table(group, units)}" for heading, group in groups.items())
+  return "\n\n".join(parts)
+
+
+def lost(old: Results, new: Results, most: float = 1.15) -> list[str]:
+  """The rows of Refax whose multiples of hand-written JAX have grown by more than a factor."""
+  found = []
+  for name in old.keys() & new.keys():
+    for way in old[name].keys() & new[name].keys():
+      if way.startswith("Refax"):
+        before, now = (ratios(results[name], way)[1] for results in (old, new))
+        if now > most * before:
+          found.append(f"{name}, {way}: {before:.2f} has become {now:.2f}")
+  return sorted(found)
 
 
 def _table(results: Results, units: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from benchmarks import report
-from benchmarks.measure import BASE, ratios, rounds_of
+from benchmarks.measure import BASE, Case, ratios, rounds_of
 
 
 def test_all_ways_take_turns_and_are_timed():
@@ -35,15 +35,38 @@ def test_the_table_shows_what_the_base_takes_and_multiples_of_it():
     "call": {BASE: [1e-5, 1e-5, 1e-5], "ours": [2e-5, 2e-5, 2e-5]},
     "memory": {BASE: [2.0**30], "theirs": [2.0**31]},
   }
-  assert report.tables(results, {"call": "s", "memory": "bytes"}) == (
+  none = lambda: {}
+  cases = {"call": Case(none, "calls"), "memory": Case(none, "memory", unit="bytes")}
+  assert report.tables(results, cases) == (
+    "### calls\n\n"
     "|  | JAX by hand | ours |\n"
     "|---|---|---|\n"
     "| call | 10 µs | 2.00 (2.00–2.00) |\n"
     "\n"
+    "### memory\n\n"
     "|  | JAX by hand | theirs |\n"
     "|---|---|---|\n"
     "| memory | 1024 MiB | 2.00 (2.00–2.00) |"
   )
+
+
+def test_rows_of_refax_that_have_lost_are_named():
+  old = {
+    "call": {BASE: [1.0] * 3, "Refax nnx.jit": [1.0] * 3, "Refax, jax.jit": [5.0] * 3},
+    "gone": {BASE: [1.0] * 3, "Refax": [1.0] * 3},
+  }
+  new = {
+    "call": {
+      BASE: [2.0] * 3,  # a slower machine
+      "Refax nnx.jit": [2.4] * 3,
+      "Refax, jax.jit": [11.0] * 3,
+      "Flax nnx.jit": [90.0] * 3,
+    },
+    "new": {BASE: [1.0] * 3, "Refax": [9.0] * 3},
+  }
+  assert report.lost(old, new) == ["call, Refax nnx.jit: 1.00 has become 1.20"]
+  assert report.lost(old, old) == []
+  assert len(report.lost(old, new, most=1.05)) == 2
 
 
 def test_the_chart_is_a_picture(tmp_path):

@@ -248,3 +248,43 @@ def test_linear_general_under_transforms(hijax):
   assert nnx.graphdef(general(2, 3, batch_axis={0: 7})) == nnx.graphdef(
     general(2, 3, batch_axis={0: 7})
   )
+
+
+@pytest.mark.parametrize("make", [nnx.Linear, nnx.LinearGeneral])
+@pytest.mark.parametrize("given", ["nothing", "promote_dtype", "dot_general"])
+def test_a_later_step_takes_nothing_that_a_layer_has_given_away(make, given):
+  kept = []
+
+  def promote_dtype(xs, **_):
+    kept.extend(xs)
+    return xs
+
+  def dot_general(x, kernel, *args, **kwargs):
+    kept.append(kernel)
+    return jax.lax.dot_general(x, kernel, *args, **kwargs)
+
+  functions = {"promote_dtype": promote_dtype, "dot_general": dot_general}
+  options = {given: functions[given]} if given in functions else {}
+  model, x = make(2, 3, rngs=nnx.Rngs(0), **options), jnp.ones((4, 2))
+  y = model(x)
+  own = [v.get_raw_value()._refs._buf.unsafe_buffer_pointer() for v in (model.kernel, model.bias)]
+  assert all(array.unsafe_buffer_pointer() not in own for array in (*kept, y))
+  before = [np.array(array) for array in (*kept, y)]
+
+  @nnx.jit
+  def step(model):
+    model.kernel[...] += 1
+    model.bias[...] += 1
+
+  step(model)
+  for array, want in zip((*kept, y), before, strict=True):
+    np.testing.assert_array_equal(array, want)
+  assert not np.allclose(model(x), before[-1])
+
+
+@pytest.mark.parametrize("make", [nnx.Linear, nnx.LinearGeneral])
+def test_an_array_may_take_the_place_of_a_parameter(make):
+  model = make(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+  del model.kernel
+  model.kernel = nnx.data(jnp.ones((2, 3)))
+  np.testing.assert_array_equal(model(jnp.ones((1, 2))), [[2, 2, 2]])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from refax.core.module import Module
-from refax.core.variable import Param
+from refax.core.variable import Param, Variable, borrowed
 from refax.errors import InvalidArgumentError, ShapeMismatchError
 from refax.nn import check, dtypes, initializers
 from refax.rngs import Rngs
@@ -95,8 +95,9 @@ class Linear(Module):
     """
     x = check.as_input(inputs)
     check.last_axis("Linear", x, self.in_features, self.kernel)
-    bias = None if self.bias is None else self.bias[...]
-    x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+    ours = self.dot_general is lax.dot_general
+    kernel, bias = _parameters(self.kernel, self.bias, self.promote_dtype, ours)
+    x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
     # A user's `dot_general` may not know these two: they are passed only where they are wanted.
     wanted = {"preferred_element_type": self.preferred_element_type, "out_sharding": out_sharding}
     y = self.dot_general(
@@ -206,11 +207,12 @@ class LinearGeneral(Module):
     """
     x = check.as_input(inputs)
     batch, axes = self._axes(x)
-    bias = None if self.bias is None else self.bias[...]
-    x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
     dot_general = self.dot_general or lax.dot_general
     if self.dot_general_cls is not None:
       dot_general = self.dot_general_cls()
+    ours = dot_general is lax.dot_general
+    kernel, bias = _parameters(self.kernel, self.bias, self.promote_dtype, ours)
+    x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)
     contracted = tuple(range(len(batch), len(batch) + len(axes)))
     # A user's `dot_general` may not know these two: they are passed only where they are wanted.
     wanted = {"preferred_element_type": self.preferred_element_type, "out_sharding": out_sharding}
@@ -247,6 +249,23 @@ class LinearGeneral(Module):
         fix="pass an input with more axes, or build LinearGeneral with another axis=",
       )
     return batch, axes
+
+
+def _parameters(
+  kernel: Param, bias: Param | None, promote_dtype: dtypes.PromoteDtype, ours: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  """The kernel and the bias, uncopied where no function of the user could keep them.
+
+  Args:
+    kernel: the kernel.
+    bias: the bias, if there is one.
+    promote_dtype: the layer's.
+    ours: whether the product is that of JAX.
+  """
+  ours = ours and promote_dtype is dtypes.promote_dtype
+  # A user may have put an array in the place of a Variable.
+  read = lambda x: borrowed(x) if ours and isinstance(x, Variable) else x[...]
+  return read(kernel), None if bias is None else read(bias)
 
 
 def _sizes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:

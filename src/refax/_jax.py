@@ -721,6 +721,7 @@ class _Values:
       eqns=self._eqns,
       effects=frozenset(),
       debug_info=old.debug_info.with_unknown_names(),
+      is_high=any(map(_is_high, self._eqns)),
     )
     return ClosedJaxpr(jaxpr, list(self._consts.values())), kept
 
@@ -786,6 +787,11 @@ class _Whole(_Values):
     raise NotImplementedError(eqn.primitive.name)
 
 
+def _is_high(eqn: Any) -> bool:
+  """Whether an equation computes with what JAX lowers to operations of its own."""
+  return eqn.primitive.is_high(*(v.aval for v in eqn.invars), **eqn.params)
+
+
 def _is_ref_var(atom: Any) -> bool:
   return hasattr(atom.aval, "inner_aval")
 
@@ -814,8 +820,10 @@ def call_jaxpr(closed_jaxpr: Any, args: list[Any], name: str) -> list[Any]:
   """The results of a jaxpr without effects, as one operation of the trace of now.
 
   `jaxpr_as_fun` would trace each of its operations once more. This is for a compiler only: it can
-  be neither differentiated nor batched.
+  be neither differentiated nor batched. What is high (`jax.experimental.hijax`), JAX has to lower.
   """
+  if closed_jaxpr.jaxpr.is_high:
+    return jaxpr_as_fun(closed_jaxpr)(*args)
   return _call.bind(*args, call=_Call(name, closed_jaxpr))
 
 
@@ -884,8 +892,7 @@ def _rewritten(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
   eqns = list(map(rewritten, old.eqns))
   if all(map(operator.is_, eqns, old.eqns)):
     return jaxpr
-  high = (e.primitive.is_high(*(v.aval for v in e.invars), **e.params) for e in eqns)
-  new = old.replace(eqns=eqns, is_high=any(high))
+  new = old.replace(eqns=eqns, is_high=any(map(_is_high, eqns)))
   return new if old is jaxpr else jaxpr.replace(jaxpr=new)
 
 

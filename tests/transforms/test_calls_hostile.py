@@ -1,13 +1,17 @@
 """Calls of nnx.jit that are out of the ordinary: right, forgotten in time, and with good errors."""
 
 import gc
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import hijax
 
 from refax import _jax, nnx
+
+HiPrim: Any = getattr(hijax, "HiPrim", None) or getattr(hijax, "VJPHiPrimitive")  # noqa: B009
 
 pytestmark = pytest.mark.skipif(
   not _jax.no_trace_active(), reason="the fast path needs the private API, which is switched off"
@@ -106,6 +110,38 @@ def test_state_that_is_made_inside_a_function_inside(name):
   want = f(jnp.array(1.0))
   assert float(step(v)) == float(want) * 2
   assert float(v) == float(want)
+
+
+class Tripled(HiPrim):
+  """An operation that JAX lowers to others; its gradient is not theirs."""
+
+  def __init__(self, aval):
+    self.in_avals, self.out_aval, self.params = (aval,), aval, {}
+    super().__init__()
+
+  def expand(self, x):
+    return x * 3.0
+
+  def vjp_fwd(self, nonzero, x):
+    return self(x), None
+
+  def vjp_bwd_retval(self, residuals, g):
+    return (5.0 * g,)
+
+
+def test_operations_that_jax_lowers_to_others():
+  tripled = lambda x: Tripled(jax.typeof(x))(x)
+
+  @nnx.jit
+  def f(v, x):
+    v[...] = tripled(v[...])
+    ys = jax.lax.scan(lambda c, _: (c, tripled(c) + v), x, None, 2)[1]
+    return ys, jax.grad(tripled)(x)
+
+  v = nnx.Variable(1.0)
+  for i in (1, 2, 3):
+    ys, gradient = f(v, 2.0)
+    assert (float(v), ys.tolist(), float(gradient)) == (3**i, [6 + 3**i] * 2, 5)
 
 
 @pytest.mark.parametrize("times", [1, 3])

@@ -1,5 +1,7 @@
 """Calls of nnx.jit that are out of the ordinary: right, forgotten in time, and with good errors."""
 
+import dataclasses
+import functools
 import gc
 from typing import Any
 
@@ -178,6 +180,37 @@ def test_settings_of_jax_that_go_back_and_forth_are_each_compiled_once():
   assert all(compiled.call._cache_size() <= 2 for compiled in f._fast._compiled.values())
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+  content: Any
+
+
+@pytest.mark.parametrize(
+  "hold",
+  [
+    Box,
+    lambda layer: layer.__call__,
+    functools.partial,
+    lambda layer: (layer,),
+    lambda x: {"k": x},
+  ],
+  ids=["dataclass", "method", "partial", "tuple", "dict"],
+)
+def test_a_layer_in_the_place_of_an_array_changes_its_mode_with_the_model(hold):
+  class Model(nnx.Module):
+    def __init__(self):
+      self.part = jnp.ones(1)
+      self.deterministic = False
+
+  model, layer = Model(), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+  for _ in range(2):
+    model.eval(), model.train()
+  model.part = nnx.data(hold(layer))
+  model.eval()
+  assert layer.deterministic and model.deterministic
+
+
 def test_another_class_is_another_structure():
   class One(Counter):
     def __call__(self):
@@ -241,6 +274,17 @@ def test_state_that_was_replaced_in_a_model_is_forgotten():
     step(counter), step(counter)
   assert is_known(step, counter)
   assert live() == 1
+
+
+def test_entries_that_can_never_hold_again_go():
+  step = nnx.jit(lambda counter: counter.count + 1)
+  counter, other = Counter(), Counter()
+  for i in range(10):
+    other.count.set_metadata(tag=i)
+    counter.parts = [i]
+    step(counter), step(counter)
+  assert is_known(step, counter)
+  assert sum(map(len, step._fast._entries.values())) <= 2
 
 
 def test_the_death_of_one_argument_leaves_the_entries_of_others():

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refax.core.filters import Filter, to_predicates
 from refax.core.flatten import Walk, walk_nodes
 from refax.core.habits import Habits
-from refax.core.node import Node, Tracked
-from refax.core.pytree import Pytree
+from refax.core.pytree import PLAIN, Pytree
 from refax.core.variable import Perturbation, Variable
-from refax.core.watch import MISSING, Watch
+from refax.core.watch import Watch
 from refax.errors import FilterError, TreeMismatchError
 
 
@@ -23,8 +23,9 @@ def _append(old: tuple, new: Any) -> tuple:
 
 def _modules_only(x: Any) -> Any:
   """What decides which Modules there are, and which attributes they have."""
-  is_seen = x is MISSING or isinstance(x, Node | Tracked | list | tuple | dict)
-  return x if is_seen else None
+  if type(x) in PLAIN or isinstance(x, Variable | jax.Array | np.ndarray):
+    return None
+  return x
 
 
 def _having(

@@ -40,7 +40,7 @@ converters: dict[type, Callable[[Any], Any]] = {}
 """What a built-in container becomes when it is assigned to an attribute; filled by `containers`."""
 
 
-_PLAIN = frozenset((type(None), bool, int, float, str, type))
+PLAIN = frozenset((type(None), bool, int, float, str, type))
 """Types of values that are static without a closer look."""
 
 
@@ -108,7 +108,7 @@ def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
   Raises:
     StaticAttributeError: it is not data and not hashable.
   """
-  if type(value) in _PLAIN:
+  if type(value) in PLAIN:
     return value, False
   if isinstance(value, Variable | Node):
     return value, True
@@ -180,7 +180,7 @@ class Pytree(Node):
     register(cls)
 
   def __setattr__(self, name: str, value: Any) -> None:
-    if type(value) in _PLAIN and type(self.__dict__.get(name, MISSING)) in _PLAIN:
+    if type(value) in PLAIN and type(self.__dict__.get(name, MISSING)) in PLAIN:
       self._set_plain(name, value)
       return
     if isinstance(getattr(type(self), name, None), property):

@@ -72,6 +72,11 @@ class Entry:
     )  # fmt: skip
     """What `steady` looks at: a tuple, for an attribute takes as long as a check."""
 
+  @property
+  def may_hold(self) -> bool:
+    """Whether the entry may ever describe a call again."""
+    return self._epoch == epoch.value and not self._watch.is_dead
+
   def matches(self, values: tuple, names: tuple[str, ...]) -> Any:
     """What to run on, if this entry describes a call; else None.
 
@@ -208,8 +213,8 @@ class FastCalls:
     if sum(map(len, self._entries.values())) >= LIMIT:
       self._entries.clear()
     lot = self._entries.setdefault(key, [])
-    lot.insert(0, entry := Entry(seen, compiled, slots, forget))
-    del lot[_ALIKE:]
+    entry = Entry(seen, compiled, slots, forget)
+    lot[:] = [entry, *(e for e in lot if e.may_hold)][:_ALIKE]
     self.last = entry.quick
 
   def drop(self, run: Callable) -> None:

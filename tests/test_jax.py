@@ -338,3 +338,128 @@ def test_what_else_a_jaxpr_does_is_not_lost():
   closed = jax.make_jaxpr(f)(1.0)
   assert _jax._renamed(closed) is None
   assert "debug" in str(_jax.discharge(closed))
+
+
+# a trace of Refs as one of values
+def whole(a, b, x):
+  a[...] = a[...] + x
+  old = a[...]
+  b[...], a[...] = old * 2, b[...]
+  return old, a[...]
+
+
+def twice(a, b, x):
+  a[...] = x
+  a[...] = a[...] + a[...]
+  return a[...], x
+
+
+def parts(a, b, x):
+  a[0] = x[1]
+  b[1:] += x[1:]
+  a.at[2][...] = 7.0
+  return a[0] + b[...][1], a[1:]
+
+
+def loop(a, b, x):
+  def body(i, c):
+    a[...] += b[...] * c
+    b[i] = a[i]
+    return c + 1.0
+
+  return jax.lax.fori_loop(0, 3, body, x), a[...]
+
+
+def branch(a, b, x):
+  jax.lax.cond(x[0] > 0, lambda: a.__setitem__(..., x), lambda: b.__setitem__(..., x))
+  return a[...], jax.lax.switch(1, [lambda: a[...], lambda: b[...] + a[...]])
+
+
+def nested(a, b, x):
+  inner = jax.jit(lambda a, x: (a.__setitem__(..., a[...] * x), a[...].sum())[1])
+  return inner(a, x), jax.checkpoint(lambda x: b[...] * x)(x), inner(b, a[...])
+
+
+def local(a, b, x):
+  ref = jax.new_ref(x)
+  jax.lax.fori_loop(0, 2, lambda i, _: ref.__setitem__(i, a[...][i]), None)
+  a[...] = ref[...] + 1
+  return ref[...], jax.freeze(ref)
+
+
+def unused(a, b, x):
+  return x + 1, a.shape[0] * jnp.ones(())
+
+
+def constants(a, b, x):
+  table = np.arange(3.0, dtype=np.float32)
+  a[...] = table * x
+  return jax.nn.relu(a[...] - jnp.asarray(table)), jnp.zeros(3) + 2
+
+
+STATEFUL = [whole, twice, parts, loop, branch, nested, local, unused, constants]
+
+
+def traced(f):
+  refs = [jax.new_ref(jnp.arange(3.0)), jax.new_ref(jnp.ones(3))]
+  return jax.jit(f).trace(*refs, jnp.array([0.5, -1.0, 2.0])).jaxpr
+
+
+@pytest.mark.parametrize("f", STATEFUL, ids=lambda f: f.__name__)
+def test_a_trace_of_refs_computes_the_same_as_one_of_values(f):
+  start = [jnp.arange(3.0), jnp.ones(3), jnp.array([0.5, -1.0, 2.0])]
+  closed = traced(f)
+  found = _jax.without_refs(closed, closed.jaxpr.invars[:2])
+  assert found is not None
+  pure, kept = found
+  given = [x for var, x in zip(closed.jaxpr.invars, start, strict=True) if var in kept]
+  assert _jax.fits(pure, given) and not _jax.fits(pure, [jnp.ones((2, 2)) for _ in given])
+  out = jax.jit(lambda *xs: _jax.call_jaxpr(pure, list(xs), "f"))(*given)
+  refs = [jax.new_ref(x) for x in start[:2]]
+  want = jax.jit(f)(*refs, start[2])
+  for a, b in zip(out, [*(ref[...] for ref in refs), *jax.tree.leaves(want)], strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("f", STATEFUL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("way", ["as values", "as Refs"])
+def test_nnx_jit_is_right_with_and_without_a_trace_of_values(f, way, monkeypatch):
+  found = []
+  real = _jax.without_refs
+  monkeypatch.setattr(
+    _jax,
+    "without_refs",
+    lambda *args: found.append(real(*args) if way == "as values" else None) or found[-1],
+  )
+  x = jnp.array([0.5, -1.0, 2.0])
+  ours, theirs = ([jax.new_ref(jnp.arange(3.0)), jax.new_ref(jnp.ones(3))] for _ in range(2))
+  step, plain = nnx.jit(f), jax.jit(f)
+  for _ in range(3):
+    for a, b in zip(
+      jax.tree.leaves(step(*ours, x)), jax.tree.leaves(plain(*theirs, x)), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(a[...], b[...], rtol=1e-6)
+  assert [x is not None for x in found] == [way == "as values"]
+
+
+def test_operations_that_are_not_known_and_a_missing_private_api_leave_the_trace_as_it_is(
+  monkeypatch,
+):
+  closed = traced(whole)
+  with monkeypatch.context() as m:
+    m.setattr(_jax, "_private", lambda: None)
+    assert _jax.without_refs(closed, []) is None
+  renamed = closed.jaxpr.eqns[0].primitive
+  monkeypatch.setattr(renamed, "name", "read_in_another_way", raising=False)
+  found = _jax.without_refs(closed, closed.jaxpr.invars[:1])
+  assert found is None or len(found[0].jaxpr.outvars) == 3  # JAX discharges it by itself
+
+
+def test_cells_like_one_are_cells_of_their_own(either):
+  make = _jax.cells_like(jnp.ones(3))
+  a, b = make(jnp.zeros(3)), make(jnp.full(3, 2.0, jnp.float32))
+  jax.jit(lambda ref: ref.__setitem__(..., ref[...] + 1))(a)
+  assert a[...].tolist() == [1.0] * 3 and b[...].tolist() == [2.0] * 3
+  assert jax.typeof(a) == jax.typeof(_jax.new_cell(jnp.ones(3)))

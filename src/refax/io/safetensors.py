@@ -22,7 +22,7 @@ import numpy as np
 from refax import _jax
 from refax.core.filters import Filter
 from refax.errors import CheckpointFormatError, CheckpointMismatchError, InvalidArgumentError
-from refax.io.keys import as_data, implementation
+from refax.io.keys import as_data, implementation, is_key
 from refax.io.plan import (
   ALIASES,
   KEYS,
@@ -85,12 +85,14 @@ def save_safetensors(
   keys: dict[str, str] = {}
   by_name = {slot.name: slot for slot in slots.selected}
   for name, slot in by_name.items():
-    if slot.is_key and not isinstance(slot.cell, jax.ShapeDtypeStruct):
+    dtype = slot.dtype
+    if dtype not in NAMES and is_key(slot) and not isinstance(slot.cell, jax.ShapeDtypeStruct):
       key = slot.read()
       keys[name] = str(implementation(key))
-      stored[name] = _stored_as(name, slot, as_data(key))
+      data = as_data(key)
+      stored[name] = _stored_as(name, slot, data.dtype, data.shape)
     else:
-      stored[name] = _stored_as(name, slot, slot)
+      stored[name] = _stored_as(name, slot, dtype, slot.shape)
   aliases = {name: slot.name for name, slot in slots.by_name.items() if name != slot.name}
   texts = _texts(metadata, aliases, keys)
   stored = order(stored)
@@ -115,9 +117,13 @@ def _one_by_one(slots: dict[str, Slot], names: list[str]) -> Iterator[tuple[str,
   refs = refs if _jax.no_trace_active() else []
   before = list(map(_jax.peek_cell, refs))
   moved = lambda: not all(map(operator.is_, before, map(_jax.peek_cell, refs)))
+  buffers = {id(ref): buffer for ref, buffer in zip(refs, before, strict=True)}
+  on_cpu: dict[Any, bool] = {}
   for name in names:
+    slot = slots[name]
     try:
-      x = _on_host(slots[name])
+      x = _view(buffers.get(id(slot.cell)), on_cpu)
+      x = on_host(slot.read()) if x is None else x
     except Exception as error:
       if moved():
         raise _MovedError from error
@@ -127,34 +133,40 @@ def _one_by_one(slots: dict[str, Slot], names: list[str]) -> Iterator[tuple[str,
     raise _MovedError
 
 
-def _on_host(slot: Slot) -> np.ndarray:
-  """The value of a slot. On a CPU it is a view: as long as that lives, JAX donates no memory of it.
+def _view(buffer: jax.Array | None, on_cpu: dict[Any, bool]) -> np.ndarray | None:
+  """The buffer of a Ref as an array of the host, uncopied; None where that cannot be.
 
-  Elsewhere, JAX would keep the copy on the host with the buffer of the Ref.
+  On a CPU it is a view: as long as that lives, JAX donates no memory of it. Elsewhere, JAX would
+  keep the copy on the host with the buffer. `on_cpu` is what is known of shardings.
   """
-  if on_one_device(slot):
-    buffer = _jax.peek_cell(slot.cell)
-    if all(device.platform == "cpu" for device in buffer.sharding.device_set):
-      try:
-        return np.asarray(buffer)
-      except RuntimeError:  # another thread donates it
-        pass
-  return on_host(slot.read())
+  if buffer is None:
+    return None
+  sharding = buffer.sharding
+  if sharding not in on_cpu:
+    devices = sharding.device_set
+    on_cpu[sharding] = len(devices) == 1 and all(device.platform == "cpu" for device in devices)
+  if not on_cpu[sharding] or not isinstance(buffer.dtype, np.dtype):
+    return None  # of typed keys, a file has the bits
+  try:
+    return np.asarray(buffer)
+  except RuntimeError:  # another thread donates it
+    return None
 
 
-def _stored_as(name: str, slot: Slot, x: Any) -> tuple[np.dtype, tuple[int, ...]]:
+def _stored_as(
+  name: str, slot: Slot, dtype: Any, shape: tuple[int, ...]
+) -> tuple[np.dtype, tuple[int, ...]]:
   """The dtype and shape in the file."""
   if isinstance(slot.cell, jax.ShapeDtypeStruct):
     want = "a model with values; this one is abstract"
     raise InvalidArgumentError.value("save_safetensors", name, slot.cell, want)
-  dtype = x.dtype
   if dtype not in NAMES:
     want = f"one of {', '.join(map(str, NAMES))}; only=... leaves a Variable out"
     raise InvalidArgumentError.value("save_safetensors", f"dtype of {name}", dtype, want)
   if name == "__metadata__":
     want = "a model without this name, the format keeps it for itself"
     raise InvalidArgumentError.value("save_safetensors", "name", name, want)
-  return np.dtype(dtype), tuple(x.shape)
+  return np.dtype(dtype), tuple(shape)
 
 
 def _texts(metadata: Any, aliases: dict[str, str], keys: dict[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from refax import _jax
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import flatten
-from refax.core.graphdef import LEAF, NODE, REGION, GraphDef, region_paths
+from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, region_paths
 from refax.core.node import Node
 from refax.core.pytree import data
 from refax.core.storage import is_array_like
@@ -89,22 +89,29 @@ def slots_of(function: str, tree: Any, only: Filter, sep: str) -> Slots:
   flat, predicate = flatten(tree), to_predicate(only)
   slots, first = Slots([], {}, set()), {}
   for path, i in _places(flat.graphdef):
+    leaf = flat.leaves[i]
     if i not in first:
-      chosen = predicate(path, flat.leaves[i])
-      first[i] = _parts(function, flat.leaves[i], i, path, sep) if chosen else None
-      slots.selected.extend(first[i] or [])
+      first[i] = _parts(function, leaf, i, path, sep) if predicate(path, leaf) else None
+      named = [(slot.name, slot) for slot in first[i] or ()]
+      slots.selected.extend(first[i] or ())
+    else:  # another place of what is shared
+      parts = zip(_part_paths(leaf), first[i] or (), strict=first[i] is not None)
+      named = [(_name(path + part, sep), slot) for part, slot in parts]
     if first[i] is None:
-      slots.others.update(_name(path + part, sep) for part in _part_paths(flat.leaves[i]))
-      continue
-    for part, slot in zip(_part_paths(flat.leaves[i]), first[i], strict=True):
-      name = _name(path + part, sep)
+      slots.others.update(_name(path + part, sep) for part in _part_paths(leaf))
+    for name, slot in named:
       if slots.by_name.setdefault(name, slot) is not slot:
-        has_sep = function.endswith("safetensors")
-        fix = "a string that no key contains" if has_sep else "keys without dots"
-        want = f"{fix}; the name {name!r} stands for two arrays"
-        what, got = ("sep", sep) if has_sep else ("name", name)
-        raise InvalidArgumentError.value(function, what, got, want)
+        raise _one_name(function, name, sep)
   return slots
+
+
+def _one_name(function: str, name: str, sep: str) -> InvalidArgumentError:
+  """The error for two arrays that would have one name."""
+  has_sep = function.endswith("safetensors")
+  fix = "a string that no key contains" if has_sep else "keys without dots"
+  want = f"{fix}; the name {name!r} stands for two arrays"
+  what, got = ("sep", sep) if has_sep else ("name", name)
+  return InvalidArgumentError.value(function, what, got, want)
 
 
 def _name(path: Path, sep: str) -> str:
@@ -130,7 +137,10 @@ def _places(graphdef: GraphDef) -> Iterator[tuple[Path, int]]:
       seen = set() if entry[1] in seen else seen
       seen.add(entry[1])
       for key, child in graphdef.nodes[entry[1]][1]:
-        yield from visit((*path, key), child, (*above, entry[1]), seen)
+        if child[0] == LEAF:  # without a generator: there are many
+          yield (*path, key), child[1]
+        elif child[0] != STATIC:
+          yield from visit((*path, key), child, (*above, entry[1]), seen)
 
   first: set[int] = set()
   return visit((), graphdef.root, (), first)
@@ -155,9 +165,11 @@ def _paths(treedef: Any) -> list[Path]:
 
 def _parts(function: str, leaf: Any, index: int, path: Path, sep: str) -> list[Slot]:
   cells, treedef = _cells(leaf)
+  if type(cells[0] if treedef is _ARRAY else None) is jax.Ref:  # as most are
+    return [Slot(_name(path, sep), path, index, 0, leaf, cells[0])]
   slots = []
   for i, (part, cell) in enumerate(zip(_paths(treedef), cells, strict=True)):
-    ours = is_array_like(cell) or _jax.is_ref(cell) or isinstance(cell, jax.ShapeDtypeStruct)
+    ours = _jax.is_ref(cell) or is_array_like(cell) or isinstance(cell, jax.ShapeDtypeStruct)
     if not ours:
       what = f"leaf at {path_str(path + part)}"
       fix = "arrays and numbers; only=nnx.Param, or another filter, leaves the rest out"

@@ -233,9 +233,13 @@ def to_flat_state(state: Mapping) -> FlatState:
   open_: list[tuple[Path, Any]] = [((), state)]
   while open_:
     path, value = open_.pop()
-    if isinstance(value, State | dict) or value is state:
-      items = value._mapping if isinstance(value, State) else value
-      open_ += [((*path, key), items[key]) for key in sorted(items, key=_order, reverse=True)]
+    if isinstance(value, State):
+      if not value._is_sorted:
+        iter(value)
+      open_ += [((*path, key), child) for key, child in reversed(value._mapping.items())]
+    elif isinstance(value, dict) or value is state:
+      keys = sorted(value, key=_order, reverse=True)
+      open_ += [((*path, key), value[key]) for key in keys]
     else:
       found.append((path, value))
   return FlatState(found)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import types
 from typing import Any
 
 import jax
@@ -225,6 +226,77 @@ def test_another_class_is_another_structure():
   counter.__class__ = Two
   assert isinstance(counter, Two)
   assert float(f(counter)) == float(counter()) == 2
+
+
+class Plain:
+  def __init__(self, counter):
+    self.counter = counter
+
+  def step(self):
+    return self.counter + 0
+
+
+class Slotted:
+  __slots__ = ("counter",)
+  __init__ = Plain.__init__
+  step = Plain.step
+
+
+def in_a_class(counter):
+  class Holder:
+    step = Plain.step
+
+  Holder.counter = counter
+  return Holder().step, lambda counter: setattr(Holder, "counter", counter)
+
+
+def in_a_plain_object(counter):
+  holder = Plain(counter)
+  return lambda: holder.counter + 0, lambda counter: setattr(holder, "counter", counter)
+
+
+def in_an_object_that_a_helper_mentions(counter):
+  holder = Plain(counter)
+  holder.rate = 1.0
+  helper = lambda: holder.counter + 0
+  return lambda: helper() * holder.rate, lambda counter: setattr(holder, "counter", counter)
+
+
+def in_an_object_in_an_object(counter):
+  holder = Plain(Plain(counter))
+  f = lambda: holder.counter.counter + 0
+  return f, lambda counter: setattr(holder.counter, "counter", counter)
+
+
+def in_a_module_of_python(counter):
+  module = types.ModuleType("settings")
+  module.counter = counter
+  return lambda: module.counter + 0, lambda counter: setattr(module, "counter", counter)
+
+
+def in_slots(counter):
+  holder = Slotted(counter)
+  return holder.step, lambda counter: setattr(holder, "counter", counter)
+
+
+@pytest.mark.parametrize(
+  "hold",
+  [
+    in_a_class,
+    in_a_plain_object,
+    in_an_object_that_a_helper_mentions,
+    in_an_object_in_an_object,
+    in_a_module_of_python,
+    in_slots,
+  ],
+)
+def test_another_object_under_the_same_name_is_seen_wherever_the_function_finds_it(hold):
+  f, put = hold(nnx.Variable(1.0))
+  f = nnx.jit(f)
+  assert float(f()) == float(f()) == 1.0
+  put(nnx.Variable(2.0))
+  assert float(f()) == float(f()) == 2.0
+  assert is_known(f)
 
 
 SIZE = 12345

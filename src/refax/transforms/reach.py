@@ -4,7 +4,9 @@ A compiled function keeps what it found there. These objects are therefore part 
 `nnx.jit` is known by: their structure, and which cells they hold.
 """
 
+import contextlib
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -112,29 +114,65 @@ class _Search:
     self.objects: dict[int, Any] = {}
     self.slots: list[Slot] = []
     self.is_listed = True  # no container that may change without a slot
-    self._visited: set[int] = set()
+    self._visited: set[tuple[int, frozenset[str]]] = set()
+    self._names: frozenset[str] = frozenset()  # that the function being looked through mentions
 
   def visit(self, x: Any, depth: int) -> None:
     if isinstance(x, Node | Variable):
       self.objects[id(x)] = x
       return
-    if depth > _DEPTH or isinstance(x, type | types.ModuleType) or id(x) in self._visited:
+    key = (id(x), self._names)
+    if depth > _DEPTH or key in self._visited:
       return
-    self._visited.add(id(x))
+    if isinstance(x, type | types.ModuleType):
+      self._attributes(x, depth)
+      return
+    self._visited.add(key)
     if isinstance(x, types.MethodType):
       self.visit(x.__func__, depth + 1)
-      self._holder(x.__self__, depth + 1)
+      with self._mentioning(getattr(x.__func__, "__code__", None)):
+        self._holder(x.__self__, depth + 1)
     elif isinstance(x, functools.partial):
       for part in (x.func, *x.args, *x.keywords.values()):
         self.visit(part, depth + 1)
     elif isinstance(x, types.FunctionType):
-      self._function(x, depth)
+      with self._mentioning(x.__code__):
+        self._function(x, depth)
     elif isinstance(x, list | tuple | dict | set):
       self._container(x, depth)
     elif callable(getattr(x, "__wrapped__", None)):
       self.visit(x.__wrapped__, depth + 1)
     elif depth == 0:
-      self._holder(x, depth + 1)  # a callable object
+      call = inspect.getattr_static(type(x), "__call__", None)
+      with self._mentioning(getattr(call, "__code__", None)):
+        self._holder(x, depth + 1)  # a callable object
+    else:
+      self._attributes(x, depth)
+
+  @contextlib.contextmanager
+  def _mentioning(self, code: types.CodeType | None) -> Iterator[None]:
+    outer, self._names = self._names, frozenset(_names(code)) if code is not None else frozenset()
+    yield
+    self._names = outer
+
+  @contextlib.contextmanager
+  def _without(self, names: Iterable[str]) -> Iterator[None]:
+    outer, self._names = self._names, self._names.difference(names)
+    yield
+    self._names = outer
+
+  def _attributes(self, x: Any, depth: int) -> None:
+    """Look at those attributes of a plain object, a class or a module that the function mentions.
+
+    In a class and a module, only at Modules and Variables: the rest leads to all there is.
+    """
+    is_space = isinstance(x, type | types.ModuleType)
+    if not is_space and type(x).__module__.startswith(("builtins", "jax", "numpy")):
+      return
+    for name in self._names:
+      value = _attribute(x, name)
+      if isinstance(value, Node | Variable) or not (is_space or value is None):
+        self._slot(functools.partial(getattr, x, name, None), value, depth)
 
   def _holder(self, x: Any, depth: int) -> None:
     """An object of a plain class whose method is called: its attributes are within reach."""
@@ -143,6 +181,8 @@ class _Search:
       return
     for name, value in vars(x).items():
       self._slot(functools.partial(vars(x).get, name), value, depth)
+    with self._without(vars(x)):
+      self._attributes(x, depth)  # those of its class
 
   def _function(self, f: types.FunctionType, depth: int) -> None:
     wrapped = getattr(f, "__wrapped__", None)
@@ -180,6 +220,16 @@ class _Search:
 def _place(cell: Any) -> Any:
   """Where a Ref is: `nnx.device_put` moves it, and a compiled function keeps it where it was."""
   return cell.sharding if _jax.is_ref(cell) and not _jax.is_tracer(cell) else None
+
+
+def _attribute(x: Any, name: str) -> Any:
+  """An attribute that is stored somewhere; None for one that is computed, as a property is."""
+  if isinstance(x, types.ModuleType):
+    return vars(x).get(name)
+  value = inspect.getattr_static(x, name, None)
+  if isinstance(value, types.MemberDescriptorType):  # of `__slots__`
+    return getattr(x, name, None)
+  return None if hasattr(type(value), "__get__") else value
 
 
 def _contents(cell: Any) -> Any:

@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import gc
+import random
 import types
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.experimental import hijax
@@ -390,3 +393,157 @@ def test_an_attribute_that_each_step_replaces_is_not_kept_of_any_step():
     step(model, 0.1)
   assert live() == 2
   assert sum(map(len, step._fast._entries.values())) <= 1
+
+
+class Pair(NamedTuple):
+  first: Any
+  second: Any
+
+
+class Part(nnx.Module):
+  def __init__(self, name):
+    self.name = name
+
+
+def built():
+  root = Part("root")
+  root.weight, root.table = nnx.Param(1.0), jnp.float32(2.0)
+  root.child = Part("child")
+  root.child.norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+  root.child.lojax = nnx.Variable(0.25, is_hijax=False)
+  root.layers = [nnx.Variable(1.5), Part("layer"), jnp.float32(3.0), "static"]
+  root.layers.scale = jnp.float32(7.0)
+  root.items = {"x": nnx.Variable(0.3), "y": Part("item"), "z": 5}
+  root.state = nnx.State({"p": nnx.Variable(0.6), "q": jnp.float32(0.7)})
+  root.pair = Pair(jnp.float32(0.8), nnx.Variable(0.9))
+  return root
+
+
+def entries(x):
+  """The keys and values directly in a value, in an order of their own."""
+  if isinstance(x, nnx.List):
+    return [*enumerate(x), *sorted(vars(x).items())]
+  if isinstance(x, nnx.Dict | nnx.State | dict):
+    return sorted(x.items(), key=str)
+  if isinstance(x, nnx.Module):
+    return sorted(vars(x).items())
+  return list(enumerate(x)) if isinstance(x, tuple | list) else []
+
+
+def modules(x, seen=None):
+  seen = {} if seen is None else seen
+  if isinstance(x, nnx.Module):
+    if id(x) in seen:
+      return []
+    seen[id(x)] = x
+  here = [x] if isinstance(x, nnx.Module) else []
+  return here + [m for _, child in entries(x) for m in modules(child, seen)]
+
+
+def digest(root, write):
+  """A number that tells any two structures apart, and that is made of all values."""
+  seen, total = {}, [jnp.float32(0.0)]
+
+  def add(x):
+    total[0] = total[0] * 0.7 + x
+
+  def name(x):
+    add(zlib.crc32(repr(x).encode()) % 1000 / 1000)
+
+  def go(x):
+    if isinstance(x, nnx.Variable | nnx.Module):
+      key = id(x.get_raw_value()) if isinstance(x, nnx.Variable) and x.is_hijax else id(x)
+      is_new = key not in seen
+      name((type(x).__name__, seen.setdefault(key, len(seen))))
+      if not is_new:
+        return
+    if isinstance(x, nnx.Variable):
+      name(x.get_metadata("tag"))
+      add(x[...])
+      if write and jnp.issubdtype(x.dtype, jnp.floating):
+        x[...] = x * 0.9 + 0.01
+    elif isinstance(x, jax.Array):
+      add(x)
+    elif entries(x):
+      for key, child in entries(x):
+        name(key)
+        go(child)
+    else:
+      name((type(x).__name__, x if isinstance(x, str | int | float) else None))
+
+  go(root)
+  return total[0]
+
+
+def swap(items):
+  items[0], items[-1] = items[-1], items[0]
+
+
+MUTATIONS = {
+  Part: [
+    lambda m, r: setattr(m, r.choice("ab"), r.choice([True, 1, 1.0, 0.0, -0.0, "x", None, (1,)])),
+    lambda m, r: setattr(m, "table", jnp.float32(r.random())),
+    lambda m, r: vars(m).update(c=r.choice([1, jnp.float32(r.random())])),
+    lambda m, r: vars(m).pop(r.choice("abc"), None),
+    lambda m, r: setattr(m, "made", nnx.Variable(r.random(), is_hijax=r.random() < 0.5)),
+    lambda m, r: hasattr(m, "made") and delattr(m, "made"),
+    lambda m, r: hasattr(m, "made") and m.made.set_metadata(tag=r.choice([1, 1.0, True])),
+    lambda m, r: hasattr(m, "made") and m.made.set_raw_value(nnx.Variable(3.0).get_raw_value()),
+    lambda m, r: setattr(m, "me", m),
+    lambda m, r: (m.eval, m.train)[r.random() < 0.5](),
+    lambda m, r: hasattr(m, "pair") and setattr(m, "pair", Pair(jnp.float32(2.0), m.pair[1])),
+    lambda m, r: hasattr(m, "state") and m.state.update({r.choice("pq"): jnp.float32(r.random())}),
+    lambda m, r: hasattr(m, "state") and m.state.update({"n": {"k": nnx.Variable(r.random())}}),
+  ],
+  nnx.List: [
+    lambda m, r: m.append(r.choice([1, "x", jnp.float32(0.2), nnx.Variable(0.1)])),
+    lambda m, r: m.insert(0, Part("inserted")),
+    lambda m, r: len(m) and m.append(m.pop(0)),
+    lambda m, r: m.reverse(),
+    lambda m, r: len(m) and swap(m),
+    lambda m, r: m.__setitem__(slice(1, 2), [jnp.float32(r.random())]),
+    lambda m, r: setattr(m, "scale", jnp.float32(r.random())),
+  ],
+  nnx.Dict: [
+    lambda m, r: m.update({r.choice("xyz"): r.choice([4, jnp.float32(0.4), nnx.Variable(0.2)])}),
+    lambda m, r: m.pop(r.choice("xyz"), None),
+  ],
+}
+ARGUMENTS_OF = [
+  lambda m: (m,),
+  lambda m: (m,),
+  lambda m: ([m, None],),
+  lambda m: (m, nnx.state(m)),
+  lambda m: ({"part": modules(m)[-1], "all": (m, jnp.float32(1.0))},),
+  lambda m: (Pair(m.child, jnp.float32(3.0)), m),
+]
+
+
+def grow(*args):
+  total, first = digest(args, True), modules(args)[0]
+  first.last, first.table = nnx.Variable(total), jnp.float32(total)
+  first.count = (getattr(first, "count", 0) + 1) % 2
+  return total, {"first": first, "new": Part("new")}
+
+
+FUNCTIONS = [lambda *args: digest(args, True), lambda *args: digest(args, False), grow]
+
+
+@pytest.mark.parametrize(
+  "seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 9))]
+)
+def test_any_arguments_and_any_changes_between_calls(seed):
+  r, ours, twin = random.Random(seed), built(), built()
+  compiled = [nnx.jit(f) for f in FUNCTIONS]
+  for _ in range(16):
+    for _ in range(r.choice([0, 1, 1, 2])):
+      index, which, state = r.randrange(99), r.randrange(99), r.getrandbits(30)
+      for root in (ours, twin):
+        found = [m for m in modules(root) if type(m) in MUTATIONS]
+        changed = found[index % len(found)]
+        change = MUTATIONS[type(changed)]
+        change[which % len(change)](changed, random.Random(state))
+    f, arguments = r.randrange(len(FUNCTIONS)), r.choice(ARGUMENTS_OF)
+    got, want = compiled[f](*arguments(ours)), FUNCTIONS[f](*arguments(twin))
+    for a, b in ((got, want), (ours, twin)):
+      np.testing.assert_allclose(digest(a, False), digest(b, False), rtol=1e-4, atol=1e-5)

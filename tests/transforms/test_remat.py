@@ -148,23 +148,6 @@ def test_second_derivatives():
   assert nnx.checkpoint is nnx.remat
 
 
-def test_outside_of_transforms_the_function_is_called_as_it_is():
-  seen = []
-
-  @nnx.remat
-  def f(m, x):
-    seen.append((m, type(x)))
-    return m(x) if x.sum() > -100 else x  # values are known
-
-  m = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
-  twin = nnx.clone(m)
-  close(f(m, X), twin(X))
-  close(m.mean, twin.mean)
-  assert seen[0][0] is m and len(seen) == 1
-  with pytest.raises(IndexError):
-    nnx.remat(lambda x: x, static_argnums=2)(X)
-
-
 def test_inside_of_any_transform_it_recomputes():
   f = lambda x: jnp.sin(jnp.sin(x)).sum()
   text = str(jax.make_jaxpr(nnx.remat(f))(X))

@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 
-from refax import _jax
-from refax.core.observe import undo_on_error
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 
@@ -20,8 +18,6 @@ def remat(
   policy: Callable[..., bool] | None = None,
 ) -> Any:
   """Recompute `f` in the backward pass instead of keeping its intermediate values.
-
-  Outside of every transform there is no backward pass: `f` is called as it is.
 
   Args:
     f: a function of Modules, Variables and arrays; without it, a decorator is returned.
@@ -47,9 +43,6 @@ def remat(
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     fixed = {range(len(args))[n]: args[range(len(args))[n]] for n in static}
-    if _jax.no_trace_active():  # nothing is differentiated
-      with undo_on_error(()):
-        return f(*args, **kwargs)
     call = lambda *inner, **kw: f(*(fixed.get(i, x) for i, x in enumerate(inner)), **kw)
     inputs = Inputs.of(tuple(None if i in fixed else x for i, x in enumerate(args)), kwargs)
     values = values_of(inputs)

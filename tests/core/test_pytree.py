@@ -296,6 +296,15 @@ def test_a_shallow_copy_has_attributes_of_its_own_and_shares_the_cells():
   assert m.w[...].tolist() == [5.0, 5.0]
 
 
+def test_a_number_that_was_marked_as_data_is_static_when_it_is_set_again():
+  m = Node(w=param())
+  for value in (3, 4):
+    m.n = nnx.data(3)
+    assert len(jax.tree.leaves(m)) == 2
+    m.n = value
+    assert len(jax.tree.leaves(m)) == 1 and m.n == value
+
+
 # the structure epoch
 def model():
   shared = Node(w=param(), n=1)

@@ -222,7 +222,7 @@ class Pytree(Node):
   def _set_plain(self, name: str, value: Any) -> None:
     """Set a number, a string or a class in the place of another: loops switch modes by it."""
     old = self.__dict__[name]
-    if old is value or _same(old, value):
+    if name not in self._pytree.dynamic and (old is value or _same(old, value)):
       return
     self._check_trace(name)
     before = {name: (old, name in self._pytree.dynamic)}

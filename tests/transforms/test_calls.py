@@ -201,7 +201,9 @@ def test_a_call_is_right_and_known_from_the_second_time_on(name, hijax):
   assert all(compiled.call._cache_size() <= 2 for compiled in step._fast._compiled.values())
 
 
-@pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+@pytest.mark.parametrize(
+  "hijax", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["hijax", "lojax"]
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_no_call_keeps_a_model_alive(name, hijax):
   f, args_of = CALLS[name]
@@ -242,7 +244,13 @@ CHANGES = {
 
 @pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["a model and an array", "a dict and a list of Modules"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "a model and an array",
+    pytest.param("a dict and a list of Modules", marks=pytest.mark.slow),
+  ],
+)
 def test_a_change_between_calls_is_seen_and_taking_it_back_too(name, change, hijax):
   f, args_of = CALLS[name]
   net, twin, step = Net(hijax), Net(hijax), nnx.jit(f)

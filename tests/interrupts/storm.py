@@ -57,11 +57,17 @@ def train_and_sow(model, optimizer, x):
   return model
 
 
+def train_all(objects, x, *, scale):
+  value = train(objects["model"], objects["rest"][0], x * scale)
+  return value, nnx.state(objects["model"], nnx.Param)
+
+
 class Scenario:
   """A step, and the state that it writes."""
 
   def __init__(self, name, folder):
-    self.model = Net(8)
+    with nnx.use_hijax(name != "lojax"):
+      self.model = Net(8)
     self.optimizer = nnx.Optimizer(self.model, optax.adam(1e-2), wrt=nnx.Param)
     self.state = [self.model, self.optimizer]
     self.grads = nnx.grad(loss)(self.model, X)
@@ -73,6 +79,7 @@ class Scenario:
     self.jitted = nnx.jit(train)
     self.nothing = nnx.jit(train_for_nothing)
     self.sown = nnx.jit(train_and_sow)
+    self.all = nnx.jit(train_all)
     self.plain = jax.jit(train)
     self.closure = nnx.jit(lambda x: train(self.model, self.optimizer, x))
     self.checkpointer = nnx.Checkpointer(folder) if name == "save" else None
@@ -101,6 +108,16 @@ class Scenario:
   def _structure(self):
     self.sown(self.model, self.optimizer, X)
     nnx.pop(self.model, nnx.Intermediate)
+
+  def _lojax(self):
+    self.jitted(self.model, self.optimizer, X)
+
+  def _containers(self):
+    self.all({"model": self.model, "rest": [self.optimizer]}, X, scale=np.float32(0.5))
+
+  def _modes(self):
+    (self.model.eval if self.count % 2 else self.model.train)()
+    self.jitted(self.model, self.optimizer, X)
 
   def _closure(self):
     self.closure(X)
@@ -150,6 +167,7 @@ def lost(objects):
 def is_between(scenario):
   """Whether a step has been made in part: the model has counted it and the optimizer has not."""
   whole = {"steady", "nothing", "first", "places", "closure", "structure"}
+  whole |= {"lojax", "containers", "modes"}
   steps, updates = float(scenario.model.steps), int(scenario.optimizer.step)
   return scenario.name in whole and steps - scenario.before != updates
 

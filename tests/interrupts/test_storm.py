@@ -8,6 +8,7 @@ import pytest
 
 STORM = pathlib.Path(__file__).with_name("storm.py")
 COMPILED = ["steady", "nothing", "closure", "structure", "places"]
+ARGUMENTS = ["lojax", "containers", "modes"]
 EAGER = ["eager", "grad", "update", "ema", "transaction"]
 
 
@@ -31,10 +32,14 @@ def test_an_interrupt_loses_no_state_of_eager_steps():
   storm(EAGER, 20)
 
 
+def test_an_interrupt_loses_no_state_of_other_calls_of_compiled_steps():
+  storm(ARGUMENTS, 20)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("scenarios", "count"),
-  [(COMPILED, 500), (EAGER, 100), (["first"], 60), (["save"], 60)],
+  [(COMPILED, 500), (ARGUMENTS, 200), (EAGER, 100), (["first"], 60), (["save"], 60)],
   ids=lambda x: ",".join(x) if isinstance(x, list) else str(x),
 )
 def test_two_thousand_interrupts_lose_no_state(scenarios, count):

@@ -151,5 +151,5 @@ def test_second_derivatives():
 def test_inside_of_any_transform_it_recomputes():
   f = lambda x: jnp.sin(jnp.sin(x)).sum()
   text = str(jax.make_jaxpr(nnx.remat(f))(X))
-  assert "remat" in text or "checkpoint" in text
+  assert "remat" in text.lower() or "checkpoint" in text
   assert residuals(nnx.remat(f), X) != residuals(f, X)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from refax import _jax
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 
@@ -48,9 +49,10 @@ def remat(
     values = values_of(inputs)
     staged = Staged(call, inputs, values)
     refs, closures = read_closures([staged])
-    outputs, after = jax.checkpoint(staged.run, prevent_cse=prevent_cse, policy=policy)(
-      values, closures
-    )
+    run = staged.run
+    if not _jax.no_trace_active():  # else nothing is differentiated, and nothing to recompute
+      run = jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)
+    outputs, after = run(values, closures)
     write_closures(refs, after)
     return inputs.commit(outputs)
 

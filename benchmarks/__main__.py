@@ -44,7 +44,8 @@ def main() -> None:
   (OUT / "numbers.json").write_text(json.dumps({"machine": machine(), "cases": results}, indent=1))
   text = tables(results, CASES) + f"\n\n{machine()}\n"
   (OUT / "table.md").write_text(text)
-  chart(results, machine(), OUT / "chart.png")
+  calls = {name: r for name, r in results.items() if CASES[name].table == "calls"}
+  chart(calls or results, machine(), OUT / "chart.png")
   print(f"\n{text}\nAll numbers, the tables and a chart: {OUT}/")
   if options.against:
     _compare(json.loads(options.against.read_text())["cases"], results)

@@ -305,6 +305,15 @@ def test_a_number_that_was_marked_as_data_is_static_when_it_is_set_again():
     assert len(jax.tree.leaves(m)) == 1 and m.n == value
 
 
+@pytest.mark.parametrize("value", ["a", 1, None])
+def test_an_attribute_of_an_object_from_outside_a_trace_is_not_set_in_it_to_the_same_either(value):
+  m = Node(w=param())
+  m.mode = value
+  with pytest.raises(TraceContextError, match="mode"):
+    jax.jit(lambda: setattr(m, "mode", value))()
+  m.mode = value
+
+
 # the structure epoch
 def model():
   shared = Node(w=param(), n=1)

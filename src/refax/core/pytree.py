@@ -180,8 +180,9 @@ class Pytree(Node):
     register(cls)
 
   def __setattr__(self, name: str, value: Any) -> None:
-    if type(value) in PLAIN and type(self.__dict__.get(name, MISSING)) in PLAIN:
-      self._set_plain(name, value)
+    old = self.__dict__.get(name, MISSING)
+    if type(value) in PLAIN and type(old) in PLAIN:  # loops switch modes by it
+      self._put(name, old, value, dynamic=False)
       return
     if isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)
@@ -195,13 +196,16 @@ class Pytree(Node):
       self.__dict__.clear()
       self.__dict__.update(value)
       return
-    old = self.__dict__.get(name, MISSING)
     if old is value and isinstance(value, Variable | Node):
       return  # `self.count += 1` has written it in place
     if isinstance(old, Variable) and storage.is_array_like(value):
       old.set_value(value)  # `self.count = self.count + 1` writes the Variable
       return
     value, dynamic = classify(value, lambda: type(self).__name__ + path_str((name,)))
+    self._put(name, old, value, dynamic=dynamic)
+
+  def _put(self, name: str, old: Any, value: Any, *, dynamic: bool) -> None:
+    """Set an attribute, which was `old`, to what `classify` has made of a value."""
     self._check_trace(name)
     state = self._pytree
     was_dynamic = name in state.dynamic
@@ -218,19 +222,6 @@ class Pytree(Node):
       self._structure_changed(before, (name,) if dynamic else (), () if dynamic else (name,))
     if dynamic:
       adopt(self, name, value)
-
-  def _set_plain(self, name: str, value: Any) -> None:
-    """Set a number, a string or a class in the place of another: loops switch modes by it."""
-    old = self.__dict__[name]
-    if name not in self._pytree.dynamic and (old is value or _same(old, value)):
-      return
-    self._check_trace(name)
-    before = {name: (old, name in self._pytree.dynamic)}
-    try:
-      set_attribute(self.__dict__, name, value)
-      self._pytree.dynamic.discard(name)
-    finally:
-      self._structure_changed(before, (), (name,))
 
   def _entries(self) -> Iterable[tuple[Any, Any, bool]]:
     dynamic = self._pytree.dynamic

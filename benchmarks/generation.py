@@ -12,6 +12,7 @@ from jax import lax
 
 from benchmarks.dispatch import threaded
 from benchmarks.measure import BASE, Steps
+from benchmarks.transformer import block_of
 from refax import nnx
 
 SIZE, HEADS, DEPTH, LENGTH = 128, 4, 6, 2048
@@ -80,17 +81,7 @@ def listed() -> Listed:
 
 
 def flax_listed() -> Any:
-  class Block(flax.Module):
-    def __init__(self, rngs):
-      self.norms = flax.List([flax.LayerNorm(SIZE, rngs=rngs) for _ in range(2)])
-      self.attention = flax.MultiHeadAttention(HEADS, SIZE, decode=True, rngs=rngs)
-      self.attention.init_cache((1, LENGTH, SIZE))
-      self.up = flax.Linear(SIZE, 4 * SIZE, rngs=rngs)
-      self.down = flax.Linear(4 * SIZE, SIZE, rngs=rngs)
-
-    def __call__(self, x):
-      x = x + self.attention(self.norms[0](x))
-      return x + self.down(flax.gelu(self.up(self.norms[1](x))))
+  Block = block_of(flax, SIZE, HEADS, memory=LENGTH)
 
   class Transformer(flax.Module):
     def __init__(self, rngs):

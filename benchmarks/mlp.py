@@ -1,6 +1,5 @@
 """An MLP with BatchNorm and Dropout: train step, evaluation, construction, compilation."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +9,7 @@ from flax import nnx as flax
 
 from benchmarks.dispatch import threaded
 from benchmarks.measure import BASE, Steps
-from benchmarks.training import TX, functional, train_step, train_steps, trained
+from benchmarks.training import TX, train_steps
 from refax import nnx
 
 SIZE, BATCH = 64, 32
@@ -107,30 +106,6 @@ def construct(n: int) -> Steps:
     "Refax": lambda: built(nnx),
     "Flax": lambda: built(flax),
     "Equinox": equinox,
-  }
-
-
-def compile_step(depth: int) -> Steps:
-  """Tracing and compiling a train step, from nothing."""
-  x, y = data()
-  build = lambda lib: mlp(lib, depth)
-  by_hand, leaves = functional(build)
-  ours, theirs = trained(nnx, build), trained(flax, build)
-  state = equinox_trained(depth)
-
-  def afresh(compile_it: Callable[[], Any]) -> Callable[[], Any]:
-    def call():
-      jax.clear_caches()
-      return compile_it()
-
-    return call
-
-  return {
-    BASE: afresh(lambda: jax.jit(by_hand).lower(leaves, x, y).compile() and 0),
-    "Refax nnx.jit": afresh(lambda: nnx.jit(train_step(nnx))(*ours, x, y)),
-    "Refax, jax.jit": afresh(lambda: jax.jit(train_step(nnx)).lower(*ours, x, y).compile() and 0),
-    "Flax nnx.jit": afresh(lambda: flax.jit(train_step(flax))(*theirs, x, y)),
-    "Equinox filter_jit": afresh(lambda: eqx.filter_jit(equinox_step)((x, y), state)[1]),
   }
 
 

@@ -539,7 +539,7 @@ def only_refs_are_effects(closed_jaxpr: Any) -> bool:
 
 def _calls_back(jaxpr: Any) -> bool:
   return any(
-    "callback" in eqn.primitive.name or any(map(_calls_back, (*_inner(eqn), *_meant(eqn))))
+    "callback" in eqn.primitive.name or any(map(_calls_back, (*inner_jaxprs(eqn), *_meant(eqn))))
     for eqn in jaxpr.eqns
   )
 
@@ -586,7 +586,7 @@ def _tracer() -> Callable[..., tuple[Any, Any]] | None:
     wrapped = wrap_init(call, debug_info=info._replace(arg_names=None))
     jaxpr, _, consts = trace_to_jaxpr_dynamic(wrapped, list(map(core.shaped_abstractify, flat)))
     closed = ClosedJaxpr(jaxpr, consts)
-    shapes = [_type_struct(aval) for aval in closed.out_avals]
+    shapes = [type_struct(aval) for aval in closed.out_avals]
     return closed, jax.tree.unflatten(found[0], shapes)
 
   try:
@@ -617,7 +617,8 @@ def _no_type(function: str, result: Any) -> TypeError:
   )
 
 
-def _type_struct(aval: Any) -> jax.ShapeDtypeStruct:
+def type_struct(aval: Any) -> jax.ShapeDtypeStruct:
+  """The shape, dtype and weak type of a type of JAX's."""
   weak = getattr(aval, "weak_type", False)  # typed keys have none
   return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak)
 
@@ -845,10 +846,10 @@ def _is_custom(eqn: Any) -> bool:
 
 def _custom_rules(jaxpr: Any) -> int:
   """How many such calls a jaxpr holds, at any depth."""
-  return sum(_is_custom(eqn) + sum(map(_custom_rules, _inner(eqn))) for eqn in jaxpr.eqns)
+  return sum(_is_custom(eqn) + sum(map(_custom_rules, inner_jaxprs(eqn))) for eqn in jaxpr.eqns)
 
 
-def _inner(eqn: Any) -> list[Any]:
+def inner_jaxprs(eqn: Any) -> list[Any]:
   """The jaxprs, closed ones too, among the parameters of an equation."""
   flat = (y for x in eqn.params.values() for y in (x if type(x) is tuple else (x,)))
   return [x for x in flat if hasattr(x, "eqns")]
@@ -869,7 +870,7 @@ def _meant(eqn: Any) -> list[Any]:
 def _has_state(eqn: Any) -> bool:
   """Whether an equation is given Refs, or makes some inside."""
   inside = any(type(e).__name__ == "InternalMutableArrayEffect" for e in eqn.effects)
-  return inside or any(hasattr(v.aval, "inner_aval") for v in eqn.invars)
+  return inside or any(map(_is_ref_var, eqn.invars))
 
 
 def _rewritten(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
@@ -882,10 +883,10 @@ def _rewritten(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
 
   def rewritten(eqn: Any) -> Any:
     new = change(eqn)
-    if new is None and _inner(eqn):
+    if new is None and inner_jaxprs(eqn):
       params = {name: inside(x) for name, x in eqn.params.items()}
       changed = eqn.replace(params=params)
-      new = changed if any(map(operator.is_not, _inner(eqn), _inner(changed))) else None
+      new = changed if any(map(operator.is_not, inner_jaxprs(eqn), inner_jaxprs(changed))) else None
     return eqn if new is None else new
 
   old = getattr(jaxpr, "jaxpr", jaxpr)  # from 0.12 on, a closed jaxpr is one like others
@@ -913,7 +914,7 @@ _keep.def_effectful_abstract_eval(
 
 def _kept(eqn: Any) -> Any:
   """Put an equation behind `refax_kept`, if it has derivatives of its own inside, and no state."""
-  if _has_state(eqn) or not (_is_custom(eqn) or any(map(_custom_rules, _inner(eqn)))):
+  if _has_state(eqn) or not (_is_custom(eqn) or any(map(_custom_rules, inner_jaxprs(eqn)))):
     return None
   return eqn.replace(primitive=_keep, params={"behind": _Behind(eqn)})
 
@@ -991,7 +992,7 @@ def has_checks(closed_jaxpr: Any) -> bool:
   def found(jaxpr: Any) -> bool:
     return any(
       eqn.primitive.name in ("refax_checked", "check")
-      or any(map(found, (*_inner(eqn), *_meant(eqn))))
+      or any(map(found, (*inner_jaxprs(eqn), *_meant(eqn))))
       for eqn in jaxpr.eqns
     )
 
@@ -1016,10 +1017,9 @@ _copy_all = jax.jit(lambda xs: [jnp.copy(x) for x in xs])
 def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
   """Copies of what concrete Refs hold at one moment, while other threads may write them.
 
-  Private: the buffers `ref._refs._buf`, and the bits of keys in `_base_array`. All are looked at in
-  one C call, and so is their exchange by a compiled step: the lot belongs to one step. Another
-  thread may donate them until the copy holds them; then they are looked at again. Falls back to
-  reading one after the other.
+  Private: the buffers `ref._refs._buf`. All are looked at in one C call, and so is their exchange
+  by a compiled step: the lot belongs to one step. Another thread may donate them until the copy
+  holds them; then they are looked at again. Falls back to reading one after the other.
 
   Returns:
     The copies; None if in all `tries` another thread was in between.
@@ -1030,17 +1030,17 @@ def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
   look = operator.attrgetter("_buf")
   for attempt in range(tries):
     held = list(map(look, cells))
-    bits = [getattr(x, "_base_array", x) for x in held]  # `jit` is slow with typed keys
+    arrays = list(map(bits, held))  # `jit` is slow with typed keys
     try:
-      copies, calls = _copied_together(bits)
+      copies, calls = _copied_together(arrays)
     except Exception as error:  # while another call takes a buffer, it is not deleted yet
-      if not any(x.is_deleted() for x in bits) and "deleted or donated" not in str(error):
+      if not any(x.is_deleted() for x in arrays) and "deleted or donated" not in str(error):
         raise
     else:
       if calls < 2 or all(map(operator.is_, held, map(look, cells))):
         return [
           new if key is old else jax.random.wrap_key_data(new, impl=jax.random.key_impl(key))
-          for key, old, new in zip(held, bits, copies, strict=True)
+          for key, old, new in zip(held, arrays, copies, strict=True)
         ]
     time.sleep(random.random() * 1e-5 * min(attempt, 100))
   return None

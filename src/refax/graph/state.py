@@ -74,11 +74,15 @@ class State(MutableMapping, Tracked):
     if self._watches is not None:
       self._watches.touch(self, None)
 
-  def __iter__(self) -> Iterator[Key]:
-    if not self._is_sorted:  # JAX asks for the keys of each State in each call
+  def _ordered(self) -> dict[Key, Any]:
+    """What the State maps, sorted by key: once, for JAX asks in each call."""
+    if not self._is_sorted:
       _set_mapping(self, {key: self._mapping[key] for key in sorted(self._mapping, key=_order)})
       _set_is_sorted(self, True)
-    return iter(tuple(self._mapping))
+    return self._mapping
+
+  def __iter__(self) -> Iterator[Key]:
+    return iter(tuple(self._ordered()))
 
   def __len__(self) -> int:
     return len(self._mapping)
@@ -143,15 +147,13 @@ class State(MutableMapping, Tracked):
 
 
 def _flatten_with_keys(state: State):
-  keys = tuple(state)
-  return [(jax.tree_util.DictKey(k), state._mapping[k]) for k in keys], keys
+  mapping = state._ordered()
+  return [(jax.tree_util.DictKey(k), x) for k, x in mapping.items()], tuple(mapping)
 
 
 def _flatten(state: State):
-  if not state._is_sorted:
-    iter(state)
-  children = list(state._mapping.values())
-  keys = tuple(state._mapping)
+  mapping = state._ordered()
+  keys, children = tuple(mapping), list(mapping.values())
   if not any(isinstance(x, Variable) for x in children):
     return children, keys  # no Refs: who asks makes no difference, and takes as long as all of this
   function, returning = _jax.refusing_function(), _jax.returning_function()
@@ -234,9 +236,7 @@ def to_flat_state(state: Mapping) -> FlatState:
   while open_:
     path, value = open_.pop()
     if isinstance(value, State):
-      if not value._is_sorted:
-        iter(value)
-      open_ += [((*path, key), child) for key, child in reversed(value._mapping.items())]
+      open_ += [((*path, key), child) for key, child in reversed(value._ordered().items())]
     elif isinstance(value, dict) or value is state:
       keys = sorted(value, key=_order, reverse=True)
       open_ += [((*path, key), value[key]) for key in keys]

@@ -32,7 +32,7 @@ from refax.io.tensor_file import NAMES
 from refax.nn.kv_cache import poison
 from refax.rngs import RngCount, RngKey
 from refax.train.optimizer import OptState
-from refax.transforms.commit import Commit, Outputs
+from refax.transforms.commit import CompiledCommit, Outputs
 from refax.transforms.jit import jit
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged
@@ -179,10 +179,10 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
       variable = staged.closure_variable(key)
       raise ExportError.closure("a jax.Ref" if variable is None else variable._def.origin)
     outputs = _outputs(staged, values)
-    commit = Commit(inputs.graphdef, outputs)
+    commit = CompiledCommit(inputs.graphdef, outputs)
     if not commit.is_quiet:
       raise ExportError.result("another structure of an argument")
-    if (result := commit.plain_result()) is None:
+    if (result := commit.plain_result) is None:
       raise ExportError.result("a Module, a Variable or an argument")
     written = zip(outputs.spec.written, outputs.written, strict=True)
     new = {place[id(inputs.leaves[i])]: as_data(x) for i, x in written}

@@ -8,7 +8,7 @@ Statistics are computed in float32 or better whatever the dtype of the input. Th
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -41,13 +41,9 @@ class Norm(Module):
     """Mean and variance over `axes`, which stay as axes of size 1 if `keepdims`."""
     x, mask = self._wide(x, mask)
     if mask is None and self.axis_name is None:
-      return _moments(x, tuple(axes), keepdims, self.use_fast_variance)
-    if self.use_fast_variance:
-      mean, square = self._means((x, _abs_square(x)), axes, mask, keepdims)
-      return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
-    (mean,) = self._means((x,), axes, mask, True)
-    (var,) = self._means((_abs_square(x - mean),), axes, mask, keepdims)
-    return mean if keepdims else mean.squeeze(axes), var
+      return _plain_moments(x, tuple(axes), keepdims, self.use_fast_variance)
+    means = lambda xs, keepdims: self._means(xs, axes, mask, keepdims)
+    return _moments(x, means, tuple(axes), keepdims, self.use_fast_variance)
 
   def _mean_square(self, x: jax.Array, axes: Sequence[int], mask: Any) -> jax.Array:
     """Mean of `|x|^2` over `axes`, which stay as axes of size 1."""
@@ -66,7 +62,7 @@ class Norm(Module):
     """Means over `axes` and the mapped axis `axis_name`, with one collective for all of them."""
     axis, groups = self.axis_name, self.axis_index_groups
     if mask is None:
-      means = [x.mean(axes, keepdims=keepdims) for x in xs]
+      means = _plain_means(xs, axes, keepdims)
       return means if axis is None else lax.pmean(means, axis, axis_index_groups=groups)
     # Shards may differ in how many elements the mask leaves, so it is sums that are added up.
     count = jnp.broadcast_to(mask, xs[0].shape).sum(axes, keepdims=keepdims)
@@ -82,19 +78,35 @@ class Norm(Module):
     return _normalized(x, mean, var, scale, bias, self.epsilon, tuple(along(x, axes)), dtype)
 
 
+def _moments(
+  x: jax.Array,
+  means: Callable[[Sequence[jax.Array], bool], Sequence[Any]],
+  axes: tuple[int, ...],
+  keepdims: bool,
+  use_fast_variance: bool,
+) -> tuple[Any, Any]:
+  """Mean and variance over `axes`, by a function of arrays to their means."""
+  if use_fast_variance:
+    mean, square = means((x, _abs_square(x)), keepdims)
+    return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
+  (mean,) = means((x,), True)
+  (var,) = means((_abs_square(x - mean),), keepdims)
+  return mean if keepdims else mean.squeeze(axes), var
+
+
+def _plain_means(xs: Sequence[jax.Array], axes: Sequence[int], keepdims: bool) -> list[jax.Array]:
+  return [x.mean(axes, keepdims=keepdims) for x in xs]
+
+
 # Compiled by themselves, these are traced and differentiated once for all layers of one shape:
 # with ten operations each, they would be most of what tracing a deep model takes.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _moments(
+def _plain_moments(
   x: jax.Array, axes: tuple[int, ...], keepdims: bool, use_fast_variance: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance over `axes`."""
-  mean = x.mean(axes, keepdims=keepdims or not use_fast_variance)
-  if use_fast_variance:
-    square = _abs_square(x).mean(axes, keepdims=keepdims)
-    return mean, jnp.maximum(0.0, square - _abs_square(mean))  # rounding may make it negative
-  var = _abs_square(x - mean).mean(axes, keepdims=keepdims)
-  return mean if keepdims else mean.squeeze(axes), var
+  """`_moments` of all elements, in this process."""
+  means = lambda xs, keepdims: _plain_means(xs, axes, keepdims)
+  return _moments(x, means, axes, keepdims, use_fast_variance)
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))

@@ -128,10 +128,7 @@ _SCANS_ADD = jax.__version_info__ >= (0, 12)
 
 def _scans_refs(jaxpr: Any) -> bool:
   """Whether a scan at any depth of a jaxpr writes Refs."""
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "scan" and eqn.effects:
-      return True
-    flat = (y for x in eqn.params.values() for y in (x if type(x) is tuple else (x,)))
-    if any(_scans_refs(getattr(x, "jaxpr", x)) for x in flat if hasattr(x, "eqns")):
-      return True
-  return False
+  return any(
+    (eqn.primitive.name == "scan" and eqn.effects) or any(map(_scans_refs, _jax.inner_jaxprs(eqn)))
+    for eqn in jaxpr.eqns
+  )

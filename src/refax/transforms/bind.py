@@ -1,7 +1,10 @@
 """A compiled function bound to cells and objects: what one call of nnx.jit does, from end to end.
 
-run = bind(compiled, leaves, sources)   # once for the objects of a call
-result = run(args)                      # buffers out, the call, buffers and structure back
+It is bound once for the objects of a call. A run then takes the buffers out of the cells, makes the
+call, and gives buffers and structure back:
+
+    run = bind(compiled, leaves, sources)
+    result = run(args)
 """
 
 import functools
@@ -146,7 +149,7 @@ def bind(
   variables = sources.reader([i for i, _ in commit.written])
   one_by_one = all(tree is ARRAY for _, tree in commit.written)
   store = functools.partial(_stored, variables) if commit.written and one_by_one else None
-  result = commit.plain_result()
+  result = commit.plain_result
   if result is not None and one_by_one:
     return exchange(result, store=store)
   # Where nothing is written, `iter` might not ask for the call; callbacks are to run all the same.

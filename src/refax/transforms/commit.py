@@ -1,7 +1,7 @@
 """What a lifted call does to the caller's objects, and how what it returned is built.
 
 A Commit is made of the structure of the arguments and of what the function gave back, and of no
-value: a compiled function has one for all its calls.
+value: a compiled function has one (a CompiledCommit) for all its calls.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,44 +90,27 @@ class Fresh:
 
 
 class Commit:
-  """What a call does that gives back `outputs`; of these, only structure and types are looked at.
+  """What a call does to the caller's objects, and the structure of its result.
 
   Args:
     before: the structure of the arguments.
-    outputs: what the function gave back: arrays, or their types.
+    spec: the static half of what the function gave back.
   """
 
-  def __init__(self, before: GraphDef, outputs: Outputs):
-    self.spec = outputs.spec
-    count, nodes = len(before.nodes), outputs.spec.graphdef.nodes
+  def __init__(self, before: GraphDef, spec: OutputSpec):
+    self.spec = spec
+    count, nodes = len(before.nodes), spec.graphdef.nodes
     self.start = before.leaf_count
     """The index of the first fresh leaf."""
-    self.fresh = list(map(Fresh, outputs.fresh, self.spec.hijax))
-    self.written = [(i, _tree(x)) for i, x in zip(self.spec.written, outputs.written, strict=True)]
-    """The input Variables that the call gives values to, and their structures."""
     self._changes = [
       _change(i, before.nodes[i], nodes[i]) for i in range(count) if nodes[i] != before.nodes[i]
     ]
-    variables = [(i, x) for i, x in enumerate(self.fresh) if x.cls is not None]
-    self._places = [i for i, _ in variables]
-    self._classes: list[Any] = [x.cls for _, x in variables]
-    self._definitions = [x.definition for _, x in variables]
-    self._is_as_returned = all(x.treedef is ARRAY and not x.hijax for x in self.fresh)
     self._new = nodes[count:]
-    self._new_classes = [cls for cls, _ in self._new]
 
   @property
   def is_quiet(self) -> bool:
     """Whether the caller's objects keep their structure and their metadata."""
     return not self._changes and not self.spec.redefined
-
-  @property
-  def leaves(self) -> list[int]:
-    """The input leaves that a call's result, or its objects, will hold anew."""
-    entries = [e for c in self._changes for _, e in c.entries]
-    entries += [e for _, node in self._new for _, e in node]
-    found = {i for e in (self.spec.graphdef.root, *entries) for i in leaves_of(e)}
-    return sorted({i for i in found if i < self.start} | {i for i, _ in self.spec.redefined})
 
   def check(self, leaves: Sequence[Any], objects: Sequence[Node]) -> None:
     """Raise TraceContextError if an object from another trace would have to change."""
@@ -140,6 +123,48 @@ class Commit:
       variable = leaves[index]
       if not variable.is_hijax and variable._trace != now:
         raise TraceContextError.variable(variable._def.origin)
+
+  def build(self, leaves: list[Any], objects: Sequence[Node]) -> Any:
+    """Change the caller's objects, and build what the function returned.
+
+    Args:
+      leaves: the input leaves, and the fresh ones.
+      objects: the caller's objects.
+    """
+    new = [Node.__new__(cls) for cls, _ in self._new]
+    value = resolver(leaves, [*objects, *new])
+    for index, definition in self.spec.redefined:
+      leaves[index]._def = definition
+      epoch.bump()
+    for node, (_, entries) in zip(new, self._new, strict=True):
+      fill(node, entries, value)
+    for change in self._changes:
+      _apply(change, objects[change.place], value)
+    return value(self.spec.graphdef.root)
+
+
+class CompiledCommit(Commit):
+  """A Commit of what a compiled function returns: arrays, always of the same types.
+
+  Args:
+    before: the structure of the arguments.
+    outputs: what the function gave back; of arrays only the types are looked at.
+  """
+
+  def __init__(self, before: GraphDef, outputs: Outputs):
+    super().__init__(before, outputs.spec)
+    self.written = [(i, _tree(x)) for i, x in zip(self.spec.written, outputs.written, strict=True)]
+    """The input Variables that the call gives values to, and their structures."""
+    self.fresh = list(map(Fresh, outputs.fresh, self.spec.hijax))
+    variables = [(i, x) for i, x in enumerate(self.fresh) if x.cls is not None]
+    self._places = [i for i, _ in variables]
+    self._classes: list[Any] = [x.cls for _, x in variables]
+    self._definitions = [x.definition for _, x in variables]
+    self._is_as_returned = all(x.treedef is ARRAY and not x.hijax for x in self.fresh)
+    self.leaves = self._needed_leaves()
+    """The input leaves that `build` asks for: the result, or an object, will hold them anew."""
+    self.plain_result = self._plain_result()
+    """From the fresh arrays of a call to its result, where that is nothing else than arrays."""
 
   def make(self, arrays: Iterator, trace: Any) -> list[Any]:
     """The fresh leaves.
@@ -157,27 +182,13 @@ class Commit:
       found[i] = variable
     return found
 
-  def build(self, leaves: list[Any], objects: Sequence[Node]) -> Any:
-    """Change the caller's objects, and build what the function returned.
+  def _needed_leaves(self) -> list[int]:
+    entries = [e for c in self._changes for _, e in c.entries]
+    entries += [e for _, node in self._new for _, e in node]
+    found = {i for e in (self.spec.graphdef.root, *entries) for i in leaves_of(e)}
+    return sorted({i for i in found if i < self.start} | {i for i, _ in self.spec.redefined})
 
-    Args:
-      leaves: the input leaves (of them, only `self.leaves` are needed), and the fresh ones.
-      objects: the caller's objects.
-    """
-    objects = [*objects, *(Node.__new__(cls) for cls in self._new_classes)]
-    value = resolver(leaves, objects)
-    for index, definition in self.spec.redefined:
-      leaves[index]._def = definition
-      epoch.bump()
-    if self._new:
-      for node, (_, entries) in zip(objects[-len(self._new) :], self._new, strict=True):
-        fill(node, entries, value)
-    for change in self._changes:
-      _apply(change, objects[change.place], value)
-    return value(self.spec.graphdef.root)
-
-  def plain_result(self) -> Callable[[Iterator], Any] | None:
-    """From the fresh arrays of a call to its result, where that is nothing else than arrays."""
+  def _plain_result(self) -> Callable[[Iterator], Any] | None:
     root = self.spec.graphdef.root
     entries = [root] if root[0] == LEAF else root[2] if root[0] == REGION else []
     if root[0] not in (LEAF, REGION) or not self.is_quiet:

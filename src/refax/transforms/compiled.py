@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from refax import _jax
 from refax.core.graphdef import LEAF, REGION
 from refax.core.variable import Variable
-from refax.transforms.commit import Commit, Outputs
+from refax.transforms.commit import CompiledCommit, Outputs
 from refax.transforms.lift import Inputs
 
 
@@ -89,7 +89,7 @@ class Compiled:
     self._closed, self._jitted, self._names = traced.jaxpr, jitted, names
     jaxpr = traced.jaxpr.jaxpr
     self.items = Items.of(inputs, mask)
-    self.commit = Commit(inputs.graphdef, traced.out_info)
+    self.commit = CompiledCommit(inputs.graphdef, traced.out_info)
     self._out_count = len(jax.tree.leaves(traced.out_info))
     self._order = sorted(range(len(mask)), key=lambda i: mask[i])  # as they were traced: kept first
     self._spans = _spans(inputs.leaves, self._order)

@@ -22,7 +22,7 @@ from refax.transforms.commit import leaves_of
 from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.lift import Inputs
 from refax.transforms.reach import Slot
-from refax.transforms.tree import Tree, is_array_of, type_of
+from refax.transforms.tree import Tree, is_array_of, is_like, type_of
 
 LIMIT = 1024  # entries of one function; more calls than that are not a steady state
 _ALIKE = 64  # entries for the same object, as for batches of many lengths
@@ -88,12 +88,8 @@ class Entry:
       return None
     if any(ref() is not values[i] for i, ref in self._objects) or not self._watch.holds():
       return None
-    for i, aval, place, type_ in self._types:
-      x = values[i]
-      if (aval is None or getattr(x, "aval", None) is not aval or x.sharding != place) and type_of(
-        x
-      ) != type_:
-        return None
+    if not all(is_like(values[i], *rest) for i, *rest in self._types):
+      return None
     for i, value, kind_ in self._constants:
       if values[i] is not value and not (kind(values[i]) == kind_ and values[i] == value):
         return None
@@ -139,7 +135,7 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
       if ref() is not args[i]:
         return general(args, kwargs)
     for i, aval, place, type_ in types:
-      x = args[i]  # arrays from one source mostly share their aval and their place
+      x = args[i]  # `is_like`, without a frame
       if aval is not None and getattr(x, "aval", None) is aval and x.sharding == place:
         continue
       if type_of(x) != type_:
@@ -264,13 +260,8 @@ class Seen:
     watch: Watch,
     then: int,
   ):
-    self.values, self.names, self.inputs, self.watch, self.epoch = (
-      values,
-      names,
-      inputs,
-      watch,
-      then,
-    )
+    self.values, self.names = values, names
+    self.inputs, self.watch, self.epoch = inputs, watch, then
     self._static = frozenset(static)
     self.constants = [(i, values[i], kind(values[i])) for i in self._static]
     self.objects: list[tuple[int, Node]] = []

@@ -111,9 +111,12 @@ class _Jitted:
         self.fast.drop(entry.run)
       except (ValueError, TypeError, OverflowError) as error:
         raise entry.renamed(error) from None
-    return self._call(args, kwargs)
+    return self._call(args, kwargs, values, names)
 
-  def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+  def _call(
+    self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]
+  ) -> Any:
+    """A call that no entry describes; `values` and `names` are its arguments in one row."""
     watch, then = Watch(seen_as=any_array), epoch.value
     inputs, spec, leaves = self._split(args, kwargs, watch)
     if not is_eager():
@@ -126,9 +129,8 @@ class _Jitted:
       result = self._run(compiled, inputs)
     except Retraced:
       self.fast.forget(key)
-      return self._call(args, kwargs)
+      return self._call(args, kwargs, values, names)
     if self._reach.is_steady:
-      values, names = (*args, *kwargs.values()), tuple(kwargs)
       static = self._static_values(len(args), names)
       seen = Seen(values, names, static, inputs, watch, then)
       self.fast.learn(seen, compiled, self._reach.slots)

@@ -98,7 +98,7 @@ class Inputs:
     return uninterrupted(commit) if _jax.no_trace_active() else commit()
 
   def _commit(self, outputs: Outputs) -> Any:
-    commit = Commit(self.graphdef, outputs)
+    commit = Commit(self.graphdef, outputs.spec)
     commit.check(self.leaves, self.objects)
     fresh = map(fresh_leaf, outputs.fresh, outputs.spec.hijax)
     leaves = [*self.leaves, *fresh]

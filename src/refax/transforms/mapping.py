@@ -240,10 +240,8 @@ def _element(value: Any, axis: int | None) -> Any:
     return value
 
   def element(x: Any) -> jax.ShapeDtypeStruct:
-    whole = jax.typeof(x)
-    shape = list(whole.shape)
+    shape = list(jnp.shape(x))
     del shape[axis]
-    weak = getattr(whole, "weak_type", False)  # typed keys have none
-    return jax.ShapeDtypeStruct(tuple(shape), whole.dtype, weak_type=weak)
+    return _jax.type_struct(jax.typeof(x)).update(shape=tuple(shape))
 
   return jax.tree.map(element, value)

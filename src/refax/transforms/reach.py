@@ -130,36 +130,32 @@ class _Search:
     self._visited.add(key)
     if isinstance(x, types.MethodType):
       self.visit(x.__func__, depth + 1)
-      with self._mentioning(getattr(x.__func__, "__code__", None)):
+      with self._mentioning(_mentioned(x.__func__)):
         self._holder(x.__self__, depth + 1)
     elif isinstance(x, functools.partial):
       for part in (x.func, *x.args, *x.keywords.values()):
         self.visit(part, depth + 1)
     elif isinstance(x, types.FunctionType):
-      with self._mentioning(x.__code__):
+      with self._mentioning(_mentioned(x)):
         self._function(x, depth)
     elif isinstance(x, list | tuple | dict | set):
       self._container(x, depth)
     elif callable(getattr(x, "__wrapped__", None)):
       self.visit(x.__wrapped__, depth + 1)
     elif depth == 0:
-      call = inspect.getattr_static(type(x), "__call__", None)
-      with self._mentioning(getattr(call, "__code__", None)):
+      with self._mentioning(_mentioned(inspect.getattr_static(type(x), "__call__", None))):
         self._holder(x, depth + 1)  # a callable object
     else:
       self._attributes(x, depth)
 
   @contextlib.contextmanager
-  def _mentioning(self, code: types.CodeType | None) -> Iterator[None]:
-    outer, self._names = self._names, frozenset(_names(code)) if code is not None else frozenset()
-    yield
-    self._names = outer
-
-  @contextlib.contextmanager
-  def _without(self, names: Iterable[str]) -> Iterator[None]:
-    outer, self._names = self._names, self._names.difference(names)
-    yield
-    self._names = outer
+  def _mentioning(self, names: frozenset[str]) -> Iterator[None]:
+    """Of plain objects, these attributes are looked at meanwhile."""
+    outer, self._names = self._names, names
+    try:
+      yield
+    finally:
+      self._names = outer
 
   def _attributes(self, x: Any, depth: int) -> None:
     """Look at those attributes of a plain object, a class or a module that the function mentions.
@@ -181,7 +177,7 @@ class _Search:
       return
     for name, value in vars(x).items():
       self._slot(functools.partial(vars(x).get, name), value, depth)
-    with self._without(vars(x)):
+    with self._mentioning(self._names.difference(vars(x))):
       self._attributes(x, depth)  # those of its class
 
   def _function(self, f: types.FunctionType, depth: int) -> None:
@@ -237,6 +233,12 @@ def _contents(cell: Any) -> Any:
     return cell.cell_contents
   except ValueError:  # not assigned yet
     return None
+
+
+def _mentioned(function: Any) -> frozenset[str]:
+  """The names that a function mentions; of one that is not in Python, none."""
+  code = getattr(function, "__code__", None)
+  return frozenset() if code is None else frozenset(_names(code))
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -83,12 +83,8 @@ class Tree(NamedTuple):
       found, treedef = _flatten(x, self.is_leaf)
       if treedef != self.treedef:
         return False
-    for j, aval, place, type_ in self.arrays:
-      leaf = found[j]
-      if (
-        aval is None or getattr(leaf, "aval", None) is not aval or leaf.sharding != place
-      ) and type_of(leaf) != type_:
-        return False
+    if not all(is_like(found[j], *rest) for j, *rest in self.arrays):
+      return False
     for j, ref in self.objects:
       if ref() is not found[j]:
         return False
@@ -140,9 +136,9 @@ def _shape_of(x: Any) -> _Shape | None:
 
 def _take(state: Any, shape: _Shape, leaves: list[Any]) -> bool:
   """Whether this is a State of a shape; its leaves are added to a list, in the order of JAX."""
-  if type(state) is not State or tuple(state) != shape.keys:
+  if type(state) is not State or tuple(mapping := state._ordered()) != shape.keys:
     return False
-  for value, below in zip(state._mapping.values(), shape.children, strict=True):
+  for value, below in zip(mapping.values(), shape.children, strict=True):
     if below is None:
       leaves.append(value)
     elif not _take(value, below, leaves):
@@ -200,6 +196,16 @@ def is_array_of(x: Any, index: int) -> tuple[int, Any, Any, Any]:
   """What a later array or number in the place of `x` is compared with."""
   place = x.sharding if isinstance(x, jax.Array) else None
   return index, getattr(x, "aval", None), place, type_of(x)
+
+
+def is_like(x: Any, aval: Any, place: Any, type_: Any) -> bool:
+  """Whether `x` is an array or number like the one that `is_array_of` has described.
+
+  Arrays from one source mostly share their aval and their place.
+  """
+  if aval is not None and getattr(x, "aval", None) is aval and x.sharding == place:
+    return True
+  return type_of(x) == type_
 
 
 def type_of(x: Any) -> Any:

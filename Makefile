@@ -9,7 +9,10 @@ ARGS ?=
 SECONDS ?= 600
 
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# What XLA has compiled once, for any test and any run, is read from a file: a third of the time.
+CACHED := JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
+PYTEST := $(CACHED) $(BIN)/python -m pytest -n 2 --dist worksteal
 FLAGGED := tests/laws tests/transforms/test_autodiff.py tests/transforms/test_checks.py \
   tests/transforms/test_control.py tests/transforms/test_custom.py tests/transforms/test_loops.py \
   tests/transforms/test_mapping.py tests/transforms/test_remat.py tests/transforms/test_stage.py \

@@ -205,7 +205,8 @@ def run(name, count, seed):
   begun, fired, ended = threading.Event(), threading.Event(), threading.Event()
   main = threading.main_thread().ident
   losses = interrupts = 0
-  with tempfile.TemporaryDirectory() as folder:
+  # A save that was interrupted may still be written by a thread of orbax when the folder goes.
+  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     scenario = Scenario(name, folder)
     for _ in range(3):
       scenario.step()

@@ -26,7 +26,6 @@ RefaxError
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -344,12 +343,14 @@ class StaticAttributeError(RefaxError, TypeError):
   """A value that can be neither data nor part of the static structure."""
 
   @classmethod
-  def unhashable(cls, at: str, value: Any):
+  def unhashable(cls, at: str, value: Any, part: str):
     return cls(
-      "a static attribute must be hashable, for it is part of what jax.jit compiles for",
+      "a static attribute is part of what jax.jit compiles for: it is hashed, or compared by what "
+      "is in it",
       at=at,
-      got=f"{type(value).__name__} ({_short(value)})",
-      fix=_hashable(value),
+      got=f"{type(value).__name__} ({_short(value)}), with a part that can be neither: {part}",
+      fix="keep state (arrays, Variables, Modules) in attributes of their own, or wrap a pytree of "
+      "arrays in nnx.data; give a class of your own __hash__ and __eq__",
     )
 
   @classmethod
@@ -1013,21 +1014,6 @@ class InvalidArgumentError(RefaxError, ValueError):
       got=f"{name}={_short(value)}",
       fix=f"pass {want}",
     )
-
-
-def _hashable(value: Any) -> str:
-  """How a value that cannot be hashed becomes one that can, without a change of what it means."""
-  if isinstance(value, set):
-    return "assign frozenset(value)"
-  if isinstance(value, list):
-    return "assign a tuple: tuple(value)"
-  if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    kind = type(value).__name__
-    return f"declare {kind} as @dataclass(frozen=True), or keep what is used of it as attributes"
-  return (
-    f"define __hash__ and __eq__ for {type(value).__name__}, keep what is used of it as attributes "
-    "of its own, or wrap it in nnx.data if it is a pytree of arrays"
-  )
 
 
 def _cast(old: Any, new: Any) -> str:

@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from refax import _jax
 from refax.core import callables
+from refax.core.by_value import ByValue, has_hash
 from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
 from refax.core.epoch import epoch
@@ -50,6 +51,7 @@ class Walk:
     self._watch = watch
     self._leaf_index: dict[int, int] = {}
     self._node_index: dict[int, int] = {}
+    self._compared: dict[int, tuple[Any, ByValue]] = {}  # static values without a hash, by id
 
   @classmethod
   def seeded(cls, graphdef: GraphDef, leaves: list[Any], objects: list[Node]) -> "Walk":
@@ -79,7 +81,7 @@ class Walk:
       return (NODE, self._node(value))
     if is_followed(value):
       parts, treedef = taken_apart(value)
-      children = (self.entry(x) if is_part(x) else (STATIC, kind(x), x) for x in parts)
+      children = (self.entry(x) if is_part(x) else self._static(x) for x in parts)
       return (REGION, treedef, tuple(children))
     leaves, treedef = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Node | Variable))
     if value is None or (len(leaves) == 1 and leaves[0] is value):
@@ -96,6 +98,14 @@ class Walk:
     if entry[0] == LEAF:
       return self.leaves[entry[1]]
     return self.objects[entry[1]] if entry[0] == NODE else None
+
+  def _static(self, value: Any) -> tuple:
+    if has_hash(value):
+      return (STATIC, kind(value), value)
+    _, seen = self._compared.setdefault(id(value), (value, ByValue(value)))
+    if self._watch is not None:
+      self._watch.compare(value, seen)
+    return (STATIC, ByValue, seen)
 
   def _leaf(self, key: int, value: Any) -> int:
     index = self._leaf_index.setdefault(key, len(self.leaves))
@@ -138,7 +148,7 @@ class Walk:
     entries = []
     for key, value, dynamic in node._entries():
       if not dynamic:
-        entries.append((key, (STATIC, kind(value), value)))
+        entries.append((key, self._static(value)))
       elif isinstance(value, Node):
         index = self._node_index.get(id(value))
         if index is None:
@@ -241,6 +251,7 @@ def unflatten(graphdef: GraphDef, leaves: Iterable[Any]) -> tuple[Any, list[Node
 
 def resolver(leaves: list[Any], objects: list[Node]) -> Callable[[tuple], Any]:
   """The function from an entry to the value that it stands for."""
+  fresh: dict[int, Any] = {}
 
   def value(entry: tuple) -> Any:
     sort = entry[0]
@@ -249,7 +260,12 @@ def resolver(leaves: list[Any], objects: list[Node]) -> Callable[[tuple], Any]:
     if sort == NODE:
       return objects[entry[1]]
     if sort == STATIC:
-      return entry[2]
+      static = entry[2]
+      if type(static) is not ByValue:
+        return static
+      if id(static) not in fresh:  # one copy, where several objects share it
+        fresh[id(static)] = static.fresh()
+      return fresh[id(static)]
     _, treedef, children = entry
     return treedef.unflatten([leaves[e[1]] if e[0] == LEAF else value(e) for e in children])
 

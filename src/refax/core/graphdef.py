@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from refax.core.by_value import ByValue
 from refax.core.callables import CallableDef
 from refax.typing import Path
 
@@ -53,10 +54,12 @@ class GraphDef:
 
   @property
   def is_plain(self) -> bool:
-    """Whether it is of Nodes and leaves only, without other pytrees between them."""
+    """Whether it is of Nodes and leaves only: no other pytrees between them, no ByValue."""
     if self._plain is None:
       entries = [self.root, *(entry for _, node in self.nodes for _, entry in node)]
-      self._plain = all(entry[0] != REGION for entry in entries)
+      self._plain = all(
+        entry[0] != REGION and not (entry[0] == STATIC and entry[1] is ByValue) for entry in entries
+      )
     return self._plain
 
   @property

@@ -15,6 +15,7 @@ import numpy as np
 
 from refax import _jax
 from refax.core import storage, text
+from refax.core.by_value import ByValue, NotByValue, has_hash
 from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
 from refax.core.flatten import (
@@ -124,9 +125,10 @@ def classify(value: Any, at: Callable[[], str]) -> tuple[Any, bool]:
       return convert(value), True
   if not dynamic:
     try:
-      hash(value)
-    except TypeError:
-      raise StaticAttributeError.unhashable(at(), value) from None
+      if not has_hash(value):
+        ByValue(value)
+    except NotByValue as error:
+      raise StaticAttributeError.unhashable(at(), value, str(error)) from None
     if callable(value):
       _check_captures(value, at)
   elif type(value) in CALLABLES:

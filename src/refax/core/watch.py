@@ -37,6 +37,7 @@ class Watch:
 
   __slots__ = (
     "__weakref__",
+    "_compared",
     "_dead",
     "_held",
     "_mark",
@@ -49,10 +50,11 @@ class Watch:
     self.ref = weakref.ref(self)
     self._seen_as = seen_as
     self._dead = False
+    self._compared: list[tuple[Any, Any]] = []
     self._touched: dict[tuple[int, Any], tuple[weakref.ref, Any, bool]] = {}
     # Of a thread that touches while another one looks, the mark is new after the look: no touch
     # is lost. A count, or a set that is emptied, could lose one.
-    self._mark = self._held = object()
+    self._mark, self._held = object(), None
 
   def touch(self, node: Any, before: Before | None) -> None:
     """Something of an object has changed.
@@ -72,6 +74,15 @@ class Watch:
             break
           touched.setdefault((id(node), key), (weakref.ref(node), self._kept(old), was_data))
     self._mark = object()
+
+  def compare(self, value: Any, seen: Any) -> None:
+    """A static value tells nobody that it changes: it is looked at each time.
+
+    Args:
+      value: a value without a hash.
+      seen: what it was, a `ByValue`.
+    """
+    self._compared.append((value, seen))
 
   @property
   def is_dead(self) -> bool:
@@ -98,6 +109,8 @@ class Watch:
           return False
       if now is not old:
         return False
+    if self._compared:
+      return all(seen.holds(value) for value, seen in self._compared)
     self._held = mark
     return True
 

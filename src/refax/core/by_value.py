@@ -1,0 +1,144 @@
+"""Static values that have no hash: a plain dataclass with a model's sizes, lists and dicts in it.
+
+A GraphDef must be hashable, and must not change when such a value does. So it holds a ByValue: what
+the value was when a walk saw it, in a copy that nobody else has, and compared by what is in it.
+"""
+
+import copy as copylib
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from refax.core import callables
+from refax.core.definition import kind
+from refax.core.node import Node
+from refax.core.variable import Variable
+
+
+class NotByValue(TypeError):
+  """A value has a part that can be neither hashed nor compared by what is in it."""
+
+
+class ByValue:
+  """A value without a hash, as it was at one moment. Equal to another one with the same in it.
+
+  Args:
+    value: the value; it is copied.
+
+  Raises:
+    NotByValue: it holds arrays of JAX, objects with state, or what cannot be taken apart.
+  """
+
+  __slots__ = ("_hash", "_key", "_value")
+
+  def __init__(self, value: Any):
+    self._key = _key(value)
+    self._hash = hash(self._key)
+    self._value = _copied(value, {})
+
+  def fresh(self) -> Any:
+    """A copy that its owner may change."""
+    return _copied(self._value, {})
+
+  def holds(self, value: Any) -> bool:
+    """Whether a value is still as it was."""
+    try:
+      return _key(value) == self._key
+    except NotByValue:
+      return False
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other: object) -> bool:
+    return self is other or (isinstance(other, ByValue) and self._key == other._key)
+
+  def __repr__(self) -> str:
+    return repr(self._value)
+
+  def __reduce__(self) -> Any:
+    return ByValue, (self._value,)
+
+
+def has_hash(value: Any) -> bool:
+  """Whether a value can be hashed."""
+  try:
+    hash(value)
+  except TypeError:
+    return False
+  return True
+
+
+def _key(value: Any, above: tuple = ()) -> Any:
+  """What two values have in common that are the same inside. Hashable."""
+  if isinstance(value, jax.Array | Node | Variable) or _holds_state(value):
+    raise NotByValue(type(value).__name__)
+  if has_hash(value):
+    return kind(value), value
+  if any(value is x for x in above):
+    raise NotByValue("a value that holds itself")
+  above = (*above, value)
+  if isinstance(value, np.ndarray):
+    if value.dtype.hasobject:
+      raise NotByValue("an array of objects")
+    return type(value), value.dtype, value.shape, value.tobytes()
+  return (type(value), *(tuple(_key(x, above) for x in part) for part in _parts(value)))
+
+
+def _holds_state(value: Any) -> bool:
+  is_object = lambda x: isinstance(x, Node | Variable)
+  return callable(value) and callables.captured(value, is_object) is not None
+
+
+def _parts(value: Any) -> Iterable[list[Any]]:
+  """What is in a value, in an order that equal values share."""
+  if isinstance(value, set | frozenset):
+    yield sorted(value, key=lambda x: (type(x).__qualname__, repr(x)))
+  elif isinstance(value, list | tuple):
+    yield list(value)
+  elif isinstance(value, dict):
+    yield list(value)
+    yield list(value.values())
+  names = _names(value)
+  if names is None:
+    raise NotByValue(type(value).__name__)
+  yield list(names)
+  yield [getattr(value, name) for name in names]
+
+
+def _names(value: Any) -> list[str] | None:
+  """The attributes that a value consists of, or None if it is not known which."""
+  if isinstance(value, list | tuple | dict | set | frozenset):
+    return sorted(getattr(value, "__dict__", ()))
+  if dataclasses.is_dataclass(value):
+    fields = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+    return fields + sorted(getattr(value, "__dict__", {}).keys() - set(fields))
+  # A class that defines `__eq__` and no `__hash__` says that its objects are what is in them.
+  return sorted(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+  """A copy down to what has a hash, or is an array; what is shared inside stays so."""
+  if isinstance(value, np.ndarray):
+    return value.copy()
+  if has_hash(value):
+    return value
+  if id(value) in memo:
+    return memo[id(value)]
+  again: Callable[[Any], Any] = lambda x: _copied(x, memo)
+  if type(value) is tuple:
+    return tuple(map(again, value))
+  if isinstance(value, tuple):  # a namedtuple
+    return type(value)(*map(again, value))
+  memo[id(value)] = new = copylib.copy(value)
+  if isinstance(new, list):
+    new[:] = map(again, new)
+  elif isinstance(new, dict):
+    for key, x in list(new.items()):
+      dict.__setitem__(new, key, again(x))
+  for name in () if isinstance(new, set) else _names(new) or ():
+    object.__setattr__(new, name, again(getattr(new, name)))
+  return new

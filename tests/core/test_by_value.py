@@ -1,0 +1,182 @@
+"""Static values without a hash: compared by what is in them, seen when they change, not aliased."""
+
+import copy
+import dataclasses
+import pickle
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+from refax.core.by_value import ByValue, NotByValue
+from refax.errors import StaticAttributeError
+
+
+@dataclasses.dataclass
+class Config:
+  width: int = 2
+  layers: Any = dataclasses.field(default_factory=lambda: [1, 2])
+  options: Any = dataclasses.field(default_factory=lambda: {"act": "relu", "sizes": [3]})
+
+
+class Block(nnx.Module):
+  def __init__(self, config):
+    self.config = config
+    self.w = nnx.Param(jnp.ones(config.width))
+
+  def __call__(self, x):
+    return self.w[...] * x * sum(self.config.layers)
+
+
+class Model(nnx.Module):
+  def __init__(self, config):
+    self.config = config
+    self.blocks = nnx.List([Block(config), Block(config)])
+
+  def __call__(self, x):
+    for block in self.blocks:
+      x = block(x)
+    return x * self.config.options["sizes"][0]
+
+
+VALUES = [
+  lambda: [1, [2, {"a": 3}]],
+  lambda: {"b": 1, "a": [2]},
+  lambda: {1, 2},
+  lambda: ([1], {2}),
+  lambda: Config(),
+  lambda: types.SimpleNamespace(a=[1], f=jax.nn.relu),
+  lambda: {"x": np.arange(3)},
+]
+
+
+@pytest.mark.parametrize("make", VALUES)
+def test_two_that_are_the_same_inside_are_equal_and_copies_are_apart(make):
+  a, b = ByValue(make()), ByValue(make())
+  assert a == b and hash(a) == hash(b)
+  assert a.holds(make())
+  first, second = a.fresh(), a.fresh()
+  assert first is not second and ByValue(first) == ByValue(second) == a
+  assert pickle.loads(pickle.dumps(ByValue([1]))) == ByValue([1])
+
+
+@pytest.mark.parametrize(
+  ("a", "b"),
+  [
+    ([1], [1.0]),
+    ([1], [True]),
+    ([0.0], [-0.0]),
+    ([1], [1, 2]),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}),  # a loop over it goes another way
+    ([1], ([1],)),
+    (Config(3), Config(4)),
+    ({"x": np.arange(3)}, {"x": np.arange(3.0)}),
+  ],
+)
+def test_what_could_be_traced_otherwise_is_not_equal(a, b):
+  assert ByValue(a) != ByValue(b)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: [jnp.ones(2)],
+    lambda: Config(layers=[nnx.Param(1.0)]),
+    lambda: {"f": lambda m=nnx.Dropout(0.5): m},
+    lambda: types.SimpleNamespace(m=nnx.Dropout(0.5), a=[]),
+  ],
+)
+def test_state_inside_is_refused(make):
+  with pytest.raises(NotByValue):
+    ByValue(make())
+
+
+def test_a_config_that_holds_itself_is_refused():
+  config = Config()
+  config.options["me"] = config
+  with pytest.raises(StaticAttributeError, match="a value that holds itself"):
+    Block(config)
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+@pytest.mark.parametrize("jit", [nnx.jit, jax.jit])
+def test_a_change_of_a_config_is_seen_and_one_without_is_not_traced(hijax, jit):
+  with nnx.use_hijax(hijax):
+    config = Config()
+    model = Model(config)
+    traces = []
+
+    @jit
+    def f(model, x):
+      traces.append(1)
+      return model(x)
+
+    x = jnp.ones(2)
+    for _ in range(4):
+      assert f(model, x)[0] == 27.0
+    assert len(traces) == 1
+    config.options["sizes"][0] = 5
+    for _ in range(3):
+      assert f(model, x)[0] == 45.0
+    assert len(traces) == 2
+    config.options["sizes"][0] = 3
+    assert f(model, x)[0] == 27.0
+    assert len(traces) == 2
+
+
+def test_a_model_with_a_config_is_a_known_call_of_nnx_jit():
+  model = Model(Config())
+  f = nnx.jit(lambda model, x: model(x))
+  for _ in range(3):
+    f(model, jnp.ones(2))
+  assert f._fast.find((model, jnp.ones(2)), ()) is not None
+
+
+def test_copies_share_no_config_and_keep_what_is_shared_inside():
+  config = Config()
+  model = Model(config)
+  copies = [nnx.clone(model), copy.deepcopy(model), nnx.merge(*nnx.split(model))]
+  copies += [jax.tree.map(lambda x: x, model), nnx.to_lojax(model), pickle.loads(pickle.dumps(model))]
+  for twin in copies:
+    assert twin.config == config and twin.config is not config
+    assert twin.blocks[0].config is twin.blocks[1].config is twin.config
+    twin.config.layers.append(7)
+  assert config == Config()
+  assert model.config is config
+
+
+def test_a_graphdef_keeps_what_was():
+  config = Config()
+  graphdef, state = nnx.split(Model(config))
+  config.width = 9
+  assert nnx.merge(graphdef, state).config.width == 2
+  assert nnx.graphdef(Model(Config())) == graphdef
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_a_config_that_a_step_changes_is_changed_outside(hijax):
+  with nnx.use_hijax(hijax):
+    model = Block(Config())
+
+    @nnx.jit
+    def step(model):
+      model.config.layers.append(len(model.config.layers))
+
+    step(model)
+    step(model)
+    assert model.config.layers == [1, 2, 2, 3]
+
+
+def test_a_frozen_dataclass_with_a_list_is_accepted():
+  @dataclasses.dataclass(frozen=True)
+  class Frozen:
+    sizes: Any
+
+  block = Block(Config())
+  block.other = Frozen([1])
+  block.other.sizes.append(2)
+  assert jax.tree.map(lambda x: x, block).other == Frozen([1, 2])

@@ -51,7 +51,7 @@ class Net(nnx.Module):
 # what is computed
 def test_weight_norm_gives_each_feature_a_direction_times_its_scale():
   model, x = wrap(nnx.WeightNorm), normal((2, 3))
-  model.scales["kernel"][...] = jnp.array([1.0, 2.0, 3.0, 4.0])
+  model.scales[("kernel",)][...] = jnp.array([1.0, 2.0, 3.0, 4.0])
   kernel = model.layer_instance.kernel[...]
   close(model(x), x @ (kernel / jnp.linalg.norm(kernel, axis=0)) * jnp.array([1.0, 2, 3, 4]))
 
@@ -61,7 +61,7 @@ def test_weight_norm_gives_each_feature_a_direction_times_its_scale():
 ])  # fmt: skip
 def test_weight_norm_over_other_axes(feature_axes, others, shape):
   model = wrap(nnx.WeightNorm, nnx.Conv(3, 4, 2, rngs=nnx.Rngs(0)), feature_axes=feature_axes)
-  assert model.scales["kernel"].shape == shape
+  assert model.scales[("kernel",)].shape == shape
   twin = nnx.clone(model.layer_instance)
   length = jnp.sqrt((twin.kernel[...] ** 2).sum(others, keepdims=True))
   twin.kernel[...] = twin.kernel[...] / length
@@ -78,13 +78,33 @@ def test_weight_norm_without_scales():
 def test_weight_norm_of_what_the_filter_selects():
   layer = nnx.Sequential(linear(3, 4), linear(4, 2))
   model = wrap(nnx.WeightNorm, layer)
-  assert sorted(model.scales) == ["layers/0/kernel", "layers/1/kernel"]
+  assert sorted(model.scales) == [("layers", 0, "kernel"), ("layers", 1, "kernel")]
   second = nnx.All(nnx.PathContains(1), nnx.PathContains("kernel"))
   model = wrap(nnx.WeightNorm, layer, variable_filter=second)
-  assert sorted(model.scales) == ["layers/1/kernel"]
+  assert sorted(model.scales) == [("layers", 1, "kernel")]
   model = wrap(nnx.WeightNorm, Net(nnx.Rngs(0)), variable_filter=..., feature_axes=None)
-  assert sorted(model.scales) == [
-    "layers/0/bias", "layers/0/kernel", "layers/1/bias", "layers/1/scale"]  # fmt: skip
+  names = (0, "bias"), (0, "kernel"), (1, "bias"), (1, "scale")
+  assert sorted(model.scales) == [("layers", *name) for name in names]
+
+
+def test_scales_that_are_drawn_differ():
+  layer, rngs = nnx.Sequential(linear(3, 4), linear(4, 4)), nnx.Rngs(1)
+  model = nnx.WeightNorm(layer, scale_init=nnx.initializers.normal(), rngs=rngs)
+  first, second = model.scales.values()
+  assert (first[...] != second[...]).all()
+
+
+@pytest.mark.parametrize(("wrapper", "names"), [
+  (nnx.WeightNorm, {"scales.kernel"}),
+  (nnx.SpectralNorm, {"batch_stats.kernel.u", "batch_stats.kernel.sigma"}),
+])  # fmt: skip
+def test_a_path_that_is_a_key_is_named_by_its_steps_in_a_file(wrapper, names, tmp_path):
+  model, other, path = wrap(wrapper), wrap(wrapper, update_stats=False), tmp_path / "x.safetensors"
+  model(normal((2, 3)))
+  nnx.save_safetensors(model, path)
+  report = nnx.load_safetensors(other, path)
+  assert set(report.loaded) == names | {"layer_instance.bias", "layer_instance.kernel"}
+  assert_equal(values(other), values(model))
 
 
 def test_spectral_norm_finds_the_largest_singular_value():
@@ -92,7 +112,7 @@ def test_spectral_norm_finds_the_largest_singular_value():
   for _ in range(60):
     y = model(eye)
   want = jnp.linalg.svd(model.layer_instance.kernel[...])[1][0]
-  np.testing.assert_allclose(model.batch_stats["kernel/sigma"], want, rtol=1e-4)
+  np.testing.assert_allclose(model.batch_stats[("kernel", "sigma")], want, rtol=1e-4)
   np.testing.assert_allclose(jnp.linalg.norm(y, ord=2), 1, rtol=1e-4)
   several = wrap(nnx.SpectralNorm, n_steps=60)
   close(several(eye), y)
@@ -104,13 +124,14 @@ def test_spectral_norm_in_evaluation_keeps_its_estimates():
   assert_equal(values(model), before)
   model.train()
   close(model(x), want)
-  close(model(x), x @ (linear().kernel[...] / model.batch_stats["kernel/sigma"][...]))
+  close(model(x), x @ (linear().kernel[...] / model.batch_stats[("kernel", "sigma")][...]))
   model.eval()
   before = values(model)
   close(model(x), model(x))
   assert_equal(values(model), before)
   model(x, update_stats=True)
-  assert (values(model)["batch_stats"]["kernel/u"] != before["batch_stats"]["kernel/u"]).any()
+  u = lambda state: state["batch_stats"]["kernel", "u"]
+  assert (u(values(model)) != u(before)).any()
 
 
 def test_spectral_norm_leaves_vectors_and_zeros_as_they_are():
@@ -141,7 +162,7 @@ def test_gradients_flow_through_the_normalization(hijax):
   for grads in (nnx.grad(loss)(model), nnx.jit(nnx.grad(loss))(model),
                 nnx.grad(nnx.remat(loss))(model), jax.grad(loss)(nnx.to_lojax(model))):  # fmt: skip
     got = nnx.to_pure_dict(nnx.state(grads))
-    close((got["layer_instance"]["kernel"], got["scales"]["kernel"]), want)
+    close((got["layer_instance"]["kernel"], got["scales"][("kernel",)]), want)
 
 
 def test_the_gradient_of_spectral_norm_is_that_of_the_singular_value():
@@ -250,7 +271,8 @@ def test_a_wrapper_survives_split_and_merge(wrapper):
 def test_wrappers_wrap_wrappers():
   model, x = wrap(nnx.SpectralNorm, wrap(nnx.WeightNorm)), normal((2, 3))
   inner = wrap(nnx.WeightNorm)(jnp.eye(3))
-  assert sorted(model.batch_stats) == ["layer_instance/kernel/sigma", "layer_instance/kernel/u"]
+  weight = ("layer_instance", "kernel")
+  assert sorted(model.batch_stats) == [(*weight, "sigma"), (*weight, "u")]
   # A direction does not depend on the length that the outer wrapper gives the weight.
   close(model(x), x @ inner)
 

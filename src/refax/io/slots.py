@@ -115,6 +115,9 @@ def _one_name(function: str, name: str, sep: str) -> InvalidArgumentError:
 
 
 def _name(path: Path, sep: str) -> str:
+  """The name for a path; a key that is a path itself, as in `WeightNorm`, counts as its steps."""
+  if tuple in map(type, path):
+    path = tuple(step for key in path for step in (key if isinstance(key, tuple) else (key,)))
   return sep.join(map(str, path))
 
 

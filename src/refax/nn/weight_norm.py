@@ -2,9 +2,11 @@
 
 The wrapped layer keeps its own weights. In each call a copy of it runs, with arrays computed from
 them in their place, so that gradients flow through the normalization; everything else that the
-copy holds is shared with the layer, and what it changes is the layer's.
+copy holds is shared with the layer, and what it changes is the layer's. What a wrapper keeps for a
+weight has the weight's path for a key, as in Flax NNX: `scales[("kernel",)]`.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from refax.core.variable import BatchStat, Param
 from refax.errors import InvalidArgumentError, ShapeMismatchError, UnwantedWriteError
 from refax.nn import check, dtypes, initializers
 from refax.nn.norm import axis_tuple
-from refax.rngs import Rngs
+from refax.rngs import Rngs, RngStream
 from refax.transforms.lift import Entered, Inputs
 from refax.typing import ArrayLike, Dtype, Initializer, Path
 
@@ -43,7 +45,8 @@ class WeightNorm(Module):
     param_dtype: the dtype of the scales.
     variable_filter: which Params of the layer to normalize; by default those named `kernel`.
     promote_dtype: as in `nnx.Linear`; decides the dtype of normalized weights.
-    rngs: the stream `params` initialises the scales.
+    rngs: the stream `params` initialises the scales; it gives no key, as in Flax NNX, so that the
+      layers which are built next have the same weights as there.
 
   Raises:
     InvalidArgumentError: `layer_instance` is no layer, `variable_filter` matches none of its
@@ -54,7 +57,7 @@ class WeightNorm(Module):
   >>> model = nnx.WeightNorm(nnx.Linear(3, 5, rngs=rngs), rngs=rngs)
   >>> columns = model(jnp.eye(3)); (columns**2).sum(0).round(3).tolist()
   [1.0, 1.0, 1.0, 1.0, 1.0]
-  >>> model.scales["kernel"].shape
+  >>> model.scales[("kernel",)].shape
   (5,)
   """
 
@@ -77,16 +80,17 @@ class WeightNorm(Module):
     self.feature_axes = () if feature_axes is None else axis_tuple(feature_axes)
     self.variable_filter = to_predicate(variable_filter)
     shapes = {
-      _name(path): tuple(weight.shape[axis] for axis in self._axes(weight))
+      path: tuple(weight.shape[axis] for axis in self._axes(weight))
       for path, weight in self._weights()
     }
     if not shapes:
       want = "a filter that matches Params of the layer: nnx.PathContains('kernel')"
       raise InvalidArgumentError.value("WeightNorm", "variable_filter", variable_filter, want)
-    self.scales: dict[str, Param[jax.Array]] | None = None
+    self.scales: dict[Path, Param[jax.Array]] | None = None
     if use_scale:
-      init = lambda shape: Param(scale_init(rngs.params(), shape, param_dtype))
-      self.scales = {name: init(shape) for name, shape in shapes.items()}
+      keys = _keys(rngs.params)
+      init = lambda shape: Param(scale_init(next(keys), shape, param_dtype))
+      self.scales = {path: init(shape) for path, shape in shapes.items()}
     self.use_scale = use_scale
     self.scale_init = scale_init
     self.epsilon = epsilon
@@ -128,7 +132,7 @@ class WeightNorm(Module):
   def _normalized(self, path: Path, weight: Param) -> jax.Array:
     axes, value = self._axes(weight), weight[...]
     others = tuple(axis for axis in range(value.ndim) if axis not in axes)
-    scale = None if self.scales is None else self.scales[_name(path)][...]
+    scale = None if self.scales is None else self.scales[path][...]
     dtype = self.promote_dtype((value, scale), dtype=self.dtype)[0].dtype
     direction = _unit(dtypes.wide(value), self.epsilon, others)
     if scale is not None:
@@ -164,7 +168,7 @@ class SpectralNorm(Module):
   >>> float(jnp.linalg.norm(model(jnp.eye(3)), ord=2).round(3))
   1.0
   >>> sorted(model.batch_stats)
-  ['kernel/sigma', 'kernel/u']
+  [('kernel', 'sigma'), ('kernel', 'u')]
   """
 
   def __init__(
@@ -197,9 +201,9 @@ class SpectralNorm(Module):
           fix="build it with error_on_non_matrix=False, or wrap another layer",
         )
       u = initializers.normal()(rngs.params(), (1, weight.shape[-1]), param_dtype)
-      stats[f"{_name(path)}/u"] = BatchStat(u)
-      stats[f"{_name(path)}/sigma"] = BatchStat(jnp.ones((), param_dtype))
-    self.batch_stats: dict[str, BatchStat[jax.Array]] = stats
+      stats[*path, "u"] = BatchStat(u)
+      stats[*path, "sigma"] = BatchStat(jnp.ones((), param_dtype))
+    self.batch_stats: dict[Path, BatchStat[jax.Array]] = stats
 
   def __call__(self, x: ArrayLike, update_stats: bool | None = None, **kwargs: Any) -> Any:
     """Call the layer with normalized weights.
@@ -219,7 +223,7 @@ class SpectralNorm(Module):
     update = not self.use_running_average if update_stats is None else update_stats
     weights, moved = {}, []
     for path, weight in self._weights():
-      u, sigma = (self.batch_stats[f"{_name(path)}/{which}"] for which in ("u", "sigma"))
+      u, sigma = (self.batch_stats[*path, which] for which in ("u", "sigma"))
       weights[path], new_u, new_sigma = self._normalized(weight[...], u[...])
       moved += [(u, new_u), (sigma, new_sigma)] if update else []
     out = _call(self.layer_instance, weights, "SpectralNorm", x, **kwargs)
@@ -284,6 +288,7 @@ def _call(layer: Module, weights: dict[Path, jax.Array], wrapper: str, *args: An
   return inputs.commit(outputs)
 
 
-def _name(path: Path) -> str:
-  """A path as one key, also of a checkpoint."""
-  return "/".join(map(str, path))
+def _keys(stream: RngStream) -> Iterator[jax.Array]:
+  """Keys that come of the next key of a stream, which stays its next one."""
+  following = jax.random.fold_in(stream.key[...], stream.count[...])
+  return (jax.random.fold_in(following, i) for i in itertools.count())

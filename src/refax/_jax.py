@@ -484,6 +484,27 @@ def returning_function() -> Callable[[], tuple[str, str]] | None:
   if frame.f_code.co_name != "flatten":
     return None
   caller = frame.f_back
+_TREE_FILES = frozenset(
+  f.__code__.co_filename for f in (jax.tree_util.tree_flatten, jax.tree.flatten)
+)
+
+
+def orbax_flattens() -> bool:
+  """Whether orbax-checkpoint has called the function of JAX that flattens an object now.
+
+  To be called by a flattening function of a pytree, as `refusing_function`: the frames of the call
+  are those of JAX's files on trees, then one of orbax.
+  """
+  orbax = sys.modules.get("orbax.checkpoint")
+  if orbax is None or orbax.__file__ is None:
+    return False
+  frame = sys._getframe(2)
+  while frame is not None and frame.f_code.co_filename in _TREE_FILES:
+    frame = frame.f_back
+  folder = os.path.dirname(orbax.__file__)
+  return frame is not None and frame.f_code.co_filename.startswith(folder)
+
+
   if caller is None or not caller.f_code.co_name.startswith("trace_to_jaxpr"):
     return None
   if not caller.f_code.co_filename.endswith("partial_eval.py") or not _refuses_refs():

@@ -493,6 +493,15 @@ class RefArgumentError(RefaxError, TypeError):
     )
 
   @classmethod
+  def orbax(cls, at: Any):
+    return cls(
+      "orbax saves arrays, and a hijax Variable is a jax.Ref",
+      at=at,
+      got="a Variable outside of a State or Module",
+      fix="save a State, nnx.state(model), or arrays: nnx.pure(tree)",
+    )
+
+  @classmethod
   def function(cls, function: str, kind: str):
     if function == "jax.device_put":
       return cls(

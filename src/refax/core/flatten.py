@@ -23,6 +23,7 @@ from refax.core.definition import kind
 from refax.core.epoch import epoch
 from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
 from refax.core.node import Node, Tracked
+from refax.core.orbax import on_arrays
 from refax.core.variable import Variable, identity
 from refax.core.watch import Watch, Watches
 from refax.errors import RefArgumentError, ReturnedRefError
@@ -315,24 +316,20 @@ def captured(value: Any) -> Any:
   return callables.captured(value, lambda x: isinstance(x, Node | Variable))
 
 
-class PathKey:
-  """A key path's step that holds a whole path: from the root of a Module to a Variable."""
+class PathKey(jax.tree_util.GetAttrKey):
+  """A key path's step that holds a whole path: from the root of a Module to a Variable.
 
-  __slots__ = ("path",)
+  By name it is an attribute, `layers.0.kernel`: who looks at key paths knows JAX's own keys.
+  """
 
   def __init__(self, path: Path):
+    super().__init__(".".join(map(str, path)))
     self.path = path
 
   def __str__(self) -> str:
     return path_str(self.path)
 
   __repr__ = __str__
-
-  def __hash__(self) -> int:
-    return hash(self.path)
-
-  def __eq__(self, other) -> bool:
-    return isinstance(other, PathKey) and self.path == other.path
 
 
 def register(cls: type[Node]) -> None:
@@ -347,12 +344,12 @@ def register(cls: type[Node]) -> None:
       on_handed_out(x for _, x in walk_nodes(node))
     if function is not None and any(_is_hijax(leaf) for leaf in flat.leaves):
       raise RefArgumentError.function(function, type(node).__name__)
-    return flat
+    return flat if not _jax.orbax_flattens() else Flat(tuple(on_arrays(flat.leaves)), flat.graphdef)
 
   def flatten_with_keys(node: Node):
     flat = flatten(node)
-    keys = map(PathKey, flat.graphdef.paths)
-    return tuple(zip(keys, flat.leaves, strict=True)), flat.graphdef
+    leaves = flat.leaves if not _jax.orbax_flattens() else on_arrays(flat.leaves)
+    return tuple(zip(map(PathKey, flat.graphdef.paths), leaves, strict=True)), flat.graphdef
 
   own = {name for name, x in vars(cls).items() if isinstance(x, functools.cached_property)}
   cls._memoized = cls._memoized.difference(vars(cls)) | own

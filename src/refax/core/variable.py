@@ -469,24 +469,21 @@ class _PickledKey:
     return jax.random.wrap_key_data(self.data, impl=self.impl)
 
 
-class CellKey:
-  """The step of a key path from a Variable to its cell: nothing to show."""
+class CellKey(jax.tree_util.GetAttrKey):
+  """The step of a key path from a Variable to its cell: `value` by name, nothing to show.
+
+  A subclass of a key of JAX's own, for who looks at key paths knows these: orbax names files by it.
+  """
 
   __slots__ = ()
 
   def __str__(self) -> str:
     return ""
 
-  def __hash__(self) -> int:
-    return hash(CellKey)
-
-  def __eq__(self, other) -> bool:
-    return isinstance(other, CellKey)
-
   __repr__ = __str__
 
 
-_CELL_KEY = CellKey()
+_CELL_KEY = CellKey("value")
 
 
 # JAX makes and takes apart every Variable of a model in each call: in C, a third of the time.
@@ -543,6 +540,8 @@ class BatchStat(Variable[A]):
   >>> from refax import nnx
   >>> nnx.BatchStat(0.0).detached
   True
+    if _jax.orbax_flattens() and any(map(_jax.is_ref, jax.tree.leaves(v._cell))):
+      raise RefArgumentError.orbax(v._def.origin)
   """
 
   detached = True

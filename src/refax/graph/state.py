@@ -10,6 +10,7 @@ from refax.core import text
 from refax.core.filters import Filter, Predicate, to_predicates
 from refax.core.flatten import ref_in
 from refax.core.node import Tracked
+from refax.core.orbax import on_arrays
 from refax.core.variable import Variable
 from refax.core.watch import Watch, Watches
 from refax.core.write import commit
@@ -148,7 +149,9 @@ class State(MutableMapping, Tracked):
 
 def _flatten_with_keys(state: State):
   mapping = state._ordered()
-  return [(jax.tree_util.DictKey(k), x) for k, x in mapping.items()], tuple(mapping)
+  children = mapping.values() if not _jax.orbax_flattens() else on_arrays(mapping.values())
+  keys = map(jax.tree_util.DictKey, mapping)
+  return list(zip(keys, children, strict=True)), tuple(mapping)
 
 
 def _flatten(state: State):
@@ -163,7 +166,7 @@ def _flatten(state: State):
     for key, child in zip(keys, children, strict=True):
       if (ref := ref_in(child)) is not None:
         raise ReturnedRefError.result(*returning(), "State", path_str((key,)), ref)
-  return children, keys
+  return children if not _jax.orbax_flattens() else on_arrays(children), keys
 
 
 def _unflatten(keys: tuple, children: Iterable[Any]) -> State:

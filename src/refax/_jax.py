@@ -207,6 +207,19 @@ def is_staging() -> bool:
   return trace is not None and type(trace.value).__name__ == "DynamicJaxprTrace"
 
 
+def is_differentiating() -> bool:
+  """Whether `jax.grad`, `jax.jvp` or `jax.vjp` computes now, and nothing compiled is recorded.
+
+  Private: `jax._src.core.trace_state_strong_ref`, as `is_staging`. Without it the answer is no, and
+  a Ref refuses what carries a gradient.
+  """
+  private = _private()
+  if private is None or private.clean():
+    return False
+  trace = getattr(private.core, "trace_state_strong_ref", None)
+  return trace is not None and type(trace.value).__name__ in ("JVPTrace", "LinearizeTrace")
+
+
 @functools.cache
 def _trace_context() -> Callable[[], Any]:
   try:
@@ -471,19 +484,6 @@ def refusing_function() -> str | None:
   return _REFUSING.get(frame.f_code.co_name)
 
 
-def returning_function() -> Callable[[], tuple[str, str]] | None:
-  """Of the function whose result JAX flattens now, what names it, and what JAX traces it for.
-
-  None if JAX lets Refs out of it. The names are looked up when they are asked for, for an error:
-  `f_locals` keeps what it shows alive with the frame, and tracers must not outlive their trace.
-
-  Private: `FlatTree.flatten` is called by `trace_to_jaxpr` in `jax/_src/interpreters`, which looks
-  for Refs next. Where they are others, JAX's own error arrives. As `refusing_function`.
-  """
-  frame = sys._getframe(2)
-  if frame.f_code.co_name != "flatten":
-    return None
-  caller = frame.f_back
 _TREE_FILES = frozenset(
   f.__code__.co_filename for f in (jax.tree_util.tree_flatten, jax.tree.flatten)
 )
@@ -505,6 +505,19 @@ def orbax_flattens() -> bool:
   return frame is not None and frame.f_code.co_filename.startswith(folder)
 
 
+def returning_function() -> Callable[[], tuple[str, str]] | None:
+  """Of the function whose result JAX flattens now, what names it, and what JAX traces it for.
+
+  None if JAX lets Refs out of it. The names are looked up when they are asked for, for an error:
+  `f_locals` keeps what it shows alive with the frame, and tracers must not outlive their trace.
+
+  Private: `FlatTree.flatten` is called by `trace_to_jaxpr` in `jax/_src/interpreters`, which looks
+  for Refs next. Where they are others, JAX's own error arrives. As `refusing_function`.
+  """
+  frame = sys._getframe(2)
+  if frame.f_code.co_name != "flatten":
+    return None
+  caller = frame.f_back
   if caller is None or not caller.f_code.co_name.startswith("trace_to_jaxpr"):
     return None
   if not caller.f_code.co_filename.endswith("partial_eval.py") or not _refuses_refs():

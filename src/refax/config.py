@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
@@ -18,6 +18,9 @@ def _default() -> bool:
 # Thread-local, and part of the key of every jit cache: a function that was traced with one setting
 # is traced again under the other, so that it never returns Variables of the wrong storage.
 _hijax = jax.make_user_context(default_value=_default())
+
+_LOCAL = "local"
+"""The setting while a function is differentiated; see `local_variables`."""
 
 
 class use_hijax(contextlib.AbstractContextManager):
@@ -79,4 +82,41 @@ def using_hijax() -> bool:
   >>> nnx.using_hijax()
   True
   """
-  return _hijax.value
+  return _hijax.value is not False
+
+
+def set_default(value: bool) -> None:
+  """Set whether new Variables are hijax where nobody has said it, in all threads.
+
+  >>> set_default(True)
+  """
+  _hijax.set_global(bool(value))
+
+
+@contextlib.contextmanager
+def local_variables() -> Iterator[bool]:
+  """A function is differentiated: a Ref would drop the gradient of what it holds, so Variables that
+  are made meanwhile and could carry one are lojax.
+
+  Yields:
+    Whether they are to be hijax afterwards.
+
+  >>> with local_variables() as is_hijax_afterwards:
+  ...   using_hijax(), are_variables_local(), is_hijax_afterwards
+  (True, True, True)
+  """
+  outer = _hijax.value
+  if outer is False:
+    yield False
+    return
+  with _hijax(_LOCAL):
+    yield outer is True
+
+
+def are_variables_local() -> bool:
+  """Whether a function is differentiated now, outside of which Variables are hijax.
+
+  >>> are_variables_local()
+  False
+  """
+  return _hijax.value is _LOCAL

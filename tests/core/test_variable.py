@@ -187,16 +187,21 @@ def test_an_unknown_attribute_is_an_error_that_names_it():
     nnx.Param(1.0).nope
 
 
-def test_value_is_refused_with_what_to_write_instead():
+@pytest.mark.parametrize("hijax", [True, False])
+def test_value_reads_and_writes_like_an_index(hijax):
+  v = nnx.Param(jnp.zeros(2), is_hijax=hijax)
+  v.value = jnp.ones(2)
+  v.value += 1
+  assert v.value.tolist() == v[...].tolist() == [2.0, 2.0]
+  with pytest.raises(ShapeMismatchError):
+    v.value = jnp.ones(3)
+  kept = v.value
+  v.value = jnp.zeros(2)
+  assert kept.tolist() == [2.0, 2.0]
+
+
+def test_an_attribute_of_a_variable_is_no_metadata():
   v = nnx.Param(1.0)
-  with pytest.raises(
-    AttributeError, match=r"^Variables have no `\.value`: read with v\[\.\.\.\], write with"
-  ):
-    v.value
-  with pytest.raises(
-    AttributeError, match=r"^cannot set 'value' of a Param; write v\[\.\.\.\] = x$"
-  ):
-    v.value = 2.0
   with pytest.raises(
     AttributeError, match=r"^cannot set 'tag' of a Param; for metadata: v.set_metadata\(tag=...\)$"
   ):
@@ -785,8 +790,8 @@ def test_a_write_of_a_differentiated_value_is_refused_and_says_what_to_do():
     f"  at:  (a Variable outside any Module)  (Variable, created at test_variable.py:{line})\n"
     "  got: a value that depends on what jax.grad differentiates\n"
     "  fix: to keep the gradient, return the value from the function, hand it out by "
-    "self.sow(...), or name the Variable in nnx.grad(..., through=...); to drop the gradient on "
-    "purpose, write jax.lax.stop_gradient(x)"
+    "self.sow(...), name the Variable in nnx.grad(..., through=...), or make it in the function "
+    "with is_hijax=False; to drop the gradient on purpose, write jax.lax.stop_gradient(x)"
   )
   assert float(memory) == 0.0
 

@@ -483,8 +483,8 @@ def test_message_of_a_differentiated_write(where):
     "  at:  Net.last  (Variable, created at test_errors.py:N)\n"
     "  got: a value that depends on what jax.grad differentiates\n"
     "  fix: to keep the gradient, return the value from the function, hand it out by "
-    "self.sow(...), or name the Variable in nnx.grad(..., through=...); to drop the gradient on "
-    "purpose, write jax.lax.stop_gradient(x)"
+    "self.sow(...), name the Variable in nnx.grad(..., through=...), or make it in the function "
+    "with is_hijax=False; to drop the gradient on purpose, write jax.lax.stop_gradient(x)"
   )
 
 

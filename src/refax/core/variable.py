@@ -76,8 +76,14 @@ class Variable(ArrayProtocol, Generic[A]):
     value = cast(A, unwrap(value))
     if any(_jax.is_ref(leaf) for leaf in jax.tree.leaves(value)):
       raise StaticAttributeError.ref()
-    hijax = config.using_hijax() if is_hijax is None else is_hijax
-    self._make(value, hijax, VariableDef(metadata, Origin(type(self).__name__)))
+    definition = VariableDef(metadata, Origin(type(self).__name__))
+    if is_hijax is not None:
+      self._make(value, is_hijax, definition)
+    elif _is_local(value):
+      self._make(value, False, definition)
+      definition.hijax = True  # once it is handed out
+    else:
+      self._make(value, config.using_hijax(), definition)
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
@@ -182,6 +188,15 @@ class Variable(ArrayProtocol, Generic[A]):
     else:
       value = jax.tree.map(self._read_part, cell)
     return value if index is ... else value[unwrap(index)]
+
+  @property
+  def value(self) -> Any:
+    """The value: what `v[...]` reads and `v[...] = x` writes."""
+    return self.get_value()
+
+  @value.setter
+  def value(self, value: Any) -> None:
+    self.set_value(value)
 
   def _read_part(self, cell: Any) -> Any:
     if not _jax.is_ref(cell):
@@ -361,8 +376,6 @@ class Variable(ArrayProtocol, Generic[A]):
     metadata = self._def.metadata
     if name in metadata:
       return metadata[name]
-    if name == "value":
-      raise AttributeError("Variables have no `.value`: read with v[...], write with v[...] = x")
     known = hasattr(jax.Array, name) or name in _OF_CONCRETE_ARRAYS
     if not known and isinstance(self._cell, jax.Array | jax.Ref):
       raise AttributeError(f"{type(self).__name__} has no attribute or metadata {name!r}")
@@ -372,7 +385,7 @@ class Variable(ArrayProtocol, Generic[A]):
     if name in _SLOTS or isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)
       return
-    fix = f"for metadata: v.set_metadata({name}=...)" if name != "value" else "write v[...] = x"
+    fix = f"for metadata: v.set_metadata({name}=...)"
     raise AttributeError(f"cannot set {name!r} of a {type(self).__name__}; {fix}")
 
   # copies
@@ -450,6 +463,16 @@ def _shown(cell: Any) -> Any:
   return _jax.peek_cell(cell) if not _jax.is_tracer(cell) else text.Tracer(cell)
 
 
+def _is_local(value: Any) -> bool:
+  """Whether a Variable with this value could hold what is being differentiated."""
+  if _jax.no_trace_active() or not config.using_hijax():
+    return False
+  if not config.are_variables_local() and not _jax.is_differentiating():
+    return False
+  dtypes = (jnp.result_type(x) for x in jax.tree.leaves(value) if storage.is_array_like(x))
+  return any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+
+
 def _is_abstract(x: Any) -> bool:
   return isinstance(x, jax.ShapeDtypeStruct)
 
@@ -517,6 +540,8 @@ def make_variables(
 
 def _register(cls: type[Variable]) -> None:
   def flatten_with_keys(v: Variable):
+    if _jax.orbax_flattens() and any(map(_jax.is_ref, jax.tree.leaves(v._cell))):
+      raise RefArgumentError.orbax(v._def.origin)
     return ((_CELL_KEY, v._cell),), v._def
 
   jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, cls._unflatten, _flatten)
@@ -540,8 +565,6 @@ class BatchStat(Variable[A]):
   >>> from refax import nnx
   >>> nnx.BatchStat(0.0).detached
   True
-    if _jax.orbax_flattens() and any(map(_jax.is_ref, jax.tree.leaves(v._cell))):
-      raise RefArgumentError.orbax(v._def.origin)
   """
 
   detached = True

@@ -14,15 +14,22 @@ from refax.core.variable import is_variable
 
 
 def sharding_of(tree: Any) -> Sharding | None:
-  """The sharding of the first Variable of a tree; None while JAX traces, or without any.
+  """The sharding of the first Variable of a tree that has been given a place.
+
+  None while JAX traces, and for arrays that JAX may still move to where they are used.
 
   >>> from refax import nnx
   >>> sharding_of(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
   SingleDeviceSharding(...)
   """
   cells = [v.get_raw_value() for v in jax.tree.leaves(tree, is_leaf=is_variable) if is_variable(v)]
-  kinds = jax.Array | jax.Ref
-  return next((c.sharding for c in cells if isinstance(c, kinds) and not _jax.is_tracer(c)), None)
+  return next((c.sharding for c in cells if _is_placed(c)), None)
+
+
+def _is_placed(cell: Any) -> bool:
+  if _jax.is_tracer(cell):
+    return False
+  return isinstance(cell, jax.Ref) or (isinstance(cell, jax.Array) and cell.committed)
 
 
 def is_beside(x: Any, sharding: Sharding | None) -> bool:

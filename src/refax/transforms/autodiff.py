@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from refax import _jax
+from refax import _jax, config
 from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
@@ -272,7 +272,11 @@ class Differentiated:
     """The function of the selected values that JAX differentiates."""
     selected = [self.inputs.leaves[i] for i in values]
     variables = [x for x in selected if isinstance(x, Variable)]
-    with Differentiation() as now, differentiated(variables):
+    with (
+      Differentiation() as now,
+      differentiated(variables),
+      config.local_variables() as hijax_afterwards,
+    ):
       entered = {i: Entered(v, hijax=False, selected=now) for i, v in values.items()}
       frame = self.inputs.enter(entered | self._local)
       args, kwargs = frame.args
@@ -280,7 +284,7 @@ class Differentiated:
       if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):
         raise GradientOutputError.no_pair(_name(f), _shapes(out))
       value, aux = out if has_aux else (out, None)
-      return unwrap(value), frame.collect(aux)
+      return unwrap(value), frame.collect(aux, hijax_afterwards=hijax_afterwards)
 
   def run_scalar(self, f: Callable, has_aux: bool, values: dict[int, Any]) -> tuple[Any, Outputs]:
     """`run`, for a function whose gradient is taken: it returns one number."""

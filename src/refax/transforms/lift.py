@@ -122,8 +122,13 @@ class Frame:
     leaf = self.leaves[index]
     return isinstance(leaf, Variable) and leaf.is_hijax
 
-  def collect(self, out: Any) -> Outputs:
-    """What the function returned and did to its arguments, as a pytree of arrays."""
+  def collect(self, out: Any, *, hijax_afterwards: bool = False) -> Outputs:
+    """What the function returned and did to its arguments, as a pytree of arrays.
+
+    Args:
+      out: what the function returned.
+      hijax_afterwards: whether Variables that were local to a differentiation become hijax.
+    """
     walk = Walk.seeded(self._graphdef, self.leaves, self.objects)
     root = walk.entry(out)
     count = len(self.leaves)
@@ -132,7 +137,10 @@ class Frame:
     spec = OutputSpec(
       walk.graphdef(root),
       tuple(written),
-      tuple(isinstance(x, Variable) and x.is_hijax for x in fresh),
+      tuple(
+        isinstance(x, Variable) and (x.is_hijax or (hijax_afterwards and x._def.hijax))
+        for x in fresh
+      ),
       tuple(
         (i, x._def)
         for i, x in enumerate(self.leaves)

@@ -331,6 +331,15 @@ class FilterError(RefaxError, ValueError):
     )
 
   @classmethod
+  def options(cls, names: list[str], node: str):
+    return cls(
+      f"no Module in {node} has a method set_view that takes these",
+      got=", ".join(names),
+      fix="nnx.view_info(model) lists what there is; attributes without one are set by "
+      "nnx.with_attributes",
+    )
+
+  @classmethod
   def attributes(cls, names: list[str], module: str):
     return cls(
       f"no Module in {module} has these attributes",
@@ -715,6 +724,14 @@ class MissingArgumentError(RefaxError, TypeError):
     )
 
   @classmethod
+  def memory(cls, layer: str, name: str):
+    return cls(
+      f"{layer} has no memory to decode from, and was not told the size of one",
+      got=f"decode without {name}",
+      fix="pass batch_size=... and max_length=... too, or call init_cache before",
+    )
+
+  @classmethod
   def keyword(cls, metric: str, name: str, given: list[str], at: Any):
     return cls(
       f"{metric} was not given {name}",
@@ -744,6 +761,16 @@ class CheckpointFormatError(RefaxError, ValueError):
       got=f"{problem}, after {loaded} tensors",
       fix="do not change a file while it is loaded; what comes first in the model is already "
       "written, and `with nnx.transaction(model):` would undo that",
+    )
+
+  @classmethod
+  def orbax(cls, path: Any, problem: str):
+    return cls(
+      "this checkpoint of orbax cannot be read; nothing has been changed",
+      at=path,
+      got=problem,
+      fix="pass another one (step=...), or save it again: "
+      "ocp.StandardCheckpointer().save(path, nnx.state(model))",
     )
 
   @classmethod
@@ -815,6 +842,16 @@ class MissingCheckpointError(RefaxError, LookupError):
       at=folder,
       got=f"{wanted} asked for, and {there} there",
       fix="pass a step that is there" if steps else "start afresh, or look in another folder",
+    )
+
+  @classmethod
+  def orbax(cls, folder: Any, there: list[str]):
+    return cls(
+      "there is no checkpoint of orbax here",
+      at=folder,
+      got=f"a folder with {', '.join(there[:8])}" if there else "no folder, or an empty one",
+      fix="pass the folder that StandardCheckpointer.save or CheckpointManager was given, with a "
+      "file _METADATA in it, in its steps or in their items",
     )
 
   @classmethod
@@ -1011,6 +1048,20 @@ class ForeignNameError(RefaxError, AttributeError):
   @classmethod
   def habit(cls, kind: str, name: str, fix: str):
     return cls(f"{kind} has no attribute {name!r}", fix=fix)
+
+  @classmethod
+  def public(cls, name: str, fix: str):
+    error = cls(f"nnx has no {name!r}", fix=fix or "dir(nnx) lists what there is")
+    if fix:  # Python would add `Did you mean: ...`, the name that looks alike
+      error.name = ""
+    return error
+
+  @classmethod
+  def pmap(cls):
+    return cls(
+      "Refax has no nnx.pmap, for JAX itself does without it: arrays are sharded over a mesh",
+      fix="nnx.jit a function of sharded arrays, or write nnx.shard_map for code of each device",
+    )
 
 
 class InvalidArgumentError(RefaxError, ValueError):

@@ -1,5 +1,7 @@
 """The public namespace: `from refax import nnx`. Every public name, and nothing else."""
 
+from refax import errors as _errors
+from refax import names as _names
 from refax.config import use_hijax, using_hijax
 from refax.core.containers import Dict, List
 from refax.core.filters import (
@@ -16,10 +18,19 @@ from refax.core.filters import (
 )
 from refax.core.graphdef import GraphDef
 from refax.core.module import Module
-from refax.core.pytree import Pytree, data, is_data, static
+from refax.core.pytree import Data, Pytree, Static, data, dataclass, is_data, static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
 from refax.errors import NonFiniteError, StructureWarning
-from refax.graph.inspect import find_duplicates, iter_children, iter_graph, iter_modules, map
+from refax.graph import apply as _apply  # noqa: F401 - GraphDef.apply
+from refax.graph.inspect import (
+  find_duplicates,
+  iter_children,
+  iter_graph,
+  iter_modules,
+  map,
+  recursive_map,
+  set_metadata,
+)
 from refax.graph.placement import device_put
 from refax.graph.split import clone, graphdef, merge, pop, split, state, update, variables
 from refax.graph.state import (
@@ -27,13 +38,15 @@ from refax.graph.state import (
   State,
   filter_state,
   from_flat_state,
+  map_state,
   merge_state,
   replace_by_pure_dict,
   split_state,
   to_flat_state,
   to_pure_dict,
 )
-from refax.graph.storage import pure, to_hijax, to_lojax
+from refax.graph.storage import as_abstract, as_pure, pure, to_hijax, to_lojax
+from refax.graph.view import view, view_info, with_attributes
 from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
 from refax.io.safetensors import load_safetensors, save_safetensors
@@ -113,7 +126,7 @@ from refax.train.optimizer import Optimizer, OptState
 from refax.transforms.abstract import eval_shape, make_jaxpr
 from refax.transforms.accumulate import accumulate_grads
 from refax.transforms.autodiff import DiffState, grad, jvp, value_and_grad, vjp
-from refax.transforms.axes import Carry, StateAxes
+from refax.transforms.axes import Carry, StateAxes, prefix
 from refax.transforms.checks import checkify
 from refax.transforms.control import cond, switch
 from refax.transforms.custom import custom_vjp
@@ -127,7 +140,7 @@ from refax.transforms.effect import (
 )
 from refax.transforms.jit import jit
 from refax.transforms.loops import fori_loop, scan, while_loop
-from refax.transforms.mapping import vmap
+from refax.transforms.mapping import pmap, vmap
 from refax.transforms.random import fork_rngs, split_rngs
 from refax.transforms.remat import checkpoint, remat
 from refax.transforms.sharding import shard_map
@@ -143,6 +156,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Checkpointer",
   "Conv",
   "ConvTranspose",
+  "Data",
   "Dict",
   "DiffState",
   "Dropout",
@@ -205,6 +219,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Stack",
   "State",
   "StateAxes",
+  "Static",
   "StructureWarning",
   "Transaction",
   "TransformerBlock",
@@ -215,6 +230,8 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "WithTag",
   "accumulate_grads",
   "all_finite",
+  "as_abstract",
+  "as_pure",
   "assert_no_writes",
   "avg_pool",
   "celu",
@@ -225,6 +242,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "cond",
   "custom_vjp",
   "data",
+  "dataclass",
   "device_put",
   "dot_product_attention",
   "dot_product_attention_weights",
@@ -266,6 +284,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "make_causal_mask",
   "make_jaxpr",
   "map",
+  "map_state",
   "max_pool",
   "merge",
   "merge_state",
@@ -274,9 +293,12 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "mish",
   "no_update",
   "one_hot",
+  "pmap",
   "pool",
   "pop",
+  "prefix",
   "pure",
+  "recursive_map",
   "relu",
   "relu6",
   "remat",
@@ -285,6 +307,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "save_safetensors",
   "scan",
   "selu",
+  "set_metadata",
   "shard_map",
   "sigmoid",
   "silu",
@@ -313,7 +336,16 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "using_hijax",
   "value_and_grad",
   "variables",
+  "view",
+  "view_info",
   "vjp",
   "vmap",
   "while_loop",
+  "with_attributes",
 ]
+
+
+def __getattr__(name: str):
+  """A name of Flax NNX that Refax has not says what to write."""
+  answer = _names.find(name)
+  raise _errors.ForeignNameError.public(name, answer.text if answer else "")

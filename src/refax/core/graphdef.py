@@ -1,6 +1,7 @@
 """GraphDef: the static half of an object, what a traversal finds besides values. Hashable."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import GenericAlias
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ class GraphDef:
   True
   """
 
+  __class_getitem__ = classmethod(GenericAlias)
   __slots__ = ("_hash", "_paths", "_plain", "leaf_count", "nodes", "root", "templates")
 
   def __init__(self, root: tuple, nodes: tuple, leaf_count: int, templates: tuple = ()):
@@ -90,6 +92,23 @@ class GraphDef:
       elif entry[0] == REGION:
         below.append(_below(path, zip(region_paths(entry[1]), entry[2], strict=True)))
 
+  def apply(self, *states: Any) -> Any:
+    """A call of the object that has these States: the result, and its GraphDef and State after it.
+
+    Args:
+      *states: as for `nnx.merge`.
+
+    Returns:
+      What is called like the object; attributes and items of it lead to methods.
+
+    >>> from refax import nnx; import jax.numpy as jnp
+    >>> graphdef, state = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> y, (graphdef, state) = graphdef.apply(state)(jnp.ones((1, 2)))
+    >>> y.shape
+    (1, 3)
+    """
+    return on_apply(self, *states)
+
   def __getstate__(self):
     return self.root, self.nodes, self.leaf_count, self.templates
 
@@ -102,6 +121,9 @@ class GraphDef:
 
 
 jax.tree_util.register_static(GraphDef)
+
+on_apply: Callable[..., Any] = lambda graphdef, *states: None
+"""What `GraphDef.apply` does; see `graph.apply`."""
 
 
 def _below(path: Path, children: Iterable[tuple[Path, tuple]]) -> Iterator[tuple[Path, tuple]]:

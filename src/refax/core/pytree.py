@@ -5,10 +5,11 @@ rest: numbers, strings, functions), which is part of the structure that JAX comp
 """
 
 import copy as copylib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -37,6 +38,12 @@ from refax.typing import path_str
 
 T = TypeVar("T")
 
+_MARK = "refax.dynamic"
+Data = Annotated[T, (_MARK, True)]
+"""The annotation of an attribute that is data: `table: nnx.Data[dict[str, jax.Array]]`."""
+Static = Annotated[T, (_MARK, False)]
+"""The annotation of an attribute that is static: `sizes: nnx.Static[list[int]]`."""
+
 converters: dict[type, Callable[[Any], Any]] = {}
 """What a built-in container becomes when it is assigned to an attribute; filled by `containers`."""
 
@@ -55,8 +62,12 @@ class Explicit(Generic[T]):
     self.dynamic = dynamic
 
 
-def data(value: T) -> T:
+def data(value: T = MISSING, /, **options: Any) -> T:
   """Mark an attribute's value as data: a pytree whose leaves are arrays. It stays as it is.
+
+  Args:
+    value: the value; without it, this is the field of a dataclass.
+    **options: as those of `dataclasses.field`: `default`, `default_factory`, `init`, ...
 
   >>> from refax import nnx; import jax
   >>> class M(nnx.Module):
@@ -65,11 +76,15 @@ def data(value: T) -> T:
   >>> jax.tree.leaves(M())
   [1.0]
   """
-  return Explicit(value, True)  # pyright: ignore[reportReturnType]
+  return _marked(value, True, options)
 
 
-def static(value: T) -> T:
-  """Mark an attribute's value as static: hashable, part of what JAX compiles for.
+def static(value: T = MISSING, /, **options: Any) -> T:
+  """Mark an attribute's value as static: part of what JAX compiles for.
+
+  Args:
+    value: the value; without it, this is the field of a dataclass.
+    **options: as those of `dataclasses.field`: `default`, `default_factory`, `init`, ...
 
   >>> from refax import nnx; import jax
   >>> class M(nnx.Module):
@@ -78,7 +93,57 @@ def static(value: T) -> T:
   >>> jax.tree.leaves(M())
   []
   """
-  return Explicit(value, False)  # pyright: ignore[reportReturnType]
+  return _marked(value, False, options)
+
+
+def _marked(value: Any, dynamic: bool, options: dict[str, Any]) -> Any:
+  if value is MISSING:
+    metadata = dict(options.pop("metadata", None) or {})
+    return dataclasses.field(**options, metadata=metadata | {_MARK: dynamic})
+  if options:
+    raise TypeError("nnx.data and nnx.static take a value, or options for a dataclass's field")
+  return Explicit(value, dynamic)
+
+
+def marks_of(cls: type) -> dict[str, bool]:
+  """The attributes that a class declares as data or static, by annotations or as fields."""
+  found: dict[str, bool] = {}
+  for name, annotation in vars(cls).get("__annotations__", {}).items():
+    if isinstance(annotation, str):  # `from __future__ import annotations`
+      head = annotation.partition("[")[0].rpartition(".")[2].strip()
+      if head in ("Data", "Static") and "[" in annotation:
+        found[name] = head == "Data"
+    elif _MARK in (marks := dict(x for x in _metadata_of(annotation) if isinstance(x, tuple))):
+      found[name] = marks[_MARK]
+  for name, value in vars(cls).items():
+    if isinstance(value, dataclasses.Field) and _MARK in value.metadata:
+      found[name] = value.metadata[_MARK]
+  return found
+
+
+def _metadata_of(annotation: Any) -> tuple:
+  return getattr(annotation, "__metadata__", ())
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field, data, static))
+def dataclass(cls: Any = None, /, **options: Any) -> Any:
+  """`dataclasses.dataclass` for a Pytree or Module, which keeps its own `repr`.
+
+  Args:
+    cls: the class; without it, a decorator is returned.
+    **options: those of `dataclasses.dataclass`.
+
+  >>> from refax import nnx; import jax, jax.numpy as jnp
+  >>> @nnx.dataclass
+  ... class Point(nnx.Pytree):
+  ...   x: jax.Array
+  ...   weights: list = nnx.data(default_factory=lambda: [1.0, 2.0])
+  ...   name: str = "p"
+  >>> jax.tree.leaves(Point(jnp.zeros(())))
+  [1.0, 2.0, Array(0., dtype=float32)]
+  """
+  decorate = lambda cls: dataclasses.dataclass(cls, **{"repr": False} | options)
+  return decorate if cls is None else decorate(cls)
 
 
 def is_data(value: Any) -> bool:
@@ -173,9 +238,14 @@ class Pytree(Node):
   """
 
   __slots__ = ()
+  _declared: ClassVar[dict[str, bool]] = {}
+  """The attributes that are declared as data (True) or static."""
 
-  def __init_subclass__(cls, **kwargs):
+  def __init_subclass__(cls, *, pytree: bool = True, **kwargs):
+    """Args: `pytree`: taken for Flax's sake, where False keeps JAX from looking inside."""
     super().__init_subclass__(**kwargs)
+    if declared := marks_of(cls):
+      cls._declared = cls._declared | declared
     slots = vars(cls).get("__slots__")
     if slots and not cls.__module__.startswith("refax."):
       raise StaticAttributeError.slots(cls.__qualname__, slots)
@@ -183,7 +253,8 @@ class Pytree(Node):
 
   def __setattr__(self, name: str, value: Any) -> None:
     old = self.__dict__.get(name, MISSING)
-    if type(value) in PLAIN and type(old) in PLAIN:  # loops switch modes by it
+    declared = self._declared
+    if type(value) in PLAIN and type(old) in PLAIN and not declared:  # loops switch modes by it
       self._put(name, old, value, dynamic=False)
       return
     if isinstance(getattr(type(self), name, None), property):
@@ -203,6 +274,8 @@ class Pytree(Node):
     if isinstance(old, Variable) and storage.is_array_like(value):
       old.set_value(value)  # `self.count = self.count + 1` writes the Variable
       return
+    if name in declared and not isinstance(value, Explicit):
+      value = Explicit(value, declared[name])
     value, dynamic = classify(value, lambda: type(self).__name__ + path_str((name,)))
     self._put(name, old, value, dynamic=dynamic)
 

@@ -1,13 +1,17 @@
 """Looking at an object: what is in it, what is shared, and a copy with every leaf mapped."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import Walk, flatten, unflatten, walk_graph, walk_nodes
+from refax.core.flatten import Walk, flatten, region_items, unflatten, walk_graph, walk_nodes
 from refax.core.module import Module
 from refax.core.node import Node
 from refax.core.variable import Variable
+from refax.graph.split import set_entry
 from refax.typing import Key, Path
 
 
@@ -83,3 +87,71 @@ def map(fn: Callable[[Path, Any], Any], node: Any, /) -> Any:
   flat = flatten(node)
   leaves = [fn(path, leaf) for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True)]
   return unflatten(flat.graphdef, leaves)[0]
+
+
+def recursive_map(fn: Callable[[Path, Any], Any], node: Any, /) -> Any:
+  """A copy of an object on the same Variables, with `fn(path, value)` in place of each value.
+
+  Children come before their parents, and what is shared once. Static attributes are values too.
+
+  Args:
+    fn: from a path and a Module, Variable, array or other value there to what takes its place.
+    node: a Module, or any pytree of these.
+
+  >>> from refax import nnx
+  >>> model = nnx.Sequential(nnx.Dropout(0.5))
+  >>> def halved(path, x):
+  ...   if isinstance(x, nnx.Dropout):
+  ...     x.rate = x.rate / 2
+  ...   return x
+  >>> nnx.recursive_map(halved, model).layers[0].rate, model.layers[0].rate
+  (0.25, 0.5)
+  """
+  flat = flatten(node)
+  leaves = [copy.copy(x) if isinstance(x, Variable) else x for x in flat.leaves]
+  return _mapped(fn, (), unflatten(flat.graphdef, leaves)[0], {})
+
+
+def _mapped(fn: Callable[[Path, Any], Any], path: Path, value: Any, done: dict[int, Any]) -> Any:
+  if id(value) in done:
+    return done[id(value)][1]
+  if isinstance(value, Node):
+    done[id(value)] = (value, value)  # for a cycle
+    for key, child, is_data in list(value._entries()):
+      at = (*path, key)
+      new = _mapped(fn, at, child, done) if is_data else fn(at, child)
+      if new is not child:
+        set_entry(value, key, new)
+    new = fn(path, value)
+  elif isinstance(value, Variable):
+    new = fn(path, value)
+  else:
+    is_leaf = lambda x: isinstance(x, Node | Variable)
+    leaves, treedef = jax.tree.flatten(value, is_leaf=is_leaf)
+    if not (len(leaves) == 1 and leaves[0] is value):
+      steps = [keys for keys, _ in region_items(value)]
+      inner = [_mapped(fn, path + at, x, done) for at, x in zip(steps, leaves, strict=True)]
+      value = treedef.unflatten(inner)
+    return fn(path, value)
+  done[id(value)] = (value, new)
+  return new
+
+
+def set_metadata(node: Any, /, *, only: Filter = Variable, **metadata: Any) -> None:
+  """Set metadata of the Variables of an object, in place.
+
+  Args:
+    node: a Module, or any pytree of these.
+    only: which Variables.
+    **metadata: facts and their values.
+
+  >>> from refax import nnx
+  >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  >>> nnx.set_metadata(model, frozen=True, only=nnx.PathContains("bias"))
+  >>> model.bias.frozen, model.kernel.has_metadata("frozen")
+  (True, False)
+  """
+  predicate, flat = to_predicate(only), flatten(node)
+  for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True):
+    if isinstance(leaf, Variable) and predicate(path, leaf):
+      leaf.set_metadata(**metadata)

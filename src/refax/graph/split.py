@@ -62,7 +62,12 @@ def _one_or_all(states: list[Any]) -> Any:
 
 
 def _flat(state: Any) -> list[tuple[Path, Any]]:
-  return list(to_flat_state(state)) if isinstance(state, State | Mapping) else [((), state)]
+  """(path, leaf) of a State, of a nested mapping, or of lists and tuples of these; of one leaf."""
+  if isinstance(state, State | Mapping):
+    return list(to_flat_state(state))
+  if isinstance(state, list | tuple) and any(isinstance(x, State | Mapping) for x in state):
+    return [pair for part in state for pair in _flat(part)]
+  return [((), state)]
 
 
 def merge(graphdef: GraphDef, /, *states: Any) -> Any:
@@ -70,8 +75,9 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
 
   Args:
     graphdef: the static structure.
-    *states: the States or nested dicts, in any order; leaves are Variables, or arrays, which become
-      the Variables that the object had in their place.
+    *states: the States or nested dicts, in any order, or lists of these; leaves are Variables, or
+      arrays, which become the Variables that the object had in their place. Or one list of leaves,
+      in the order of `jax.tree.leaves(state)`.
 
   Returns:
     A new object. In hijax mode its cells are those of the States.
@@ -85,8 +91,11 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
   >>> twin.kernel[0, 0] = 7.0; float(model.kernel[0, 0])
   7.0
   """
-  values = {path: leaf for state in states for path, leaf in _flat(state)}
   wanted = graphdef.paths
+  if len(states) == 1 and _is_leaves(states[0], len(wanted)):
+    values = dict(zip(wanted, states[0], strict=True))
+  else:
+    values = {path: leaf for state in states for path, leaf in _flat(state)}
   missing = [path_str(p) for p in wanted if p not in values]
   unexpected = [path_str(p) for p in values.keys() - set(wanted)]
   if missing or unexpected:
@@ -95,6 +104,13 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
   if graphdef.templates:
     leaves = [_as_variable(x, t) for x, t in zip(leaves, graphdef.templates, strict=True)]
   return unflatten(graphdef, _handles(leaves))[0]
+
+
+def _is_leaves(state: Any, count: int) -> bool:
+  """Whether this is a list of the leaves of an object."""
+  if not isinstance(state, list | tuple) or len(state) != count:
+    return False
+  return not any(isinstance(x, State | Mapping) for x in state)
 
 
 def _as_variable(leaf: Any, template: tuple[type[Variable], dict, bool] | None) -> Any:
@@ -158,12 +174,14 @@ def graphdef(node: Any, /) -> GraphDef:
   return flatten(node).graphdef
 
 
-def clone(node: Any, variables: bool = True) -> Any:
+def clone(node: Any, variables: bool = True, *, arrays: bool = False) -> Any:
   """A copy of an object with the same sharing inside.
 
   Args:
     node: a Module, Pytree, or any pytree of these.
     variables: whether the Variables get cells of their own; else they share the cells.
+    arrays: whether nothing of the copy shares memory with the object, so that either may be
+      donated. Cells of hijax Variables never share any; the arrays of lojax ones do.
 
   >>> from refax import nnx
   >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0)); twin = nnx.clone(model)
@@ -173,7 +191,15 @@ def clone(node: Any, variables: bool = True) -> Any:
   flat = flatten(node)
   copied = Variable.copy if variables else copy.copy
   leaves = [copied(x) if isinstance(x, Variable) else x for x in flat.leaves]
+  if arrays:
+    leaves = [_with_arrays(x) for x in leaves]
   return unflatten(flat.graphdef, leaves)[0]
+
+
+def _with_arrays(leaf: Any) -> Any:
+  if isinstance(leaf, Variable) and leaf.is_hijax:
+    return leaf
+  return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, leaf)
 
 
 def update(node: Any, state: Any, /, *states: Any) -> None:
@@ -211,7 +237,7 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
       raise TreeMismatchError.no_place(path_str(path), type(node).__name__)
   commit(writes)
   for parent, key, leaf in additions:
-    _set_child(parent, key, leaf)
+    set_entry(parent, key, leaf)
 
 
 def _given(leaf: Any, target: Variable) -> Any:
@@ -245,7 +271,8 @@ def _has_place(parent: Node, key: Any, additions: list[tuple]) -> bool:
   return isinstance(key, int) and 0 <= key <= end
 
 
-def _set_child(parent: Any, key: Any, value: Any) -> None:
+def set_entry(parent: Any, key: Any, value: Any) -> None:
+  """Set an attribute, or an element of a List or Dict; the next one of a List is appended."""
   if not isinstance(parent, List | Dict):
     setattr(parent, key, value)
   elif isinstance(parent, List) and key == len(parent):

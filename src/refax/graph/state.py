@@ -1,6 +1,7 @@
 """State: the values of an object as a nested mapping from path steps to Variables or arrays."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from types import GenericAlias
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ class State(MutableMapping, Tracked):
   """
 
   __slots__ = ("__weakref__", "_is_sorted", "_mapping", "_watches")
+  __class_getitem__ = classmethod(GenericAlias)
   _mapping: dict[Key, Any]
 
   def __init__(self, mapping: Mapping[Key, Any] | Iterable[tuple[Key, Any]] = (), /):
@@ -262,6 +264,16 @@ def from_flat_state(flat: Mapping[Path, Any] | Iterable[tuple[Path, Any]]) -> St
       node = node.setdefault(key, {})
     node[path[-1]] = leaf
   return State(root)
+
+
+def map_state(fn: Callable[[Path, Any], Any], state: State) -> State:
+  """A State with `fn(path, leaf)` in place of each leaf.
+
+  >>> from refax import nnx
+  >>> nnx.map_state(lambda path, x: (path, 2 * x), nnx.State({"a": 1}))["a"]
+  (('a',), 2)
+  """
+  return state.map(fn)
 
 
 def to_pure_dict(state: Mapping, extract_fn: Callable[[Any], Any] | None = None) -> dict[Key, Any]:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import Walk, unflatten
 from refax.core.variable import Variable
@@ -59,6 +62,43 @@ def pure(tree: Any, /) -> Any:
   graphdef = walk.graphdef(walk.entry(tree))
   values = [x.get_value() if isinstance(x, Variable) else x for x in walk.leaves]
   return unflatten(graphdef, values)[0]
+
+
+as_pure = pure
+
+
+def as_abstract(tree: Any, /) -> Any:
+  """A copy of an object with a `jax.ShapeDtypeStruct` in place of each array of its Variables.
+
+  A Variable with the metadata `out_sharding` gets the sharding that it says, on its `mesh` or on
+  that of `jax.set_mesh`; else the type has the sharding of the array.
+
+  Args:
+    tree: a Module, Variable, State, or any pytree of these; it may be abstract already.
+
+  >>> from refax import nnx
+  >>> nnx.as_abstract(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).kernel[...].shape
+  (2, 3)
+  """
+  walk = Walk()
+  graphdef = walk.graphdef(walk.entry(tree))
+  leaves = [_abstract(x) if isinstance(x, Variable) else x for x in walk.leaves]
+  return unflatten(graphdef, leaves)[0]
+
+
+def _abstract(v: Variable) -> Variable:
+  names = v.get_metadata("out_sharding")
+  mesh = v.get_metadata("mesh") or jax.sharding.get_abstract_mesh()
+
+  def struct(x: Any) -> Any:
+    if not isinstance(x, jax.Array | jax.Ref | jax.ShapeDtypeStruct):
+      return x
+    sharding = x.sharding
+    if names is not None and not mesh.empty:
+      sharding = NamedSharding(mesh, PartitionSpec(*names))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return v._handle(jax.tree.map(struct, v.get_raw_value()), v._def.elsewhere(v.is_hijax))
 
 
 def _convert(tree: Any, only: Filter, *, hijax: bool) -> Any:

@@ -17,7 +17,7 @@ from refax.core.storage import is_array_like
 from refax.core.variable import Variable
 from refax.core.write import write
 from refax.errors import InvalidArgumentError
-from refax.graph.split import _set_child
+from refax.graph.split import set_entry
 from refax.graph.state import State
 from refax.io.keys import is_key
 from refax.typing import Path, path_str
@@ -273,7 +273,7 @@ class Place(NamedTuple):
   def put(self, child: Any) -> None:
     """Set the child."""
     if isinstance(self.parent, Node):
-      _set_child(self.parent, self.key, data(child))
+      set_entry(self.parent, self.key, data(child))
     else:
       self.parent[self.key] = child
 

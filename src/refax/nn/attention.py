@@ -344,6 +344,37 @@ class MultiHeadAttention(Module):
     shape = (*input_shape[:-1], self.num_kv_heads, self.head_dim)
     self.cached_key, self.cached_value, self.cache_index = Memory.empty(shape, dtype)
 
+  def set_view(
+    self,
+    deterministic: bool | None = None,
+    decode: bool | None = None,
+    batch_size: int | tuple[int, ...] | None = None,
+    max_length: int | None = None,
+  ) -> None:
+    """What `nnx.view` sets.
+
+    Args:
+      deterministic: whether dropout is off.
+      decode: whether calls decode step by step, from a memory.
+      batch_size: the batch axes of a memory that is made.
+      max_length: the positions of a memory that is made.
+
+    Raises:
+      MissingArgumentError: there is no memory for `decode`, and no sizes for one.
+    """
+    if deterministic is not None:
+      self.deterministic = deterministic
+    if decode is None:
+      return
+    self.decode = decode
+    if self.cached_key is not None:
+      return
+    for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+      if size is None:
+        raise MissingArgumentError.memory(_NAME, name)
+    batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size or ())
+    self.init_cache((*batch, max_length or 0, 0), self.dtype or jnp.float32)
+
   def _project(self, inputs_q: Any, inputs_k: Any, inputs_v: Any, sharding: Any) -> list[jax.Array]:
     """Queries, keys and values, `[batch..., length, heads, size]`."""
     if inputs_k is None and inputs_v is not None:

@@ -99,6 +99,15 @@ class BatchNorm(Norm):
     self.use_fast_variance = use_fast_variance
     self.promote_dtype = promote_dtype
 
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """What `nnx.view` sets.
+
+    Args:
+      use_running_average: whether to normalize with the running statistics.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
   def __call__(
     self,
     x: ArrayLike,

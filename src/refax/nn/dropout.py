@@ -68,6 +68,15 @@ class Dropout(Module):
     stream = rngs[rng_collection] if isinstance(rngs, Rngs) else rngs
     self.rngs: RngStream | None = None if stream is None else stream.fork()
 
+  def set_view(self, deterministic: bool | None = None) -> None:
+    """What `nnx.view` sets.
+
+    Args:
+      deterministic: whether to pass the input through.
+    """
+    if deterministic is not None:
+      self.deterministic = deterministic
+
   def __call__(
     self,
     inputs: ArrayLike,

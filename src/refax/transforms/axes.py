@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from refax.core.filters import Filter, Predicate, to_predicate
-from refax.core.graphdef import LEAF, REGION, GraphDef
+from refax.core.filters import Filter, PathIn, Predicate, to_predicate
+from refax.core.flatten import flatten
+from refax.core.graphdef import LEAF, REGION, GraphDef, path_step
+from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.errors import FilterError, TreeMismatchError
 from refax.typing import Path, path_str
@@ -171,3 +173,36 @@ def _two_axes(what: str, leaf: Any, path: Path, first: Any, second: Any) -> Tree
   return TreeMismatchError.axes(
     what, at, f"the same Variable with axis {first} and with axis {second}"
   )
+
+
+def prefix(node: Any, axes: Mapping[Filter, Any] | Callable[[Path, Any], Any], /) -> Any:
+  """The axes of an argument, for `in_axes` and `out_axes`, by a rule for its Variables and arrays.
+
+  Args:
+    node: the argument, or a tuple of all arguments: any pytree of Modules, Variables and arrays.
+    axes: `(path, leaf) -> axis`, or an axis for each filter, of which the first counts that matches.
+
+  Returns:
+    The same pytree with a `StateAxes` for each Module and an axis for each other leaf.
+
+  Raises:
+    FilterError: no filter matches a Variable.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> d = {"a": nnx.Param(jnp.array(2)), "b": nnx.BatchStat(jnp.arange(3))}
+  >>> in_axes = (nnx.prefix(d, {nnx.Param: None, nnx.BatchStat: 0}),)
+  >>> nnx.vmap(lambda d: d["a"] * d["b"], in_axes=in_axes)(d).tolist()
+  [0, 2, 4]
+  """
+  rule = axes if callable(axes) else StateAxes(axes).axis
+
+  def axis(steps: Any, x: Any) -> Any:
+    start = tuple(map(path_step, steps))
+    if not isinstance(x, Node):
+      return rule(start, x)
+    flat = flatten(x)
+    found = zip(flat.graphdef.paths, flat.leaves, strict=True)
+    return StateAxes({PathIn(path): rule(start + path, leaf) for path, leaf in found})
+
+  is_leaf = lambda x: isinstance(x, Node | Variable)
+  return jax.tree_util.tree_map_with_path(axis, node, is_leaf=is_leaf)

@@ -12,7 +12,12 @@ from refax import _jax
 from refax.core.filters import Filter, to_predicate
 from refax.core.graphdef import LEAF
 from refax.core.variable import Variable
-from refax.errors import InvalidArgumentError, SharedWriteError, TreeMismatchError
+from refax.errors import (
+  ForeignNameError,
+  InvalidArgumentError,
+  SharedWriteError,
+  TreeMismatchError,
+)
 from refax.transforms.axes import Carry, argument_axes, assign, size_of
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
@@ -245,3 +250,18 @@ def _element(value: Any, axis: int | None) -> Any:
     return _jax.type_struct(jax.typeof(x)).update(shape=tuple(shape))
 
   return jax.tree.map(element, value)
+
+
+def pmap(*_: Any, **__: Any) -> Any:
+  """An error: JAX replaces `pmap` by arrays that are sharded over a mesh.
+
+  Raises:
+    ForeignNameError: always; it says what to write.
+
+  >>> from refax import nnx
+  >>> nnx.pmap(lambda x: x)
+  Traceback (most recent call last):
+  ...
+  refax.errors.ForeignNameError: Refax has no nnx.pmap, ...
+  """
+  raise ForeignNameError.pmap()

@@ -1,0 +1,236 @@
+"""What each public name of Flax NNX 0.12 is called in Refax: data, and a function that finds a name.
+
+Paths are written as behind `nnx.`: `Linear`, `statelib.State`, `nn.linear.default_embed_init`.
+`refax.migrate` rewrites code by this table; an `nnx.Foo` that does not exist answers from it.
+"""
+
+from typing import Literal, NamedTuple
+
+COMPAT = "`from refax.compat import nnx` has it as Flax does"
+
+
+class Answer(NamedTuple):
+  """What to write for a name of Flax NNX.
+
+  Attributes:
+    kind: `same` where Refax has the name; `renamed` where another one means the same; `instead`
+      where `text` is a sentence.
+    text: the name or expression to write behind `nnx.`; or a sentence that says what to write.
+  """
+
+  kind: Literal["same", "renamed", "instead"]
+  text: str
+
+
+SAME = frozenset(
+  """
+  All Any BatchNorm BatchStat Bidirectional Cache Carry Conv ConvTranspose Data Dict DiffState
+  Dropout EMA Einsum Embed Everything FlatState GRUCell GraphDef GroupNorm InstanceNorm Intermediate
+  LSTMCell LayerNorm Linear LinearGeneral List LoRA LoRALinear LoRAParam Metric Module
+  MultiHeadAttention MultiMetric Not Nothing OfType OptState OptimizedLSTMCell Optimizer PReLU Param
+  PathContains Perturbation Pytree RMSNorm RNN RNNCellBase RngCount RngKey RngState RngStream Rngs
+  Sequential SimpleCell SpectralNorm State StateAxes Static Variable WeightNorm WithTag as_abstract
+  as_pure avg_pool celu checkify clone combine_masks cond custom_vjp data dataclass
+  dot_product_attention elu eval_shape filter_state find_duplicates fori_loop fork_rngs
+  from_flat_state gelu glu grad graphdef hard_sigmoid hard_silu hard_swish hard_tanh identity
+  initializers is_data iter_children iter_graph iter_modules jit jvp leaky_relu log_sigmoid
+  log_softmax logsumexp make_attention_mask make_causal_mask make_jaxpr map map_state max_pool
+  merge merge_state metrics min_pool one_hot pmap pool pop prefix pure recursive_map relu relu6 remat
+  replace_by_pure_dict reseed scan selu set_metadata shard_map sigmoid silu soft_sign softmax
+  softplus split split_rngs split_state standardize state static swish switch tanh to_flat_state to_pure_dict
+  update value_and_grad variables view view_info vjp vmap while_loop with_attributes
+  """.split()  # noqa: SIM905 - words in lines are read faster
+)
+
+# Public in a submodule of Flax only, and public in Refax's `nnx`.
+DEEPER = frozenset({"Filter", "PathIn", "dot_product_attention_weights"})
+
+# Modules of Flax whose names are all names of `nnx` in Refax: `nnx.statelib.State` is `nnx.State`.
+SUBMODULES = frozenset(
+  """
+  compat extract filterlib graph graphlib helpers module nn nn.activations nn.attention nn.dtypes
+  nn.linear nn.lora nn.normalization nn.recurrent nn.stochastic object optimizer pytreelib rnglib
+  spmd statelib summary training training.ema training.optimizer transforms transforms.autodiff
+  transforms.compilation transforms.general transforms.iteration transforms.transforms variablelib
+  variables visualization
+  """.split()  # noqa: SIM905 - words in lines are read faster
+)
+
+# Two modules keep their name, and their place differs.
+MOVED = {"nn.initializers": "initializers", "training.metrics": "metrics"}
+
+# Names of single modules that mean something else there than as `nnx.` names.
+UNLIKE = frozenset(
+  """
+  extract.extract graph.Static graphlib.Static nn.attention.Any nn.recurrent.Any nn.recurrent.Carry
+  variablelib.Any variables.Any
+  """.split()  # noqa: SIM905 - words in lines are read faster
+)
+
+RENAMED = {
+  "Initializer": "initializers.Initializer",
+  "VariableState": "Variable",
+  "nn.linear.default_kernel_init": "initializers.lecun_normal()",
+  "nn.linear.default_bias_init": "initializers.zeros_init()",
+  "nn.linear.default_embed_init": (
+    'initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)'
+  ),
+  "nn.recurrent.default_kernel_init": "initializers.lecun_normal()",
+  "nn.recurrent.default_bias_init": "initializers.zeros_init()",
+}
+
+_CONTEXT = (
+  "nothing: `nnx.jit` and the other transforms bring back changes of structure by themselves; "
+  "`nnx.split` and `nnx.merge` cut objects by hand"
+)
+_MODE = "nothing: Refax has one mode, so drop the switch"
+_MESH = "a sharding of your own by `nnx.device_put(model, ...)`"
+_NAMES = "nothing: collections have no names here, so use the Variable's type"
+_TYPEVAR = "a `typing.TypeVar` of your own"
+_OWN = "nothing: it is Flax's own machinery"
+_BRIDGE = "the Linen module through `from refax.compat import nnx`, in `nnx.bridge`"
+
+# What to write where no name means the same. Each is read behind "write ".
+INSTEAD = {
+  "A": _TYPEVAR,
+  "GraphState": "`tuple[nnx.GraphDef, nnx.State]`",
+  "M": _TYPEVAR,
+  "MergeContext": _CONTEXT,
+  "ModelAndOptimizer": (
+    "`optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)` and `optimizer.update(model, grads)`"
+  ),
+  "NodeStates": "`nnx.split(node)`, which returns a GraphDef and States",
+  "Object": "`nnx.Pytree`, with `pytree=False` behind it in the class line",
+  "OptArray": "`nnx.OptState`",
+  "OptVariable": "`nnx.OptState`",
+  "PARTITION_NAME": 'the string `"partition_name"`',
+  "PureState": "`tuple[nnx.GraphDef, nnx.State]`",
+  "SplitContext": _CONTEXT,
+  "StateSharding": _MESH,
+  "TrainState": "a Module that holds the model, `nnx.Optimizer` and what else is trained",
+  "UpdateContext": _CONTEXT,
+  "VariableMetadata": "`nnx.Param(value, name=...)`: keywords of a Variable are its metadata",
+  "abstract_with_sharding": "`nnx.eval_shape`, then `nnx.device_put` of what was made",
+  "bridge": _BRIDGE,
+  "cached_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
+  "call": "`graphdef.apply(state)(...)`, or call `nnx.merge(graphdef, state)`",
+  "capture": "`module.sow(...)` in the layer and `nnx.pop(model, nnx.Intermediate)` after the call",
+  "check_pytree": "nothing: attributes are checked as they are set",
+  "compat": "the function of `nnx` itself, `nnx.jit` for `nnx.compat.jit`",
+  "current_update_context": _CONTEXT,
+  "deprecations": _OWN,
+  "display": "`print(model)`, or `treescope.display(model)`",
+  "extract": _OWN,
+  "filterlib": "the filters of `nnx`: `nnx.Filter`, `nnx.OfType`, `nnx.PathContains`",
+  "flatten": "`nnx.split(node)`",
+  "from_tree": _CONTEXT,
+  "get_abstract_model": "`nnx.eval_shape(lambda: Model(...))`",
+  "get_named_sharding": _MESH,
+  "get_partition_spec": _MESH,
+  "graph": "`nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
+  "graphlib": "`nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
+  "has_data": "`any(map(nnx.is_data, jax.tree.leaves(value)))`",
+  "helpers": "`nnx` itself: `nnx.Dict`, `nnx.List`, `nnx.Sequential`",
+  "iter_module_children": "`nnx.iter_children(module)`",
+  "jit_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
+  "logical_axis_rules": _MESH,
+  "merge_context": _CONTEXT,
+  "module": "`nnx` itself: `nnx.Module`, `nnx.iter_modules`",
+  "nn": "`nnx` itself: `nnx.Linear`, `nnx.relu`, `nnx.initializers`",
+  "object": "`nnx` itself: `nnx.Pytree`, `nnx.data`, `nnx.static`",
+  "optimizer": "`nnx` itself: `nnx.Optimizer`, `nnx.OptState`",
+  "proxy_caller": _OWN,
+  "pytreelib": "`nnx` itself: `nnx.Pytree`, `nnx.data`, `nnx.static`",
+  "register_data_type": "`nnx.data(value)` where it is assigned, or a subclass of `nnx.Pytree`",
+  "register_variable_name": _NAMES,
+  "reprlib": _OWN,
+  "restore_int_paths": "nothing: `nnx.replace_by_pure_dict` takes keys that are digits too",
+  "restore_rngs": "`nnx.split_rngs` as a decorator or in `with`, which restores by itself",
+  "rnglib": "`nnx` itself: `nnx.Rngs`, `nnx.split_rngs`",
+  "set_graph_mode": _MODE,
+  "set_graph_updates": _MODE,
+  "split_context": _CONTEXT,
+  "spmd": _MESH,
+  "statelib": "`nnx` itself: `nnx.State`, `nnx.to_flat_state`",
+  "summary": "`print(model)`",
+  "tabulate": "`print(model)`",
+  "to_tree": _CONTEXT,
+  "tracers": _OWN,
+  "training": "`nnx` itself: `nnx.Optimizer`, `nnx.metrics`",
+  "transform_metadata": "nothing: transforms leave a Variable's metadata as it is",
+  "transforms": "`nnx` itself: `nnx.jit`, `nnx.grad`, `nnx.scan`",
+  "traversals": "`nnx.to_flat_state(state)` and `nnx.from_flat_state(flat)`",
+  "unflatten": "`nnx.merge(graphdef, state)`",
+  "unpack": "`nnx.split(node)`",
+  "update_context": _CONTEXT,
+  "use_eager_sharding": _MESH,
+  "using_eager_sharding": _MESH,
+  "var_defaults": "`nnx.using_hijax()` to read the mode, `nnx.use_hijax(True)` to set it",
+  "variable_name_from_type": _NAMES,
+  "variable_type_from_name": _NAMES,
+  "variablelib": "`nnx` itself: `nnx.Variable`, `nnx.Param`",
+  "vars_as": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
+  "visualization": "`print(model)`, or `treescope.display(model)`",
+  "with_metadata": "keywords of the layer, as in `nnx.Linear(..., kernel_metadata={...})`",
+  "with_partitioning": "keywords of the layer, as in `nnx.Linear(..., kernel_metadata={...})`",
+  "with_rngs": "`nnx.split_rngs(model, splits=n, only=...)` or `nnx.fork_rngs(model)`",
+  "with_vars": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
+  "wrappers": _BRIDGE,
+}
+
+# Not in Flax NNX 0.12 any more, or in a submodule only; `refax.compat` need not have them.
+OLDER = {
+  "GraphNode": "`nnx.Pytree`",
+  "Pytrees": "`nnx.Pytree`",
+  "as_immutable_vars": "`nnx.to_lojax(model)`",
+  "as_mutable_vars": "`nnx.to_hijax(model)`",
+  "backup_keys": "`nnx.split_rngs` as a decorator or in `with`, which restores by itself",
+  "filters_to_predicates": "`nnx.filter_state(state, *filters)`",
+  "register_variable_name_type_pair": _NAMES,
+  "to_predicate": "`nnx.filter_state(state, filter)`, or the filter where a filter is asked for",
+  "traversals.flatten_mapping": "`nnx.to_flat_state(state)`",
+  "traversals.unflatten_mapping": "`nnx.from_flat_state(flat)`",
+  "with_sharding_constraint": "`jax.lax.with_sharding_constraint`",
+}
+
+
+def find(path: str) -> Answer | None:
+  """What to write for `nnx.<path>` of Flax NNX, or None where Flax has no such name.
+
+  >>> from refax import names
+  >>> names.find("Linear"), names.find("statelib.State").text
+  (Answer(kind='same', text='Linear'), 'State')
+  >>> names.find("GraphState").text
+  'write `tuple[nnx.GraphDef, nnx.State]`; `from refax.compat import nnx` has it as Flax does'
+  """
+  if path in SAME:
+    return Answer("same", path)
+  if path in RENAMED:
+    return Answer("renamed", RENAMED[path])
+  if path in OLDER:
+    return Answer("instead", f"write {OLDER[path]}")
+  if path in INSTEAD:
+    return Answer("instead", f"write {INSTEAD[path]}; {COMPAT}")
+  return _inside(path)
+
+
+def _inside(path: str) -> Answer | None:
+  """`find` for the name of a module, or in one."""
+  if path in UNLIKE:
+    return None
+  if path in MOVED:
+    return Answer("renamed", MOVED[path])
+  parent, _, name = path.rpartition(".")
+  if parent in MOVED:
+    return Answer("renamed", f"{MOVED[parent]}.{name}")
+  if parent in SUBMODULES:
+    answer = Answer("renamed", name) if name in SAME | DEEPER else find(name)
+    return answer and (Answer("renamed", name) if answer.kind == "same" else answer)
+  if path in SUBMODULES:
+    return Answer("instead", f"write the names of `nnx` itself for those of `nnx.{path}`")
+  if parent in {"initializers", "metrics"}:
+    return Answer("same", path)
+  top = path.partition(".")[0]
+  if top != path and top in {"bridge", "deprecations", "proxy_caller", "reprlib", "tracers"}:
+    return find(top)
+  return None

@@ -49,6 +49,7 @@ from refax.graph.storage import as_abstract, as_pure, pure, to_hijax, to_lojax
 from refax.graph.view import view, view_info, with_attributes
 from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
+from refax.io.flax_checkpoint import load_flax_checkpoint
 from refax.io.safetensors import load_safetensors, save_safetensors
 from refax.nn import initializers
 from refax.nn.activations import (
@@ -274,6 +275,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "jvp",
   "leaky_relu",
   "load_exported",
+  "load_flax_checkpoint",
   "load_safetensors",
   "log1mexp",
   "log_sigmoid",

@@ -38,6 +38,8 @@ def on_host(x: Any) -> np.ndarray:
 class Checkpoint:
   """An open file with what our metadata says of it."""
 
+  function = "load_safetensors"
+
   def __init__(self, reader: Reader):
     self.reader = reader
     metadata = dict(reader.metadata)
@@ -112,7 +114,7 @@ def holds(slot: Slot) -> str:
 
 def plan_for(file: Checkpoint, slots: Slots, rename: Rename | None) -> Plan:
   """Which tensor of the file goes to which slot, by the names alone."""
-  target_of = renamer(rename)
+  target_of = renamer(rename, file.function)
   plan = Plan({}, [], {})
   for name in file.reader.entries:
     target = target_of(name)

@@ -27,8 +27,14 @@ class Target(NamedTuple):
     return x
 
 
-def renamer(rename: Rename | None) -> Callable[[str], Target | None]:
+def renamer(
+  rename: Rename | None, function: str = "load_safetensors"
+) -> Callable[[str], Target | None]:
   r"""The function from a name in the file to the target, or None for what is not wanted.
+
+  Args:
+    rename: what the user passed.
+    function: to what, for errors.
 
   Raises:
     InvalidArgumentError: `rename` is neither rules nor a function, or a rule makes no sense.
@@ -41,39 +47,41 @@ def renamer(rename: Rename | None) -> Callable[[str], Target | None]:
   if rename is None:
     return Target
   if isinstance(rename, Mapping):
-    rules = [_rule(pattern, renamed) for pattern, renamed in rename.items()]
-    return lambda name: _by_rules(name, rules)
+    rules = [_rule(pattern, renamed, function) for pattern, renamed in rename.items()]
+    return lambda name: _by_rules(name, rules, function)
   if not callable(rename):
-    raise _refusal(rename, "a dict of regular expressions, or a function of a name")
-  return lambda name: _target(name, rename(name))
+    want = "a dict of regular expressions, or a function of a name"
+    raise _refusal(rename, want, function)
+  return lambda name: _target(name, rename(name), function)
 
 
-def _rule(pattern: Any, renamed: Any) -> tuple[re.Pattern[str], Any]:
+def _rule(pattern: Any, renamed: Any, function: str) -> tuple[re.Pattern[str], Any]:
   try:
     compiled = re.compile(pattern)
   except (re.error, TypeError) as error:
-    raise _refusal(pattern, f"a regular expression ({error})") from None
-  _target(pattern, renamed)  # a value of another kind is refused also where nothing matches
+    raise _refusal(pattern, f"a regular expression ({error})", function) from None
+  _target(pattern, renamed, function)  # another kind is refused also where nothing matches
   return compiled, renamed
 
 
-def _by_rules(name: str, rules: list[tuple[re.Pattern[str], Any]]) -> Target | None:
+def _by_rules(name: str, rules: list[tuple[re.Pattern[str], Any]], function: str) -> Target | None:
   target = Target(name)
   for pattern, renamed in rules:
     match = pattern.fullmatch(target.name)
     if match is None:
       continue
-    new = _target(name, renamed)
+    new = _target(name, renamed, function)
     if new is None:
       return None
     try:
       target = Target(match.expand(new.name), target.transforms + new.transforms)
     except (re.error, IndexError) as error:
-      raise _refusal(new.name, f"a replacement for {pattern.pattern!r} ({error})") from None
+      want = f"a replacement for {pattern.pattern!r} ({error})"
+      raise _refusal(new.name, want, function) from None
   return target
 
 
-def _target(name: str, renamed: Any) -> Target | None:
+def _target(name: str, renamed: Any, function: str) -> Target | None:
   if renamed is None:
     return None
   if isinstance(renamed, str):
@@ -82,8 +90,9 @@ def _target(name: str, renamed: Any) -> Target | None:
     new, transform = renamed
     if isinstance(new, str) and callable(transform):
       return Target(new, (transform,))
-  raise _refusal(renamed, f"for {name!r} a name, (name, function of the array) or None")
+  want = f"for {name!r} a name, (name, function of the array) or None"
+  raise _refusal(renamed, want, function)
 
 
-def _refusal(value: Any, want: str) -> InvalidArgumentError:
-  return InvalidArgumentError.value("load_safetensors", "rename", value, want)
+def _refusal(value: Any, want: str, function: str) -> InvalidArgumentError:
+  return InvalidArgumentError.value(function, "rename", value, want)

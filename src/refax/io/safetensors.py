@@ -182,7 +182,7 @@ def _texts(metadata: Any, aliases: dict[str, str], keys: dict[str, str]) -> dict
 
 
 class LoadReport(NamedTuple):
-  """What `nnx.load_safetensors` did.
+  """What `nnx.load_safetensors` or `nnx.load_flax_checkpoint` did.
 
   Attributes:
     loaded: the name in the file of what went to each name in the model.

@@ -10,13 +10,13 @@ import refax
 
 ROOT = Path(refax.__file__).parent
 LAYERS = [
-  {"_jax", "errors", "typing", "config"},
+  {"_jax", "errors", "typing", "config", "names"},
   {"core"},
   {"graph", "rngs"},
   {"transforms"},
   {"nn"},
   {"train", "io", "display", "testing"},
-  {"nnx", ""},
+  {"nnx", "migrate", ""},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PRIVATE = ("jax._src", "jaxlib._jax", "_refs", "_buf")

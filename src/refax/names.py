@@ -1,4 +1,4 @@
-"""What each public name of Flax NNX 0.12 is called in Refax: data, and a function that finds a name.
+"""What each public name of Flax NNX 0.12 is called in Refax: data, and a function to look one up.
 
 Paths are written as behind `nnx.`: `Linear`, `statelib.State`, `nn.linear.default_embed_init`.
 `refax.migrate` rewrites code by this table; an `nnx.Foo` that does not exist answers from it.
@@ -6,7 +6,7 @@ Paths are written as behind `nnx.`: `Linear`, `statelib.State`, `nn.linear.defau
 
 from typing import Literal, NamedTuple
 
-COMPAT = "`from refax.compat import nnx` has it as Flax does"
+COMPAT = "or `from refax.compat import nnx`, which has it as Flax does"
 
 
 class Answer(NamedTuple):
@@ -25,20 +25,21 @@ class Answer(NamedTuple):
 SAME = frozenset(
   """
   All Any BatchNorm BatchStat Bidirectional Cache Carry Conv ConvTranspose Data Dict DiffState
-  Dropout EMA Einsum Embed Everything FlatState GRUCell GraphDef GroupNorm InstanceNorm Intermediate
-  LSTMCell LayerNorm Linear LinearGeneral List LoRA LoRALinear LoRAParam Metric Module
-  MultiHeadAttention MultiMetric Not Nothing OfType OptState OptimizedLSTMCell Optimizer PReLU Param
-  PathContains Perturbation Pytree RMSNorm RNN RNNCellBase RngCount RngKey RngState RngStream Rngs
-  Sequential SimpleCell SpectralNorm State StateAxes Static Variable WeightNorm WithTag as_abstract
-  as_pure avg_pool celu checkify clone combine_masks cond custom_vjp data dataclass
-  dot_product_attention elu eval_shape filter_state find_duplicates fori_loop fork_rngs
+  Dropout EMA Einsum Embed Everything FlatState GRUCell GraphDef GroupNorm InstanceNorm
+  Intermediate LSTMCell LayerNorm Linear LinearGeneral List LoRA LoRALinear LoRAParam Metric
+  Module MultiHeadAttention MultiMetric Not Nothing OfType OptState OptimizedLSTMCell Optimizer
+  PReLU Param PathContains Perturbation Pytree RMSNorm RNN RNNCellBase RngCount RngKey RngState
+  RngStream Rngs Sequential SimpleCell SpectralNorm State StateAxes Static Variable WeightNorm
+  WithTag as_abstract as_pure avg_pool celu checkify clone combine_masks cond custom_vjp data
+  dataclass dot_product_attention elu eval_shape filter_state find_duplicates fori_loop fork_rngs
   from_flat_state gelu glu grad graphdef hard_sigmoid hard_silu hard_swish hard_tanh identity
   initializers is_data iter_children iter_graph iter_modules jit jvp leaky_relu log_sigmoid
   log_softmax logsumexp make_attention_mask make_causal_mask make_jaxpr map map_state max_pool
-  merge merge_state metrics min_pool one_hot pmap pool pop prefix pure recursive_map relu relu6 remat
-  replace_by_pure_dict reseed scan selu set_metadata shard_map sigmoid silu soft_sign softmax
-  softplus split split_rngs split_state standardize state static swish switch tanh to_flat_state to_pure_dict
-  update value_and_grad variables view view_info vjp vmap while_loop with_attributes
+  merge merge_state metrics min_pool one_hot pmap pool pop prefix pure recursive_map relu relu6
+  remat replace_by_pure_dict reseed scan selu set_metadata shard_map sigmoid silu soft_sign
+  softmax softplus split split_rngs split_state standardize state static swish switch tanh
+  to_flat_state to_pure_dict update value_and_grad variables view view_info vjp vmap while_loop
+  with_attributes
   """.split()  # noqa: SIM905 - words in lines are read faster
 )
 
@@ -80,17 +81,18 @@ RENAMED = {
 }
 
 _CONTEXT = (
-  "nothing: `nnx.jit` and the other transforms bring back changes of structure by themselves; "
+  "leave it out: `nnx.jit` and the other transforms bring back changes of structure by themselves; "
   "`nnx.split` and `nnx.merge` cut objects by hand"
 )
-_MODE = "nothing: Refax has one mode, so drop the switch"
+_MODE = "leave it out: Refax has one mode, so drop the switch"
 _MESH = "a sharding of your own by `nnx.device_put(model, ...)`"
-_NAMES = "nothing: collections have no names here, so use the Variable's type"
+_NAMES = "leave it out: collections have no names here, so use the Variable's type"
+_METADATA = "keywords of the layer or the Variable: `nnx.Linear(..., kernel_metadata={...})`"
 _TYPEVAR = "a `typing.TypeVar` of your own"
-_OWN = "nothing: it is Flax's own machinery"
-_BRIDGE = "the Linen module through `from refax.compat import nnx`, in `nnx.bridge`"
+_OWN = "leave it out: it is Flax's own machinery"
+_BRIDGE = "`from refax.compat import nnx`, whose `nnx.bridge` holds Linen modules"
 
-# What to write where no name means the same. Each is read behind "write ".
+# What to write where no name means the same: behind "write ", or a sentence that begins "leave".
 INSTEAD = {
   "A": _TYPEVAR,
   "GraphState": "`tuple[nnx.GraphDef, nnx.State]`",
@@ -115,11 +117,11 @@ INSTEAD = {
   "cached_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
   "call": "`graphdef.apply(state)(...)`, or call `nnx.merge(graphdef, state)`",
   "capture": "`module.sow(...)` in the layer and `nnx.pop(model, nnx.Intermediate)` after the call",
-  "check_pytree": "nothing: attributes are checked as they are set",
+  "check_pytree": "leave it out: attributes are checked as they are set",
   "compat": "the function of `nnx` itself, `nnx.jit` for `nnx.compat.jit`",
   "current_update_context": _CONTEXT,
   "deprecations": _OWN,
-  "display": "`print(model)`, or `treescope.display(model)`",
+  "display": "`print(model)` or `treescope.display(model)`",
   "extract": _OWN,
   "filterlib": "the filters of `nnx`: `nnx.Filter`, `nnx.OfType`, `nnx.PathContains`",
   "flatten": "`nnx.split(node)`",
@@ -127,38 +129,38 @@ INSTEAD = {
   "get_abstract_model": "`nnx.eval_shape(lambda: Model(...))`",
   "get_named_sharding": _MESH,
   "get_partition_spec": _MESH,
-  "graph": "`nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
-  "graphlib": "`nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
+  "graph": "names of `nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
+  "graphlib": "names of `nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
   "has_data": "`any(map(nnx.is_data, jax.tree.leaves(value)))`",
-  "helpers": "`nnx` itself: `nnx.Dict`, `nnx.List`, `nnx.Sequential`",
+  "helpers": "names of `nnx` itself: `nnx.Dict`, `nnx.List`, `nnx.Sequential`",
   "iter_module_children": "`nnx.iter_children(module)`",
   "jit_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
   "logical_axis_rules": _MESH,
   "merge_context": _CONTEXT,
-  "module": "`nnx` itself: `nnx.Module`, `nnx.iter_modules`",
-  "nn": "`nnx` itself: `nnx.Linear`, `nnx.relu`, `nnx.initializers`",
-  "object": "`nnx` itself: `nnx.Pytree`, `nnx.data`, `nnx.static`",
-  "optimizer": "`nnx` itself: `nnx.Optimizer`, `nnx.OptState`",
+  "module": "names of `nnx` itself: `nnx.Module`, `nnx.iter_modules`",
+  "nn": "names of `nnx` itself: `nnx.Linear`, `nnx.relu`, `nnx.initializers`",
+  "object": "names of `nnx` itself: `nnx.Pytree`, `nnx.data`, `nnx.static`",
+  "optimizer": "names of `nnx` itself: `nnx.Optimizer`, `nnx.OptState`",
   "proxy_caller": _OWN,
-  "pytreelib": "`nnx` itself: `nnx.Pytree`, `nnx.data`, `nnx.static`",
+  "pytreelib": "names of `nnx` itself: `nnx.Pytree`, `nnx.data`, `nnx.static`",
   "register_data_type": "`nnx.data(value)` where it is assigned, or a subclass of `nnx.Pytree`",
   "register_variable_name": _NAMES,
   "reprlib": _OWN,
-  "restore_int_paths": "nothing: `nnx.replace_by_pure_dict` takes keys that are digits too",
+  "restore_int_paths": "leave it out: `nnx.replace_by_pure_dict` takes keys that are digits too",
   "restore_rngs": "`nnx.split_rngs` as a decorator or in `with`, which restores by itself",
-  "rnglib": "`nnx` itself: `nnx.Rngs`, `nnx.split_rngs`",
+  "rnglib": "names of `nnx` itself: `nnx.Rngs`, `nnx.split_rngs`",
   "set_graph_mode": _MODE,
   "set_graph_updates": _MODE,
   "split_context": _CONTEXT,
   "spmd": _MESH,
-  "statelib": "`nnx` itself: `nnx.State`, `nnx.to_flat_state`",
+  "statelib": "names of `nnx` itself: `nnx.State`, `nnx.to_flat_state`",
   "summary": "`print(model)`",
   "tabulate": "`print(model)`",
   "to_tree": _CONTEXT,
   "tracers": _OWN,
-  "training": "`nnx` itself: `nnx.Optimizer`, `nnx.metrics`",
-  "transform_metadata": "nothing: transforms leave a Variable's metadata as it is",
-  "transforms": "`nnx` itself: `nnx.jit`, `nnx.grad`, `nnx.scan`",
+  "training": "names of `nnx` itself: `nnx.Optimizer`, `nnx.metrics`",
+  "transform_metadata": "leave it out: transforms leave a Variable's metadata as it is",
+  "transforms": "names of `nnx` itself: `nnx.jit`, `nnx.grad`, `nnx.scan`",
   "traversals": "`nnx.to_flat_state(state)` and `nnx.from_flat_state(flat)`",
   "unflatten": "`nnx.merge(graphdef, state)`",
   "unpack": "`nnx.split(node)`",
@@ -168,11 +170,11 @@ INSTEAD = {
   "var_defaults": "`nnx.using_hijax()` to read the mode, `nnx.use_hijax(True)` to set it",
   "variable_name_from_type": _NAMES,
   "variable_type_from_name": _NAMES,
-  "variablelib": "`nnx` itself: `nnx.Variable`, `nnx.Param`",
+  "variablelib": "names of `nnx` itself: `nnx.Variable`, `nnx.Param`",
   "vars_as": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
-  "visualization": "`print(model)`, or `treescope.display(model)`",
-  "with_metadata": "keywords of the layer, as in `nnx.Linear(..., kernel_metadata={...})`",
-  "with_partitioning": "keywords of the layer, as in `nnx.Linear(..., kernel_metadata={...})`",
+  "visualization": "`print(model)` or `treescope.display(model)`",
+  "with_metadata": _METADATA,
+  "with_partitioning": _METADATA,
   "with_rngs": "`nnx.split_rngs(model, splits=n, only=...)` or `nnx.fork_rngs(model)`",
   "with_vars": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
   "wrappers": _BRIDGE,
@@ -200,18 +202,23 @@ def find(path: str) -> Answer | None:
   >>> from refax import names
   >>> names.find("Linear"), names.find("statelib.State").text
   (Answer(kind='same', text='Linear'), 'State')
-  >>> names.find("GraphState").text
-  'write `tuple[nnx.GraphDef, nnx.State]`; `from refax.compat import nnx` has it as Flax does'
+  >>> names.find("TrainState").kind
+  'instead'
   """
   if path in SAME:
     return Answer("same", path)
   if path in RENAMED:
     return Answer("renamed", RENAMED[path])
   if path in OLDER:
-    return Answer("instead", f"write {OLDER[path]}")
+    return Answer("instead", _sentence(OLDER[path]))
   if path in INSTEAD:
-    return Answer("instead", f"write {INSTEAD[path]}; {COMPAT}")
+    text = _sentence(INSTEAD[path])
+    return Answer("instead", text if "refax.compat" in text else f"{text}; {COMPAT}")
   return _inside(path)
+
+
+def _sentence(text: str) -> str:
+  return text if text.startswith("leave") else f"write {text}"
 
 
 def _inside(path: str) -> Answer | None:
@@ -220,14 +227,14 @@ def _inside(path: str) -> Answer | None:
     return None
   if path in MOVED:
     return Answer("renamed", MOVED[path])
+  if path in SUBMODULES:
+    return Answer("instead", f"write names of `nnx` itself for those of `nnx.{path}`")
   parent, _, name = path.rpartition(".")
   if parent in MOVED:
     return Answer("renamed", f"{MOVED[parent]}.{name}")
   if parent in SUBMODULES:
     answer = Answer("renamed", name) if name in SAME | DEEPER else find(name)
     return answer and (Answer("renamed", name) if answer.kind == "same" else answer)
-  if path in SUBMODULES:
-    return Answer("instead", f"write the names of `nnx` itself for those of `nnx.{path}`")
   if parent in {"initializers", "metrics"}:
     return Answer("same", path)
   top = path.partition(".")[0]

@@ -15,6 +15,9 @@ from tests.migrate.programs import body, migrated, said
     ("nnx.jit(\n  f,  # the step\n  graph=True\n)", "nnx.jit(\n  f,  # the step\n)"),
     ("nnx.jit(f, graph=True, graph_updates=False)", "nnx.jit(f)"),
     ("nnx.compat.jit(f, graph=True)", "nnx.jit(f)"),
+    ("p = nnx.Param(1); nnx.jit(f, graph=p.value)", "p = nnx.Param(1); nnx.jit(f)"),
+    ("nnx.split (m, graph = True , )", "nnx.split (m, )"),
+    ("nnx.jit(*a, graph=(True))", "nnx.jit(*a)"),
     ("nnx.graphlib.split(m)", "nnx.split(m)"),
     ("nnx.statelib.State.map", "nnx.State.map"),
     ("nnx.training.metrics.Average()", "nnx.metrics.Average()"),
@@ -86,6 +89,12 @@ def test_what_only_looks_like_nnx_stays(code):
 def test_a_name_of_nnx_that_is_given_another_value_stays():
   code = "from flax import nnx\nnnx = other\nnnx.compat.jit(f, graph=True)\n"
   assert migrated(code).endswith("\nnnx = other\nnnx.compat.jit(f, graph=True)\n")
+
+
+def test_a_local_name_refax_is_not_taken_for_the_package():
+  code = "def f(refax):\n  return flax.nnx.relu(refax)\n"
+  assert migrated(f"import flax.nnx\n{code}").endswith(code)
+  assert ("write", 3) in [s[:2] for s in said(f"import flax.nnx\n{code}")]
 
 
 def test_jax_grad_is_a_hint():

@@ -3,7 +3,7 @@
 import io
 import tokenize
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.migrate.programs import migrated
@@ -70,6 +70,7 @@ def programs(draw):
   return ("\n".join(b for b in blocks if b != "global nnx") + "\n").replace("\n", end)
 
 
+@settings(max_examples=60, deadline=None)
 @given(programs())
 def test_what_is_written_is_python_keeps_comments_and_is_done_once(code):
   new = migrated(code)

@@ -79,6 +79,9 @@ def test_the_value_of_a_variable_is_indexed(old, new):
     "self.lin.value",
     "setattr(q, 'value', x)",
     "self.value(x)",
+    "del self.w.value",
+    "self = q; self.w.value",
+    "[self.w.value for self in q]",
   ],
 )
 def test_the_value_of_what_may_be_something_else_stays(code):
@@ -92,6 +95,7 @@ def test_the_value_of_what_may_be_something_else_stays(code):
     "import ast\nast.Constant(1).value\n",
     "try: f()\nexcept StopIteration as e: e.value\n",
     "class V(nnx.Variable):\n  @property\n  def value(self): return 1\nV(1).value\n",
+    "class V(nnx.Variable):\n  def __getitem__(self, i): return 1\nV(1).value\n",
     "class A:\n  w = property(f)\n  def g(self):\n    return self.w.value\n",
     "class A:\n  @staticmethod\n  def g(self): return 1\n",
   ],

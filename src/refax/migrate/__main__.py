@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 import threading
 from collections import Counter
@@ -93,7 +94,7 @@ def _deep(argv: list[str] | None = None) -> int:
     except BaseException as error:
       problem.append(error)
 
-  thread = threading.Thread(target=run)
+  thread = threading.Thread(target=run, daemon=True)  # Ctrl-C ends it too
   thread.start()
   thread.join()
   if problem:
@@ -105,5 +106,7 @@ if __name__ == "__main__":
   try:
     sys.exit(_deep())
   except BrokenPipeError:  # `| head` has read enough
-    sys.stderr.close()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
+  except KeyboardInterrupt:
+    sys.exit(130)

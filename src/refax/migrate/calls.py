@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import libcst as cst
+from libcst.metadata import ImportAssignment
 
 from refax.migrate import arguments
 from refax.migrate.edit import Edit, Finding, remove
@@ -54,6 +55,12 @@ def name_findings(source: Source, use: Use, refax: frozenset[str]) -> Iterator[F
     return  # `from flax.nnx import Linear`: the import says it
   edits, known = [], use.known()
   if use.root == "flax" and base == 1:
+    if _taken(source, use.chain[0]):
+      text = (
+        f"`{source.text(whole)}`: write it with `refax`, which is a name of this code's own here"
+      )
+      yield Finding("write", at, text)
+      return
     edits.append(Edit(at, source.span(use.chain[0])[1], "refax"))
   if (
     known and known[1].kind == "renamed" and use.root in ("flax", "flax.nnx", "refax", "refax.nnx")
@@ -71,6 +78,11 @@ def name_findings(source: Source, use: Use, refax: frozenset[str]) -> Iterator[F
     shifted = [Edit(e.start - at, e.end - at, e.text) for e in edits]
     new = _applied(source.data[at:end], shifted)
     yield Finding("change", at, f"`{old}` -> `{new}`", tuple(edits))
+
+
+def _taken(source: Source, node: cst.CSTNode) -> bool:
+  """Whether the name `refax` means something of the code's own where a node stands."""
+  return any(not isinstance(a, ImportAssignment) for a in source.scope(node)["refax"])
 
 
 def _applied(data: bytes, edits: list[Edit]) -> str:

@@ -13,7 +13,10 @@ import libcst as cst
 
 from refax.migrate.edit import Edit
 
-MAGIC = re.compile(r"^([ \t]*(?:[\w.]+[ \t]*=[ \t]*)?)([!%?].*|[\w.]+\?\??[ \t]*)$", re.MULTILINE)
+MAGIC = re.compile(
+  r"^([ \t]*(?:[\w.]+[ \t]*=[ \t]*)?)([!%?](?:.*\\\r?\n)*.*|[\w.]+\?\??[ \t]*)$", re.MULTILINE
+)
+OTHER = re.compile(r"\s*%%(?!(?:time|timeit|capture|prun)\b)")
 FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*(\{code-cell\}[ \t]*\w*|\{?\w*\}?)[^\n`]*$")
 LANGUAGES = frozenset({"python", "python3", "py", "ipython", "ipython3"})
 
@@ -58,11 +61,13 @@ class Document:
 
   def _parsable(self, piece: Piece) -> str:
     """The piece's code, with all that is no Python put into comments of the same size."""
+    if OTHER.match(piece.text):  # `%%bash`
+      return _comments(piece.text)
     for text in (piece.text, MAGIC.sub(_masked, _unmarked(piece.text))):
-      if not text.startswith("%%") and _parses(text):
+      if _parses(text):
         return text
     self.skipped.append(f"{piece.place}{piece.line}")
-    return "".join(c if c in "\r\n" else "#" for c in _ascii(piece.text))
+    return _comments(piece.text)
 
   def where(self, at: int) -> str:
     """The place and line of a byte of the module."""
@@ -163,8 +168,7 @@ def _unmarked(text: str) -> str:
 
 
 def _masked(found: re.Match[str]) -> str:
-  rest = _ascii(found[2])
-  return found[1] + "0" + "#" * (len(rest) - 1)
+  return found[1] + "0" + _comments(found[2])[1:]
 
 
 def _comments(text: str) -> str:

@@ -200,8 +200,8 @@ class Kinds:
     return self.classes.get(nodes[0]) if len(found) == len(nodes) == 1 else None
 
   def _is_variable_class(self, known: Class, depth: int = 0) -> bool:
-    """Whether a class is a Variable by its bases, and keeps `value` as it is."""
-    if "value" in known.defined or depth > 20:
+    """Whether a class is a Variable by its bases, and keeps `value` and `[...]` as they are."""
+    if known.defined & {"value", "__getitem__", "__setitem__"} or depth > 20:
       return False
     for base in known.bases:
       plain = base.value if isinstance(base, cst.Subscript) else base

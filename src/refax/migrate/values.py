@@ -38,6 +38,8 @@ def _value(source: Source, kinds: Kinds, node: cst.Attribute) -> Iterator[Findin
   at, end = source.span(node)
   dot = source.span(node.dot)[0]
   old, new = source.text(node), f"{source.data[at:dot].decode().rstrip()}[...]"
+  if isinstance(source.parent(node), cst.Del):
+    return
   if not kinds.is_variable(node.value):
     if _may_be_variable(source, kinds, node):
       yield Finding("look", at, LOOK.format(old=_line(old), new=_line(new)))

@@ -43,8 +43,10 @@ SAME = frozenset(
   """.split()  # noqa: SIM905 - words in lines are read faster
 )
 
-# Public in a submodule of Flax only, and public in Refax's `nnx`.
-DEEPER = frozenset({"Filter", "PathIn", "dot_product_attention_weights"})
+# Public in Refax's `nnx`, and in Flax in a submodule or in another release only.
+BEYOND = frozenset(
+  {"Filter", "PathIn", "RoPE", "dot_product_attention_weights", "dot_product_attention_with_rope"}
+)
 
 # Modules of Flax whose names are all names of `nnx` in Refax: `nnx.statelib.State` is `nnx.State`.
 SUBMODULES = frozenset(
@@ -205,7 +207,7 @@ def find(path: str) -> Answer | None:
   >>> names.find("TrainState").kind
   'instead'
   """
-  if path in SAME:
+  if path in SAME | BEYOND:
     return Answer("same", path)
   if path in RENAMED:
     return Answer("renamed", RENAMED[path])
@@ -233,7 +235,7 @@ def _inside(path: str) -> Answer | None:
   if parent in MOVED:
     return Answer("renamed", f"{MOVED[parent]}.{name}")
   if parent in SUBMODULES:
-    answer = Answer("renamed", name) if name in SAME | DEEPER else find(name)
+    answer = Answer("renamed", name) if name in SAME | BEYOND else find(name)
     return answer and (Answer("renamed", name) if answer.kind == "same" else answer)
   if parent in {"initializers", "metrics"}:
     return Answer("same", path)

@@ -90,7 +90,7 @@ class Differentiation:
     return self._runs
 
 
-_ELSEWHERE = {
+ELSEWHERE = {
   "hijax": "is_hijax=True or False chooses the storage",
   "ref": "is_hijax=True or False chooses the storage",
   "use_ref": "is_hijax=True or False chooses the storage",
@@ -119,8 +119,8 @@ class VariableDef:
 
   def __init__(self, metadata: dict[str, Any], origin: Origin):
     for name, value in metadata.items():
-      if name in _ELSEWHERE:
-        raise StaticAttributeError.option(origin.kind, name, value, _ELSEWHERE[name])
+      if name in ELSEWHERE:
+        raise StaticAttributeError.option(origin.kind, name, value, ELSEWHERE[name])
       try:
         hash(value)
       except TypeError:

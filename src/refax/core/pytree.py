@@ -52,6 +52,10 @@ PLAIN = frozenset((type(None), bool, int, float, str, type))
 """Types of values that are static without a closer look."""
 
 
+DATA_TYPES: set[type] = set()
+"""Types whose values are data, whatever is in them; filled by `refax.compat`."""
+
+
 class Explicit(Generic[T]):
   """A value that the user has marked as data or static; unwrapped by the assignment."""
 
@@ -156,6 +160,8 @@ def is_data(value: Any) -> bool:
   if isinstance(value, Explicit):
     return value.dynamic
   if isinstance(value, Variable | Node | Tracked | np.ndarray | jax.ShapeDtypeStruct):
+    return True
+  if type(value) in DATA_TYPES:
     return True
   if isinstance(value, jax.Array) or _jax.is_ref(value):
     return True

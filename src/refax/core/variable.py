@@ -69,10 +69,18 @@ class Variable(ArrayProtocol, Generic[A]):
   _node: tuple[tuple[Any], VariableDef]  # the cell and the static half, as JAX flattens a Variable
   _trace: Any
 
+  is_lenient: ClassVar[bool] = False
+  """For `refax.compat`: whether lojax Variables take values of any shape and dtype."""
+
+  accept: ClassVar[Callable[..., Any] | None] = None
+  """For `refax.compat`: from what a constructor was given to what it understands."""
+
   detached: ClassVar[bool] = False
   """Whether what is stored carries no gradient, by definition of the type."""
 
   def __init__(self, value: A, *, is_hijax: bool | None = None, **metadata: Any):
+    if Variable.accept is not None:
+      value, is_hijax, metadata = Variable.accept(self, value, is_hijax, metadata)
     value = cast(A, unwrap(value))
     if any(_jax.is_ref(leaf) for leaf in jax.tree.leaves(value)):
       raise StaticAttributeError.ref()
@@ -247,6 +255,8 @@ class Variable(ArrayProtocol, Generic[A]):
       return self._filled(value)
     if index is not ...:
       value = self._indexed(unwrap(index), value)
+    elif Variable.is_lenient and not self.is_hijax:
+      return self._lenient(value)
     cells, treedef = jax.tree.flatten(self._cell)
     if len(cells) == 1 and cells[0] is self._cell and isinstance(value, list | tuple):
       values, got = [value], treedef  # nested lists of numbers for an array
@@ -262,6 +272,10 @@ class Variable(ArrayProtocol, Generic[A]):
     if cells and _jax.is_ref(cells[0]):
       return Writes(list(zip(cells, new, values, strict=True)), self._cell)
     return Writes([], treedef.unflatten(new))
+
+  def _lenient(self, value: Any) -> "Writes":
+    """For `refax.compat`: a lojax Variable becomes what is written to it."""
+    return Writes([], self._new_cell(value, hijax=False))
 
   def _filled(self, value: Any) -> "Writes":
     """The first write to an abstract Variable: a cell of the storage that it was to have."""

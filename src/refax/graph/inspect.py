@@ -1,6 +1,5 @@
 """Looking at an object: what is in it, what is shared, and a copy with every leaf mapped."""
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from refax.core.flatten import Walk, flatten, region_items, unflatten, walk_grap
 from refax.core.module import Module
 from refax.core.node import Node
 from refax.core.variable import Variable
-from refax.graph.split import set_entry
+from refax.graph.split import clone, set_entry
 from refax.typing import Key, Path
 
 
@@ -107,9 +106,7 @@ def recursive_map(fn: Callable[[Path, Any], Any], node: Any, /) -> Any:
   >>> nnx.recursive_map(halved, model).layers[0].rate, model.layers[0].rate
   (0.25, 0.5)
   """
-  flat = flatten(node)
-  leaves = [copy.copy(x) if isinstance(x, Variable) else x for x in flat.leaves]
-  return _mapped(fn, (), unflatten(flat.graphdef, leaves)[0], {})
+  return _mapped(fn, (), clone(node, variables=False), {})
 
 
 def _mapped(fn: Callable[[Path, Any], Any], path: Path, value: Any, done: dict[int, Any]) -> Any:

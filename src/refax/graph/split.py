@@ -5,7 +5,7 @@ either is seen by both; in lojax mode they hold the same immutable array.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,12 @@ def split(node: Any, *filters: Filter) -> tuple[Any, ...]:
   """
   flat = flatten(node)
   pairs = list(zip(flat.graphdef.paths, _handles(flat.leaves), strict=True))
-  states = map(_state, partition(pairs, filters or (...,)))
+  states = map(as_state, partition(pairs, filters or (...,)))
   return (flat.graphdef, *states)
 
 
-def _state(pairs: list[tuple[Path, Any]]) -> Any:
-  """A State; for a Variable or an array that is the whole object, the leaf itself."""
+def as_state(pairs: list[tuple[Path, Any]]) -> Any:
+  """A State of (path, leaf) pairs; of an object that is one leaf itself, the leaf."""
   return pairs[0][1] if len(pairs) == 1 and pairs[0][0] == () else from_flat_state(pairs)
 
 
@@ -91,6 +91,11 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
   >>> twin.kernel[0, 0] = 7.0; float(model.kernel[0, 0])
   7.0
   """
+  return unflatten(graphdef, _handles(leaves_of(graphdef, states)))[0]
+
+
+def leaves_of(graphdef: GraphDef, states: Sequence[Any]) -> list[Any]:
+  """The leaves of an object in the order of its GraphDef; see `merge`."""
   wanted = graphdef.paths
   if len(states) == 1 and _is_leaves(states[0], len(wanted)):
     values = dict(zip(wanted, states[0], strict=True))
@@ -103,7 +108,7 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
   leaves = [values[path] for path in wanted]
   if graphdef.templates:
     leaves = [_as_variable(x, t) for x, t in zip(leaves, graphdef.templates, strict=True)]
-  return unflatten(graphdef, _handles(leaves))[0]
+  return leaves
 
 
 def _is_leaves(state: Any, count: int) -> bool:
@@ -141,7 +146,7 @@ def state(node: Any, *filters: Filter) -> Any:
   flat = flatten(node)
   pairs = zip(flat.graphdef.paths, _handles(flat.leaves), strict=True)
   return _one_or_all(
-    [_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
+    [as_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
   )
 
 
@@ -160,7 +165,7 @@ def variables(node: Any, *filters: Filter) -> Any:
     if isinstance(leaf, Variable)
   ]
   return _one_or_all(
-    [_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
+    [as_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
   )
 
 
@@ -179,7 +184,7 @@ def clone(node: Any, variables: bool = True, *, arrays: bool = False) -> Any:
 
   Args:
     node: a Module, Pytree, or any pytree of these.
-    variables: whether the Variables get cells of their own; else they share the cells.
+    variables: whether the Variables are copied; else both have the same ones.
     arrays: whether nothing of the copy shares memory with the object, so that either may be
       donated. Cells of hijax Variables never share any; the arrays of lojax ones do.
 
@@ -189,8 +194,7 @@ def clone(node: Any, variables: bool = True, *, arrays: bool = False) -> Any:
   False
   """
   flat = flatten(node)
-  copied = Variable.copy if variables else copy.copy
-  leaves = [copied(x) if isinstance(x, Variable) else x for x in flat.leaves]
+  leaves = [x.copy() if variables and isinstance(x, Variable) else x for x in flat.leaves]
   if arrays:
     leaves = [_with_arrays(x) for x in leaves]
   return unflatten(flat.graphdef, leaves)[0]
@@ -247,8 +251,8 @@ def _given(leaf: Any, target: Variable) -> Any:
   return unwrap(leaf)
 
 
-def _lookup(value: Any, path: Path, parent: Node | None = None) -> tuple[Node | None, Any]:
-  """What is at a path, and the Node it is an entry of; (None, None) if there is no place for it."""
+def _lookup(value: Any, path: Path, parent: Any = None) -> tuple[Any, Any]:
+  """What is at a path, and the Node, dict or list it is an entry of; (None, None) if nothing."""
   if not path:
     return parent, value
   if isinstance(value, Node):
@@ -259,11 +263,20 @@ def _lookup(value: Any, path: Path, parent: Node | None = None) -> tuple[Node | 
   if not isinstance(value, Variable):
     for keys, leaf in region_items(value):
       if keys and path[: len(keys)] == keys:
-        return _lookup(leaf, path[len(keys) :])
+        return _lookup(leaf, path[len(keys) :], _container(value, keys[:-1]))
+    if len(path) == 1 and isinstance(value, dict):
+      return value, None
   return None, None
 
 
-def _has_place(parent: Node, key: Any, additions: list[tuple]) -> bool:
+def _container(value: Any, path: Path) -> dict | list | None:
+  """The dict or list at a path of plain containers."""
+  for key in path:
+    value = value[key] if isinstance(value, dict | list | tuple) else None
+  return value if isinstance(value, dict | list) else None
+
+
+def _has_place(parent: Any, key: Any, additions: list[tuple]) -> bool:
   """Whether an entry may be set or added: a List grows at its end only."""
   if not isinstance(parent, List):
     return True
@@ -273,7 +286,7 @@ def _has_place(parent: Node, key: Any, additions: list[tuple]) -> bool:
 
 def set_entry(parent: Any, key: Any, value: Any) -> None:
   """Set an attribute, or an element of a List or Dict; the next one of a List is appended."""
-  if not isinstance(parent, List | Dict):
+  if not isinstance(parent, List | Dict | dict | list):
     setattr(parent, key, value)
   elif isinstance(parent, List) and key == len(parent):
     parent.append(value)

@@ -120,6 +120,8 @@ def _options(cls: Any) -> set[str] | None:
 
 def _shown(cls: Any) -> str:
   lines = [f"{cls.__qualname__}:"]
+  if inspect.getdoc(cls.set_view) is None:
+    return f"{lines[0]}\n  set_view{inspect.signature(cls.set_view)}"
   described = _described(inspect.getdoc(cls.set_view) or "")
   for name, p in list(inspect.signature(cls.set_view).parameters.items())[1:]:
     kind = "" if p.annotation is p.empty else f": {inspect.formatannotation(p.annotation)}"

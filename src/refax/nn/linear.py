@@ -94,7 +94,7 @@ class Linear(Module):
       ShapeMismatchError: the last axis has another size.
     """
     x = check.as_input(inputs)
-    check.last_axis("Linear", x, self.in_features, self.kernel)
+    check.last_axis("Linear", x, self.kernel.shape[0], self.kernel)  # of a shard, it is smaller
     ours = self.dot_general is lax.dot_general
     kernel, bias = _parameters(self.kernel, self.bias, self.promote_dtype, ours)
     x, kernel, bias = self.promote_dtype((x, kernel, bias), dtype=self.dtype)

@@ -49,7 +49,7 @@ class Sequential(Module):
     Raises:
       InvalidArgumentError: no layer has a parameter of this name.
     """
-    output: Any = args[0] if len(args) == 1 else args
+    output: Any = args[0] if len(args) == 1 else args or None
     named: dict[str, Any] = {}
     unused = set(kwargs)
     for layer in self.layers:

@@ -1,5 +1,6 @@
 """Optimizer: an optax transformation with its state in Variables, updated in place."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -149,7 +150,7 @@ class Optimizer(Pytree):
     """The gradients as arrays, checked to have the paths and shapes of the parameters."""
     params_by_path = dict(to_flat_state(params))
     # `jax.grad` of a functional model gives a model: with what is no parameter in it, too.
-    plain = isinstance(grads, State | dict)
+    plain = isinstance(grads, Mapping)
     flat = to_flat_state(grads if plain else state(grads, self.wrt))
     by_path = {path: unwrap(g) for path, g in flat}
     for path, param in params_by_path.items():

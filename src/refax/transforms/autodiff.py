@@ -277,7 +277,8 @@ class Differentiated:
       differentiated(variables),
       config.local_variables() as hijax_afterwards,
     ):
-      entered = {i: Entered(v, hijax=False, selected=now) for i, v in values.items()}
+      marks = {i: now for i in values if not self._is_local(i)}
+      entered = {i: Entered(v, hijax=False, selected=marks.get(i)) for i, v in values.items()}
       frame = self.inputs.enter(entered | self._local)
       args, kwargs = frame.args
       out = f(*args, **kwargs)
@@ -285,6 +286,11 @@ class Differentiated:
         raise GradientOutputError.no_pair(_name(f), _shapes(out))
       value, aux = out if has_aux else (out, None)
       return unwrap(value), frame.collect(aux, hijax_afterwards=hijax_afterwards)
+
+  def _is_local(self, index: int) -> bool:
+    """For `refax.compat`: a lojax Variable may be written while it is differentiated."""
+    leaf = self.inputs.leaves[index]
+    return Variable.is_lenient and isinstance(leaf, Variable) and not leaf.is_hijax
 
   def run_scalar(self, f: Callable, has_aux: bool, values: dict[int, Any]) -> tuple[Any, Outputs]:
     """`run`, for a function whose gradient is taken: it returns one number."""

@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 
 from refax.core.filters import Filter, PathIn, Predicate, to_predicate
-from refax.core.flatten import flatten
-from refax.core.graphdef import LEAF, REGION, GraphDef, path_step
+from refax.core.flatten import Walk, flatten, unflatten
+from refax.core.graphdef import LEAF, NODE, REGION, GraphDef
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.errors import FilterError, TreeMismatchError
+from refax.graph.state import State, to_flat_state
 from refax.typing import Path, path_str
 
 
@@ -37,15 +38,18 @@ class StateAxes:
 
   Args:
     axes: from filters to an axis, None (shared), or `nnx.Carry` (in `nnx.scan`). The first that
-      matches counts; what matches none is an error.
+      matches counts; what matches none is an error. A State of axes says them by path.
 
   >>> from refax import nnx
   >>> nnx.StateAxes({nnx.Param: 0, ...: None})
   StateAxes({Param: 0, ...: None})
   """
 
-  def __init__(self, axes: "Mapping[Filter, Any] | StateAxes", /):
-    items = axes.items if isinstance(axes, StateAxes) else tuple(axes.items())
+  def __init__(self, axes: "Mapping[Filter, Any] | State | StateAxes", /):
+    if isinstance(axes, State):
+      items = tuple((PathIn(path), axis) for path, axis in to_flat_state(axes))
+    else:
+      items = axes.items if isinstance(axes, StateAxes) else tuple(axes.items())
     self.items: tuple[tuple[Filter, Any], ...] = items
     self._cases: list[tuple[Predicate, Any]] = [(to_predicate(f), axis) for f, axis in items]
 
@@ -72,7 +76,12 @@ class StateAxes:
 
 def is_axis(x: Any) -> bool:
   """Whether `x` is one axis, not a tree of them."""
-  return x is None or x is Carry or isinstance(x, int | StateAxes | PartitionSpec)
+  return x is None or x is Carry or isinstance(x, int | StateAxes | PartitionSpec | Sharding)
+
+
+def is_prefix(x: Any) -> bool:
+  """Whether `x` is one axis, or an object with axes in it (see `prefix`)."""
+  return is_axis(x) or isinstance(x, Node)
 
 
 def assign(
@@ -96,6 +105,8 @@ def assign(
 def _pairs(
   prefix: Any, entry: tuple, graphdef: GraphDef, what: str
 ) -> Iterator[tuple[Any, Path, int]]:
+  if isinstance(prefix, Node) and entry[0] == NODE:
+    prefix = by_path(prefix, 0)  # what the argument gains is mapped along axis 0
   if is_axis(prefix):
     for path, (sort, *rest) in graphdef.walk(entry):
       if sort == LEAF:
@@ -107,14 +118,26 @@ def _pairs(
   try:
     below = lambda axis, sub: [(axis, i) for i in jax.tree.leaves(sub)]
     pairs = jax.tree.leaves(
-      jax.tree.map(below, prefix, positions, is_leaf=is_axis),
-      is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2 and is_axis(x[0]),
+      jax.tree.map(below, prefix, positions, is_leaf=is_prefix),
+      is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2 and is_prefix(x[0]),
     )
   except ValueError:
     shown = jax.tree.map(lambda _: "*", positions)
     raise TreeMismatchError.axes(what, "", f"{prefix!r} for {shown}") from None
   for axis, position in pairs:
     yield from _pairs(axis, entry[2][position], graphdef, what)
+
+
+def by_path(axes: Node, default: Any) -> StateAxes:
+  """The axes in an object that `prefix` has made, by the paths of its Variables and arrays.
+
+  Args:
+    axes: the object.
+    default: the axis of what has no place in it.
+  """
+  flat = flatten(axes)
+  places = [(path, entry[1]) for path, entry in flat.graphdef.walk() if entry[0] == LEAF]
+  return StateAxes({PathIn(path): flat.leaves[i] for path, i in places} | {...: default})
 
 
 def move(value: Any, source: int, target: int) -> Any:
@@ -153,7 +176,7 @@ def argument_axes(inputs: Any, in_axes: Any, positional: int, *, default: Any) -
     TreeMismatchError: the axes do not fit the arguments, or one Variable gets two.
   """
   entries = inputs.arguments
-  prefixes = (in_axes,) * positional if is_axis(in_axes) else tuple(in_axes)
+  prefixes = (in_axes,) * positional if is_prefix(in_axes) else tuple(in_axes)
   if len(prefixes) != positional:
     got = f"{len(prefixes)} axes for {positional} positional arguments"
     raise TreeMismatchError.axes("in_axes", "", got)
@@ -180,10 +203,10 @@ def prefix(node: Any, axes: Mapping[Filter, Any] | Callable[[Path, Any], Any], /
 
   Args:
     node: the argument, or a tuple of all arguments: any pytree of Modules, Variables and arrays.
-    axes: `(path, leaf) -> axis`, or an axis for each filter, of which the first counts that matches.
+    axes: `(path, leaf) -> axis`, or an axis for each filter: the first that matches counts.
 
   Returns:
-    The same pytree with a `StateAxes` for each Module and an axis for each other leaf.
+    The same pytree with an axis in place of each Variable and array.
 
   Raises:
     FilterError: no filter matches a Variable.
@@ -195,14 +218,7 @@ def prefix(node: Any, axes: Mapping[Filter, Any] | Callable[[Path, Any], Any], /
   [0, 2, 4]
   """
   rule = axes if callable(axes) else StateAxes(axes).axis
-
-  def axis(steps: Any, x: Any) -> Any:
-    start = tuple(map(path_step, steps))
-    if not isinstance(x, Node):
-      return rule(start, x)
-    flat = flatten(x)
-    found = zip(flat.graphdef.paths, flat.leaves, strict=True)
-    return StateAxes({PathIn(path): rule(start + path, leaf) for path, leaf in found})
-
-  is_leaf = lambda x: isinstance(x, Node | Variable)
-  return jax.tree_util.tree_map_with_path(axis, node, is_leaf=is_leaf)
+  walk = Walk()
+  graphdef = walk.graphdef(walk.entry(node))
+  found = map(rule, graphdef.paths, walk.leaves)
+  return unflatten(graphdef, found)[0]

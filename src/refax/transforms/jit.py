@@ -25,6 +25,7 @@ from refax.transforms.bind import Given, bind
 from refax.transforms.commit import Outputs
 from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.fast import FastCalls, Seen, is_eager, steady
+from refax.transforms.layout import constrained, laid_out
 from refax.transforms.lift import Frame, Inputs
 from refax.transforms.reach import Reach
 from refax.transforms.tree import signature
@@ -40,6 +41,8 @@ def jit(
   donate_argnames: str | Iterable[str] | None = None,
   keep_unused: bool = False,
   inline: bool = False,
+  in_shardings: Any = None,
+  out_shardings: Any = None,
 ) -> Any:
   """Compile a function of Modules, Variables, States and arrays.
 
@@ -55,6 +58,10 @@ def jit(
     donate_argnames: their names.
     keep_unused: whether to keep arguments that the function does not use.
     inline: whether to inline the function in an enclosing one.
+    in_shardings: where positional arguments are to lie, the static ones left out: a sharding, a
+      `PartitionSpec` on the mesh of `jax.set_mesh`, `nnx.StateAxes` of these, None for where they
+      are, or a tuple with one for each. State is moved there, and stays.
+    out_shardings: the same for the result.
 
   Returns:
     The compiled function. If it raises, all state is as before the call.
@@ -72,13 +79,17 @@ def jit(
     donated=(donate_argnums, donate_argnames),
     keep_unused=keep_unused,
     inline=inline,
+    shardings=(in_shardings, out_shardings),
   )
   return decorate if fun is None else decorate(fun)
 
 
-def _jit(fun: Callable, **options: Any) -> Callable:
-  jitted = _Jitted(fun, **options)
+def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
+  into, out_of = shardings
+  jitted = _Jitted(fun if out_of is None else constrained(fun, out_of), **options)
   call: Any = functools.update_wrapper(steady(jitted.fast, jitted.call), fun)
+  if into is not None:
+    call = laid_out(call, into, _resolve(fun, *options["static"]))
   call.lower, call.trace, call.clear_cache = jitted.lower, jitted.trace, jitted.clear_cache
   call._fast = jitted.fast  # for tests
   return call

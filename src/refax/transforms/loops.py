@@ -330,7 +330,8 @@ class Scan:
       {i: values[i] for i in self.sliced},
     )
     prefixes = in_axes if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
-    self.prefixes = list(zip(prefixes, self.inputs.arguments, strict=False))
+    entries = map(self._entry, self.inputs.arguments)
+    self.prefixes = list(zip(prefixes, entries, strict=False))
     before = [entry for prefix, entry in self.prefixes if prefix is Carry]
     pairs = functools.partial(self._pairs, before, out_axes)
     what = "the function of nnx.scan"
@@ -342,6 +343,12 @@ class Scan:
 
   def _name(self, index: int) -> str:
     return path_str(self.inputs.graphdef.paths[index][1:])
+
+  def _entry(self, entry: tuple) -> tuple:
+    """The entry of an argument; of None as it is in a result, a pytree without leaves."""
+    if entry[0] == LEAF and self.inputs.leaves[entry[1]] is None:
+      return (REGION, jax.tree.structure(None), ())
+    return entry
 
   def _pairs(self, before: list[tuple], out_axes: Any, staged: Staged) -> list:
     """(entry on the way in, on the way out) of what is carried; the rest of `f`'s results aside."""

@@ -18,7 +18,15 @@ from refax.errors import (
   SharedWriteError,
   TreeMismatchError,
 )
-from refax.transforms.axes import Carry, argument_axes, assign, size_of
+from refax.transforms.axes import (
+  Carry,
+  StateAxes,
+  argument_axes,
+  assign,
+  is_axis,
+  is_prefix,
+  size_of,
+)
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 from refax.typing import Path, path_str
@@ -106,6 +114,8 @@ class _Mapped:
     self.inputs = Inputs.of(args, kwargs)
     self.values = values_of(self.inputs)
     self.axes = argument_axes(self.inputs, in_axes, len(args), default=0)
+    prefixes = (in_axes,) * len(args) if is_prefix(in_axes) else tuple(in_axes)
+    self._prefixes = list(zip(prefixes, self.inputs.arguments, strict=False))
     if Carry in self.axes.values():
       raise TreeMismatchError.axes("in_axes of nnx.vmap", "", f"{in_axes!r}")
     size = axis_size or size_of(self.axes, self.values, self._name, "nnx.vmap")
@@ -223,11 +233,14 @@ class _Mapped:
     return SharedWriteError.mapped(origin)
 
   def _fresh_axes(self, spec: OutputSpec) -> list[Any]:
-    """The axis of each new leaf; state that an argument gained is mapped along axis 0."""
+    """The axis of each new leaf; of state that an argument gained, what `StateAxes` say, or 0."""
     count = len(self.inputs.leaves)
     leaves = [*self.inputs.leaves, *self.staged.outputs.fresh]
-    root = spec.graphdef.root
-    found = assign(self.out_axes, root, spec.graphdef, leaves, "out_axes")
+    root, found = spec.graphdef.root, {}
+    for prefix, entry in self._prefixes:
+      if not is_axis(prefix) or isinstance(prefix, StateAxes):
+        found |= assign(prefix, entry, spec.graphdef, leaves, "in_axes")
+    found |= assign(self.out_axes, root, spec.graphdef, leaves, "out_axes")
     return [found.get(count + i, 0) for i in range(len(leaves) - count)]
 
 

@@ -348,7 +348,7 @@ class FilterError(RefaxError, ValueError):
     )
 
 
-class StaticAttributeError(RefaxError, TypeError):
+class StaticAttributeError(RefaxError, TypeError, ValueError):
   """A value that can be neither data nor part of the static structure."""
 
   @classmethod

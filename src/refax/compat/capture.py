@@ -1,19 +1,25 @@
-"""nnx.capture: what Modules sow and perturb while a function runs, or what their methods return."""
+"""nnx.capture: what Modules sow and perturb while a function runs, or what their methods return.
+
+While it runs, each Module says in its attribute `__captures__` which types of Variables are kept.
+It is static, so a compiled function is traced again with it. What is kept is in attributes of its
+own, for a Module may have a method of the same name.
+"""
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from refax.compat.variables import variable_type_from_name
 from refax.core.flatten import walk_nodes
 from refax.core.module import Module
-from refax.core.variable import Variable
+from refax.core.variable import Perturbation, Variable
 from refax.graph.split import pop
 from refax.graph.state import State, from_flat_state, to_flat_state
 
-_OUTPUTS = "_captured_outputs"
-"""The attribute for what methods return, by their names: an attribute of the name is the method."""
+_MARK = "__captures__"
+_KEPT = "__captured__"
 
 
 def capture(
@@ -47,54 +53,55 @@ def capture(
 
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     module = owner if isinstance(owner, Module) else args[0]
-    given = _give(module, init)
+    nodes = {path: x for path, x in walk_nodes(module) if isinstance(x, Module)}
+    given = dict(to_flat_state(init)) if init else {}
+    types = {*var_types, *map(type, given.values()), *filter(None, [method_outputs])}
+    mark = tuple(sorted(types, key=lambda cls: cls.__qualname__))
     try:
-      with _keeping_outputs(module, method_outputs):
+      for node in nodes.values():
+        setattr(node, _MARK, mark)
+      for path, x in given.items():
+        if path[:-1] in nodes:
+          setattr(nodes[path[:-1]], _attribute(type(x), path[-1]), x)
+      with _keeping_outputs(nodes.values(), method_outputs):
         result = fn(*args, **kwargs)
-      states = _taken(module, var_types) if var_types else ()
+      states = _taken(module, var_types)
     finally:
-      for node, name in given:
-        if hasattr(node, name):
+      for node in nodes.values():
+        for name in [name for name in vars(node) if name == _MARK or name.startswith(_KEPT)]:
           delattr(node, name)
-    if not var_types:
-      return result
-    return (result, states) if len(var_types) == 1 else (result, *states)
+    return (result, *states) if var_types else result
 
   return functools.update_wrapper(wrapper, fn) if inspect.isroutine(fn) else wrapper
 
 
-def _taken(module: Module, types: tuple[type[Variable], ...]) -> Any:
+def _attribute(cls: type[Variable], name: Any) -> str:
+  return f"{_KEPT}{cls.__name__}_{name}"
+
+
+def _taken(module: Module, types: tuple[type[Variable], ...]) -> list[State]:
   """What was kept, out of the Modules: a State for each type."""
-  exactly = [lambda _, x, cls=cls: type(x) is cls for cls in types]  # a Perturbation is one itself
-  states = pop(module, *exactly)
-  found = [states] if len(types) == 1 else list(states)
-  for i, state in enumerate(found):
-    pairs = []
-    for path, leaf in to_flat_state(state):
-      outputs = leaf.get_value() if path[-1] == _OUTPUTS else {}
-      pairs += [((*path[:-1], name), type(leaf)(x)) for name, x in outputs.items()]
-      pairs += [] if path[-1] == _OUTPUTS else [(path, leaf)]
-    found[i] = from_flat_state(pairs)
-  return found[0] if len(types) == 1 else tuple(found)
+
+  def kept(cls: type[Variable]) -> Callable[[Any, Any], bool]:
+    return lambda path, x: type(x) is cls and str(path[-1]).startswith(_KEPT)
+
+  states = pop(module, *map(kept, types)) if types else ()
+  found = [states] if len(types) == 1 else states
+  return [_named(state, cls) for state, cls in zip(found, types, strict=True)]
 
 
-def _give(module: Module, init: State | None) -> list[tuple[Any, Any]]:
-  """Set the Variables of a State as attributes at their paths; returns the places."""
-  nodes = dict(walk_nodes(module))
-  given = []
-  for path, leaf in to_flat_state(init) if init else ():
-    if path[:-1] in nodes:
-      setattr(nodes[path[:-1]], path[-1], leaf)
-      given.append((nodes[path[:-1]], path[-1]))
-  return given
+def _named(state: State, cls: type[Variable]) -> State:
+  """A State with the names under which Variables were kept, for those of their attributes."""
+  start = len(_attribute(cls, ""))
+  pairs = ((*path[:-1], path[-1][start:]) for path, _ in to_flat_state(state))
+  return from_flat_state(zip(pairs, to_flat_state(state).leaves, strict=True))
 
 
 @contextmanager
-def _keeping_outputs(module: Module, variable_type: type[Variable] | None) -> Iterator[None]:
+def _keeping_outputs(nodes: Iterable[Module], variable_type: Any) -> Iterator[None]:
   """While the block runs, the methods of the Modules' classes sow what they return."""
   originals = []
-  classes = {type(x) for _, x in walk_nodes(module) if isinstance(x, Module)}
-  for cls in classes if variable_type is not None else ():
+  for cls in set(map(type, nodes)) if variable_type is not None else ():
     for name, method in list(vars(cls).items()):
       if inspect.isfunction(method) and (not name.startswith("_") or name == "__call__"):
         originals.append((cls, name, method))
@@ -110,10 +117,41 @@ def _sowing(method: Callable[..., Any], name: str, variable_type: Any) -> Callab
   @functools.wraps(method)
   def wrapper(self: Module, *args: Any, **kwargs: Any) -> Any:
     result = method(self, *args, **kwargs)
-    old = getattr(self, _OUTPUTS, None)
-    kept = {} if old is None else old.get_value()
-    kept = kept | {name: (*kept.get(name, ()), result)}
-    setattr(self, _OUTPUTS, variable_type(kept, is_hijax=False))
+    self.sow(variable_type, name, result)
     return result
 
   return wrapper
+
+
+_plain_sow, _plain_perturb = Module.sow, Module.perturb
+
+
+def _sow(
+  self: Module, variable_type: Any, name: str, value: Any, *args: Any, **kwargs: Any
+) -> bool:
+  """`Module.sow`; inside `capture` only what is captured is kept."""
+  name, kept = _place(self, variable_type, name)
+  return kept and _plain_sow(self, _type(variable_type), name, value, *args, **kwargs)
+
+
+def _perturb(self: Module, name: str, value: Any, variable_type: Any = Perturbation) -> Any:
+  """`Module.perturb`; inside `capture` only what is captured is kept."""
+  name, kept = _place(self, variable_type, name)
+  return _plain_perturb(self, name, value, _type(variable_type)) if kept else value
+
+
+def _type(variable_type: Any) -> type[Variable]:
+  if isinstance(variable_type, str):
+    return variable_type_from_name(variable_type, allow_register=True)
+  return variable_type
+
+
+def _place(module: Module, variable_type: Any, name: str) -> tuple[str, bool]:
+  """The attribute for what is kept under a name, and whether it is kept."""
+  types = vars(module).get(_MARK)
+  cls = _type(variable_type)
+  return (name, True) if types is None else (_attribute(cls, name), cls in types)
+
+
+ADDED = {"sow": _sow, "perturb": _perturb}
+"""Methods of Modules, in this process."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from refax import nnx as clean
+from refax import typing
 from refax.compat import (
   autodiff,
   boxes,
@@ -17,9 +18,11 @@ from refax.compat import (
   contexts,
   display,
   flags,
+  interop,
   metadata,
   objects,
   rngs,
+  scope,
   sharding,
   signature,
   states,
@@ -148,11 +151,17 @@ MODULES = """
 
 _BRIDGE = {
   k: v
-  for part in (boxes, bridge, compact)
+  for part in (boxes, bridge, scope, compact, interop)
   for k, v in vars(part).items()
   if k == "__getattr__" or (getattr(v, "__module__", None) == part.__name__ and k[0] != "_")
 }
 _OF_WRAPPERS = {k: v for k, v in _BRIDGE.items() if k != "Module"}
+
+_INITIALIZERS = {
+  "default_kernel_init": clean.initializers.lecun_normal(),
+  "default_bias_init": clean.initializers.zeros_init(),
+  "default_embed_init": clean.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0),
+}
 
 _ONLY_THERE = {
   "bridge": _BRIDGE,
@@ -166,6 +175,19 @@ _ONLY_THERE = {
     "filters_to_predicates": filters.to_predicates,
   },
   "nn.dtypes": {n: v for n, v in vars(dtypes).items() if not n.startswith("_")},
+  "nn.linear": _INITIALIZERS,
+  "nn.recurrent": _INITIALIZERS,
+  "nn.attention": _INITIALIZERS,
+}
+
+# Types that code asks all modules for; public in `flax.typing`.
+_TYPES = {
+  "Array": jax.Array,
+  "Axis": int | None,
+  "Dtype": typing.Dtype,
+  "Key": typing.Key,
+  "PathParts": typing.Path,
+  "Shape": tuple[int, ...],
 }
 
 
@@ -191,5 +213,5 @@ def fill(namespace: dict[str, Any], package: str) -> None:
     if module.__name__.startswith(package):
       module.__doc__ = f"The names of `flax.nnx.{name}`."
       module.__path__ = []
-      for key, value in (found | _ONLY_THERE.get(name, {})).items():
+      for key, value in (found | _TYPES | _ONLY_THERE.get(name, {})).items():
         vars(module).setdefault(key, value)

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 
 from refax import config
 from refax.compat import sharding
-from refax.compat.flags import using_eager_sharding, without_flags
-from refax.core import definition
+from refax.compat.flags import using_eager_sharding
 from refax.core.definition import Origin, VariableDef
-from refax.core.module import Module
 from refax.core.variable import (
   BatchStat,
   Cache,
@@ -22,10 +20,9 @@ from refax.core.variable import (
   Perturbation,
   Variable,
 )
-from refax.transforms.axes import StateAxes
 
 HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis")
-_STORAGE = ("hijax", "ref", "mutable", "use_ref")
+STORAGE = ("hijax", "ref", "mutable", "use_ref")
 _MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
 
 
@@ -122,7 +119,7 @@ def accept(
   if isinstance(value, VariableMetadata):
     metadata = value.all_metadata() | metadata
     value = value.raw_value
-  storage = [metadata.pop(name) for name in _STORAGE if name in metadata]
+  storage = [metadata.pop(name) for name in STORAGE if name in metadata]
   storage = [x for x in storage if x is not None]
   if is_hijax is None and storage:
     is_hijax = any(storage)
@@ -286,7 +283,7 @@ def _set_metadata(self: Variable, *args: Any, **metadata: Any) -> None:
     self._check_writable()
     self._def = self._def.with_metadata({})
   given = dict(args[0]) if len(args) == 1 else {args[0]: args[1]} if args else metadata
-  for name in (*_STORAGE, "eager_sharding"):
+  for name in (*STORAGE, "eager_sharding"):
     given.pop(name, None)
   _plain_set_metadata(self, **sharding.named(given))
 
@@ -327,13 +324,7 @@ def _from_metadata(cls: type[Variable], value: Any, attributes: Mapping[str, Any
   return cls(value, **attributes)
 
 
-_OF_AXES = {
-  "filters": property(lambda self: tuple(filter for filter, _ in self.items)),
-  "axes": property(lambda self: tuple(axis for _, axis in self.items)),
-  "map_prefix": lambda self, path, variable: self.axis(path, variable),
-}
-
-_ADDED = {
+ADDED = {
   "hijax": property(lambda self: self.is_hijax),
   "ref": property(lambda self: self.is_hijax),
   "mutable": property(lambda self: self.is_hijax),
@@ -353,17 +344,3 @@ _ADDED = {
   "from_metadata": classmethod(_from_metadata),
   "__call__": _call,
 }
-
-
-def extend() -> None:
-  """Let Variables, Modules and axes have what Flax's have, in this process."""
-  for name in ("set_attributes", "train", "eval"):
-    setattr(Module, name, without_flags(getattr(Module, name)))
-  for name, value in _OF_AXES.items():
-    setattr(StateAxes, name, value)
-  for name, value in _ADDED.items():
-    setattr(Variable, name, value)
-  Variable.accept = staticmethod(accept)
-  Variable.is_lenient = True
-  for name in (*sharding.NAMES, *_STORAGE, "eager_sharding"):
-    definition.ELSEWHERE.pop(name, None)

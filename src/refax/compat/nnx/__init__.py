@@ -1,12 +1,10 @@
 """Every public name of Flax NNX 0.12, on Refax; lojax until `nnx.use_hijax(True)`."""
 
-from refax import config as _config
 from refax import nnx as _nnx
-from refax.compat import variables as _variables
+from refax.compat import extension as _extension
 from refax.compat.namespace import fill as _fill
 
-_config.set_default(False)
-_variables.extend()
+_extension.extend()
 _fill(globals(), __name__)
 
 

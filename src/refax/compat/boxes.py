@@ -5,7 +5,7 @@ has a type of Variable for each collection, and metadata.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from refax.compat import sharding
@@ -55,6 +55,16 @@ def kind_of(variable: Variable) -> type[Variable]:
   """The type of a Variable as its author knows it, without the mixin for hooks."""
   cls = type(variable)
   return cls.__bases__[1] if cls.__bases__[0] is Hooked else cls
+
+
+def sort_variable_types(types: Iterable[type[Variable]]) -> list[type[Variable]]:
+  """Types of Variables, those that are derived from others first.
+
+  >>> from refax.compat import nnx
+  >>> [x.__name__ for x in sort_variable_types([nnx.Variable, nnx.LoRAParam, nnx.Param])]
+  ['LoRAParam', 'Param', 'Variable']
+  """
+  return sorted(types, key=lambda t: -sum(issubclass(x, Variable) for x in t.__mro__))
 
 
 def collection_of(variable: Variable, *, allow_register: bool = False) -> str:

@@ -13,12 +13,7 @@ from typing import Any
 import jax
 
 from refax.compat import boxes
-from refax.compat.boxes import (
-  linen_vars_to_nnx_attrs as linen_vars_to_nnx_attrs,
-)
-from refax.compat.boxes import (
-  nnx_attrs_to_linen_vars as nnx_attrs_to_linen_vars,
-)
+from refax.compat.scope import current_module
 from refax.core.flatten import walk_nodes
 from refax.core.module import Module
 from refax.core.pytree import data
@@ -27,7 +22,9 @@ from refax.graph.split import split
 from refax.rngs import Rngs
 
 _OWN = "to_nnx__"
-_OF_LINEN = ("NNXMeta", "ToLinen", "current_linen_module", "to_linen", "to_linen_class")
+_OF_LINEN = """
+  NNXMeta ToLinen current_linen_module linen_rngs_dict to_linen to_linen_class
+""".split()  # noqa: SIM905
 
 
 def __getattr__(name: str) -> Any:
@@ -164,9 +161,7 @@ def _keys(rngs: Any) -> dict[str, jax.Array]:
 
 def _mutable_around() -> Any:
   """The collections that may be written in the model around this call, False if there is none."""
-  from refax.compat import compact
-
-  around = compact.current_module()
+  around: Any = current_module()
   if around is None:
     around = importlib.import_module("refax.compat.linen").current_linen_module()
   return False if around is None else around.scope.mutable
@@ -201,8 +196,9 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
       f"lazy_init takes a Module or a method of one\n  got: {fn!r}\n  fix: lazy_init(model, x)"
     )
+  call: Any = fn
   with Initializing(module):
-    fn(*args, **kwargs)
+    call(*args, **kwargs)
   return fn
 
 

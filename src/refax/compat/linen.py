@@ -29,7 +29,7 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata):
   >>> from refax.compat import nnx
   >>> box = nnx.bridge.NNXMeta(nnx.Param, 1.0, {"out_sharding": ("embed",)})
   >>> box.get_partition_spec(), box.to_nnx_variable().out_sharding
-  (PartitionSpec('embed',), ('embed',))
+  (P('embed',), ('embed',))
   """
 
   var_type: type[Variable] = struct.field(pytree_node=False)
@@ -109,7 +109,9 @@ class ToLinen(linen.Module):
     with config.use_hijax(False):
       kwargs_of_class = dict(self.kwargs)
       if not self.skip_rng:
-        kwargs_of_class["rngs"] = Rngs(_keys(self))
+        # `apply` replaces the values, so that its streams need not be those of `init`
+        keys = linen_rngs_dict(self, add_default=not self.is_initializing())
+        kwargs_of_class["rngs"] = Rngs(keys)
       module = self.nnx_class(*self.args, **kwargs_of_class)
       method = _method(module, nnx_method)
       if not self.is_initializing():
@@ -138,7 +140,7 @@ class ToLinen(linen.Module):
     """Give a new Module the values of the collections."""
     known = {path for path, _ in to_flat_state(state_of(module))}
     values: dict[tuple, Any] = {}
-    for collection, tree in core.unfreeze(self.variables).items():
+    for collection, tree in core.unfreeze(dict(self.variables)).items():
       for path, x in boxes.flat(tree):
         is_new = path not in known and collection != _ARRAYS
         values[path] = boxes.to_nnx_var(collection, x) if is_new else boxes.unboxed(x)
@@ -166,13 +168,15 @@ class ToLinen(linen.Module):
             self.put_variable(collection, name, value)
 
 
-def _keys(module: linen.Module) -> dict[str, Any]:
-  """A key of each of Linen's streams for this module."""
-  assert module.scope is not None
-  keys: dict[str, Any] = {name: module.make_rng(name) for name in module.scope.rngs}
-  if not module.is_initializing():
-    keys.setdefault("default", 0)  # the Module is made anew, and its values are replaced
-  return keys
+def linen_rngs_dict(linen_module: Any, add_default: bool = False) -> dict[str, Any]:
+  """A key of each of Linen's streams for the Linen module that runs.
+
+  Args:
+    linen_module: the module.
+    add_default: whether there is to be a stream `default` in any case.
+  """
+  keys: dict[str, Any] = {name: linen_module.make_rng(name) for name in linen_module.scope.rngs}
+  return {"default": 0} | keys if add_default else keys
 
 
 def _method(module: Any, method: Any) -> Callable[..., Any]:
@@ -255,8 +259,9 @@ def to_linen_class(
   class ToLinenPartial(ToLinen):
     def __init_subclass__(cls, **options: Any):
       super().__init_subclass__(**options)
-      cls.__init__ = __init__
+      cls.__init__ = construct
 
-  ToLinenPartial.__init__ = __init__
+  construct: Any = __init__
+  ToLinenPartial.__init__ = construct
   ToLinenPartial.__name__ = ToLinenPartial.__qualname__ = f"ToLinen{base_nnx_class.__name__}"
   return ToLinenPartial

@@ -20,12 +20,12 @@ def test_the_initializers_are_those_of_jax(name, dtype):
     pytest.skip("JAX decomposes no bfloat16")
   if name not in ("ones", "zeros"):
     ours, theirs = (make(*ARGUMENTS.get(name, ())) for make in (ours, theirs))
-  shape = (3, 5, 6) if name == "delta_orthogonal" else (5, 6)
+  shape = (3, 5, 6) if name == "delta_orthogonal" else (17, 3)  # XLA rounds in its own way here
   got, want = ours(KEY, shape, dtype), theirs(KEY, shape, dtype)
   assert got.dtype == want.dtype and got.weak_type == want.weak_type
-  tolerance = 1e-2 if dtype is jnp.bfloat16 else 1e-6
-  np.testing.assert_allclose(got.astype(float), want.astype(float), tolerance, tolerance)
-  np.testing.assert_array_equal(got, jax.jit(ours, static_argnums=(1, 2))(KEY, shape, dtype))
+  np.testing.assert_array_equal(got, want)
+  compiled = jax.jit(lambda key: 1 * ours(key, shape, dtype))
+  np.testing.assert_array_equal(compiled(KEY), want)
 
 
 def test_equal_initializers_are_one_and_compile_a_shape_once(caplog):

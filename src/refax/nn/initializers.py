@@ -1,6 +1,6 @@
 """Initializers of parameters, `(key, shape, dtype) -> array`: those of JAX, each one compiled call.
 
-What they draw is what JAX's draw, up to the rounding of the last bit.
+What they draw is what JAX's draw, bit for bit, also inside a compiled function.
 
 >>> from refax import nnx; import jax
 >>> nnx.initializers.he_normal()(jax.random.key(0), (4, 8)).shape
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 from jax.nn import initializers as jax_initializers
 
+from refax import _jax
 from refax.typing import Initializer
 
 __all__ = [
@@ -45,12 +46,12 @@ Make = TypeVar("Make", bound=Callable)
 
 
 def _compiled(init: Make) -> Make:
-  """An initializer as one compiled call: its five operations, one by one, take four times as long.
-
-  In a trace its operations appear as they are.
-  """
+  """An initializer as one compiled call: five, one by one, take four times as long."""
   static = ("shape", "dtype", "out_sharding")
-  run = jax.jit(init, static_argnames=static, inline=True)
+
+  @functools.partial(jax.jit, static_argnames=static, inline=True)
+  def run(key: Any, shape: Any, dtype: Any, out_sharding: Any) -> jax.Array:
+    return _jax.one_by_one(lambda key: init(key, shape, dtype, out_sharding=out_sharding), key)
 
   def compiled(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
     return run(key, shape=tuple(shape), dtype=dtype, out_sharding=out_sharding)

@@ -60,6 +60,8 @@ class ToNNX(Module):
   to_nnx__initializing = False
 
   def __init__(self, module: Any, rngs: Rngs | jax.Array | None = None):
+    if getattr(module, "parent", None) is not None:  # it was made inside of a Linen module's method
+      module = module.clone(parent=None)
     self.to_nnx__module = module
     if isinstance(rngs, jax.Array):
       rngs = Rngs(params=rngs)

@@ -16,7 +16,7 @@ LAYERS = [
   {"transforms"},
   {"nn"},
   {"train", "io", "display", "testing"},
-  {"nnx", "migrate", ""},
+  {"nnx", "", "compat", "migrate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PRIVATE = ("jax._src", "jaxlib._jax", "_refs", "_buf")

@@ -4,6 +4,8 @@ import pytest
 
 from refax.compat import extension
 
+extension.retract()  # other tests are collected in this process too
+
 
 @pytest.fixture(autouse=True)
 def extended():

@@ -159,7 +159,9 @@ def display(*args: Any) -> None:
 
   >>> from refax.compat import nnx
   >>> nnx.display(nnx.Dict(a=1))
-  Dict(a=1)
+  Dict({
+    'a': 1
+  })
   """
   in_notebook = False
   with contextlib.suppress(ImportError):

@@ -27,6 +27,7 @@ from refax.compat import (
   signature,
   states,
   training,
+  traversals,
   variables,
 )
 from refax.core import filters
@@ -176,6 +177,10 @@ _ONLY_THERE = {
   },
   "nn.dtypes": {n: v for n, v in vars(dtypes).items() if not n.startswith("_")},
   "nn.linear": _INITIALIZERS,
+  "traversals": {
+    name: getattr(traversals, name)
+    for name in ("empty_node", "flatten_mapping", "flatten_to_sequence", "unflatten_mapping")
+  },
   "nn.recurrent": _INITIALIZERS,
   "nn.attention": _INITIALIZERS,
 }
@@ -208,7 +213,7 @@ def fill(namespace: dict[str, Any], package: str) -> None:
     parent, _, last = name.rpartition(".")
     if parent:
       setattr(modules[parent], last, module)
-    else:
+    elif last not in found:  # `nnx.variables` is a function
       namespace[last] = module
     if module.__name__.startswith(package):
       module.__doc__ = f"The names of `flax.nnx.{name}`."

@@ -65,7 +65,7 @@ def check_pytree(pytree: Any) -> None:
         raise StaticAttributeError.unhashable(at, value, "an array or a Variable")
 
 
-def iter_module_children(module: Any, /) -> Iterator[tuple[Any, Module]]:
+def iter_module_children(module: Any, /, *, graph: Any = None) -> Iterator[tuple[Any, Module]]:
   """(key, child) of the Modules that are attributes of one.
 
   >>> from refax.compat import nnx

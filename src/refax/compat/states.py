@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from types import GenericAlias
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ class GraphState(MutableMapping):
   (['bias', 'kernel'], 3)
   """
 
+  __class_getitem__ = classmethod(GenericAlias)
   __slots__ = ("_graphdef", "_state")
 
   def __init__(self, graphdef: GraphDef, state: State):

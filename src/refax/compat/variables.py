@@ -83,6 +83,19 @@ def with_metadata(
   return wrapper
 
 
+def with_partitioning(
+  initializer: Callable[..., Any], sharding: Any, mesh: Any = None, **metadata: Any
+) -> Callable[..., Any]:
+  """An initializer whose Variables have the names of their axes in their metadata.
+
+  >>> from refax.compat import nnx; import jax
+  >>> init = nnx.with_partitioning(nnx.initializers.zeros_init(), ("embed", None))
+  >>> nnx.Param(init(jax.random.key(0), (2, 3))).out_sharding
+  ('embed', None)
+  """
+  return with_metadata(initializer, out_sharding=sharding, mesh=mesh, **metadata)
+
+
 class Hooked:
   """The mixin of a Variable whose reads and writes go through functions in its metadata."""
 
@@ -266,8 +279,10 @@ _plain_get_metadata = Variable.get_metadata
 def _get_metadata(
   self: Variable, name: str | None = None, default: Any = _MISSING, *, exclude_required: Any = None
 ) -> Any:
+  flags = {"hijax": self.is_hijax, "ref": self.is_hijax, "eager_sharding": True}
+  if name in flags:
+    return flags[name]
   if name is None:
-    flags = {"hijax": self.is_hijax, "ref": self.is_hijax, "eager_sharding": True}
     return _plain_get_metadata(self) if exclude_required else flags | _plain_get_metadata(self)
   if not self.has_metadata(name):
     if default is _MISSING:

@@ -1,6 +1,7 @@
 """Optimizer: an optax transformation with its state in Variables, updated in place."""
 
 from collections.abc import Mapping
+from types import GenericAlias
 from typing import Any
 
 import jax
@@ -63,6 +64,8 @@ class Optimizer(Pytree):
   >>> losses[-1] < losses[0], int(optimizer.step)
   (True, 9)
   """
+
+  __class_getitem__ = classmethod(GenericAlias)
 
   def __init__(
     self,

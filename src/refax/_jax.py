@@ -1142,8 +1142,9 @@ def one_by_one(fn: Callable[..., Any], *args: Any) -> Any:
   def read(atom: Any) -> Any:
     if not isinstance(atom, Literal):
       return known[atom]
-    is_float = jnp.issubdtype(atom.aval.dtype, jnp.floating)
-    return barrier(jnp.asarray(atom.val, atom.aval.dtype)) if is_float else atom.val
+    dtype = cast(Any, atom.aval).dtype
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    return barrier(jnp.asarray(atom.val, dtype)) if is_float else atom.val
 
   for eqn in jaxpr.eqns:
     is_moving = not moving.isdisjoint(x for x in eqn.invars if not isinstance(x, Literal))

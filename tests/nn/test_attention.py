@@ -371,3 +371,15 @@ def test_gradients_reach_all_parameters():
 def test_layers_built_alike_have_equal_graphdefs():
   assert nnx.graphdef(attention()) == nnx.graphdef(attention())
   assert nnx.graphdef(attention()) != nnx.graphdef(attention(num_kv_heads=2))
+
+
+def test_heads_of_keys_and_values_have_two_names():
+  build = lambda **options: nnx.MultiHeadAttention(4, 8, **options, rngs=nnx.Rngs(0))
+  assert build(num_key_value_heads=2).key.kernel.shape == build(num_kv_heads=2).key.kernel.shape
+  assert build(num_kv_heads=2, num_key_value_heads=2).num_kv_heads == 2
+  with pytest.raises(InvalidArgumentError) as error:
+    build(num_kv_heads=1, num_key_value_heads=2)
+  assert str(error.value).split("\n")[1:] == [
+    "  got: num_key_value_heads=2",
+    "  fix: pass one of num_key_value_heads and num_kv_heads=1, which are the same",
+  ]

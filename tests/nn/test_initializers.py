@@ -39,6 +39,13 @@ def test_equal_initializers_are_one_and_compile_a_shape_once(caplog):
   assert sum("Finished XLA compilation" in m for m in caplog.messages) == 1
 
 
+def test_an_int_is_a_shape_of_one_axis():
+  assert nnx.initializers.zeros(KEY, 3).shape == (3,)
+  np.testing.assert_array_equal(
+    nnx.initializers.normal()(KEY, 3), jax.nn.initializers.normal()(KEY, (3,))
+  )
+
+
 def test_a_bad_argument_gets_the_error_of_jax():
   with pytest.raises(TypeError, match="scael"):
     nnx.initializers.normal(scael=1)  # pyright: ignore

@@ -81,6 +81,7 @@ class MultiHeadAttention(Module):
     rope: rotates queries and keys, after they are normalized; while decoding, by their position
       in the memory.
     implementation: as in `nnx.dot_product_attention`.
+    num_key_value_heads: another name of `num_kv_heads`, that of published configurations.
 
   Raises:
     InvalidArgumentError: sizes do not divide, or an argument makes no sense.
@@ -136,7 +137,13 @@ class MultiHeadAttention(Module):
     key_ln_scale_metadata: Mapping[str, Any] = _NONE,
     rope: RoPE | None = None,
     implementation: Implementation | None = None,
+    num_key_value_heads: int | None = None,
   ):
+    if num_key_value_heads is not None:
+      if num_kv_heads not in (None, num_key_value_heads):
+        want = f"one of num_key_value_heads and num_kv_heads={num_kv_heads}, which are the same"
+        raise InvalidArgumentError.value(_NAME, "num_key_value_heads", num_key_value_heads, want)
+      num_kv_heads = num_key_value_heads
     self._set_sizes(
       num_heads, in_features, qkv_features, out_features, num_kv_heads, in_kv_features
     )

@@ -54,7 +54,8 @@ def _compiled(init: Make) -> Make:
     return _jax.one_by_one(lambda key: init(key, shape, dtype, out_sharding=out_sharding), key)
 
   def compiled(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
-    return run(key, shape=tuple(shape), dtype=dtype, out_sharding=out_sharding)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    return run(key, shape=shape, dtype=dtype, out_sharding=out_sharding)
 
   return functools.update_wrapper(compiled, init)  # pyright: ignore[reportReturnType]
 

@@ -99,8 +99,8 @@ def test_what_is_neither_data_nor_hashable_nor_comparable_is_refused():
     "in it\n"
     "  at:  Node.x\n"
     "  got: bytearray (bytearray(b'x')), with a part that can be neither: bytearray\n"
-    "  fix: keep state (arrays, Variables, Modules) in attributes of their own, or wrap a pytree of "
-    "arrays in nnx.data; give a class of your own __hash__ and __eq__"
+    "  fix: keep state (arrays, Variables, Modules) in attributes of their own, or wrap a pytree "
+    "of arrays in nnx.data; give a class of your own __hash__ and __eq__"
   )
   assert node.x == 1
 

@@ -3,6 +3,7 @@
 import copy
 
 import jax.numpy as jnp
+import pytest
 
 from refax import nnx
 
@@ -111,3 +112,35 @@ def test_map_gives_paths_and_leaves_and_a_new_object():
   frozen = nnx.map(lambda path, v: v.copy(v * 2) if isinstance(v, nnx.Variable) else v, m)
   assert frozen.a.w is frozen.l[0] is frozen.p.v
   assert frozen.a.w.tolist() == [2.0, 2.0] and m.a.w.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_recursive_map_replaces_children_before_parents_in_a_copy(hijax):
+  with nnx.use_hijax(hijax):
+    model = nnx.Sequential(nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5))
+    seen = []
+
+    def fn(path, x):
+      seen.append(path)
+      return nnx.Dropout(0.1) if isinstance(x, nnx.Dropout) else x
+
+    new = nnx.recursive_map(fn, model)
+    assert new.layers[1].rate == 0.1 and model.layers[1].rate == 0.5
+    assert seen.index(("layers", 0, "kernel")) < seen.index(("layers", 0)) < seen.index(())
+    new.layers[0].bias[...] = 7.0
+    assert model.layers[0].bias[0] == 7.0
+
+
+def test_recursive_map_goes_through_plain_containers_and_cycles():
+  model = nnx.Dict(a=1)
+  model["me"] = model
+  assert nnx.recursive_map(lambda _, x: x + 1 if x == 1 else x, model)["a"] == 2
+  tree = {"b": [nnx.Param(1.0), 2]}
+  new = nnx.recursive_map(lambda _, x: 3 if isinstance(x, int) else x, tree)
+  assert new["b"][1] == 3 and new["b"][0].value == 1.0
+
+
+def test_set_metadata_is_that_of_the_variables_that_match():
+  model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+  nnx.set_metadata(model, only=nnx.BatchStat, frozen=True)
+  assert model.mean.frozen and not model.scale.has_metadata("frozen")

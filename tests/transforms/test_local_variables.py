@@ -1,4 +1,4 @@
-"""A Variable that is made while a function is differentiated carries its gradient, in both modes."""
+"""A Variable made while a function is differentiated carries its gradient, in both modes."""
 
 import jax
 import jax.numpy as jnp

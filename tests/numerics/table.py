@@ -17,10 +17,10 @@ chooses (`tests/numerics/`). The table has the largest difference that a run of 
 seen on CPU, with jax 0.10.2 and with jax 0.12, relative to the largest element of the array where
 that is above 1. `python -m tests.numerics.table` writes it.
 
-Built of the same seeds, layers start with the parameters of Flax NNX, bit for bit, in eager code and
-in compiled code alike: initializers are compiled with a barrier after each operation, so that XLA
-rounds as it does when JAX runs the operations one by one. Random streams give the same keys, and
-Dropout the same masks.
+Built of the same seeds, layers start with the parameters of Flax NNX, bit for bit, in eager and in
+compiled code: initializers are compiled with a barrier after each operation, so that XLA rounds as
+it does when JAX runs the operations one by one. Random streams give the same keys, and Dropout the
+same masks.
 
 Below `1e-6` it is rounding: a sum in another order. bfloat16 has 8 bits of mantissa; one unit in
 its last place is `8e-3`.

@@ -619,7 +619,7 @@ class AliasError(RefaxError, ValueError):
     )
 
 
-class MissingRngError(RefaxError, AttributeError, KeyError):
+class MissingRngError(RefaxError, AttributeError, KeyError, ValueError):
   """A random stream that was not given."""
 
   @classmethod

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from refax.compat import sharding
+from refax.compat import variables
 from refax.compat.variables import (
   HOOKS,
   Hooked,
@@ -171,4 +171,4 @@ def with_partitioning(fn: Callable[..., Any], names: Any, mesh: Any = None) -> C
   """`nnx.with_partitioning` whose values are boxed in `linen.Partitioned` for Linen."""
   from flax.core import meta
 
-  return sharding.with_partitioning(fn, names, mesh, **{_BOX: meta.Partitioned})
+  return variables.with_partitioning(fn, names, mesh, **{_BOX: meta.Partitioned})

@@ -85,8 +85,8 @@ def _taken(module: Module, types: tuple[type[Variable], ...]) -> list[State]:
   def kept(cls: type[Variable]) -> Callable[[Any, Any], bool]:
     return lambda path, x: type(x) is cls and str(path[-1]).startswith(_KEPT)
 
-  states = pop(module, *map(kept, types)) if types else ()
-  found = [states] if len(types) == 1 else states
+  states: Any = pop(module, *map(kept, types)) if types else ()
+  found: Any = [states] if len(types) == 1 else states
   return [_named(state, cls) for state, cls in zip(found, types, strict=True)]
 
 

@@ -3,6 +3,7 @@
 Code that was written for Flax NNX calls methods on the objects themselves, so the classes get them.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from refax import config
@@ -34,12 +35,16 @@ def _flat_parts(flat: FlatState, filters: tuple, *, exhaustive: bool) -> Any:
   return found[0] if len(found) == 1 else found
 
 
+def _merged_flat(*flats: Iterable[tuple]) -> FlatState:
+  return FlatState(sorted(pair for flat in flats for pair in flat))
+
+
 _OF_FLAT_STATES = {
   "filter": lambda self, *filters: _flat_parts(self, filters, exhaustive=False),
   "split": lambda self, *filters: _flat_parts(self, filters, exhaustive=True),
-  "merge": staticmethod(lambda *flats: FlatState(sorted(pair for flat in flats for pair in flat))),
+  "merge": staticmethod(_merged_flat),
   "from_sorted_keys_values": classmethod(
-    lambda cls, keys, values: cls(zip(keys, values, strict=True))
+    lambda _, keys, values: FlatState(zip(keys, values, strict=True))
   ),
   "to_nested_state": lambda self: from_flat_state(self),
 }

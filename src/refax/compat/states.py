@@ -68,7 +68,7 @@ class GraphState(MutableMapping):
 jax.tree_util.register_pytree_with_keys(
   GraphState,
   lambda x: (((jax.tree_util.GetAttrKey("_state"), x._state),), x._graphdef),
-  lambda graphdef, children: GraphState(graphdef, children[0]),
+  lambda graphdef, children: GraphState(graphdef, *children),  # pyright: ignore[reportArgumentType]
 )
 
 

@@ -90,14 +90,8 @@ class TrainState(PyTreeNode):
   @classmethod
   def create(cls, graphdef: Any, *, params: Any, tx: Any, step: int = 0, **kwargs: Any) -> Any:
     """A state at the beginning."""
-    return cls(  # pyright: ignore[reportCallIssue]
-      graphdef=graphdef,
-      params=params,
-      opt_state=tx.init(params),
-      step=jnp.asarray(step),
-      tx=tx,
-      **kwargs,
-    )
+    fields: Any = {"graphdef": graphdef, "params": params, "opt_state": tx.init(params)}
+    return cls(**fields, step=jnp.asarray(step), tx=tx, **kwargs)  # pyright: ignore[reportCallIssue]
 
   def apply(self, state: Any, *states: Any) -> Any:
     """A call of the model; a State may be given as the name of a field."""

@@ -66,6 +66,7 @@ class Einsum(Module):
     self.kernel_shape = tuple(check.size("Einsum", "kernel_shape", n) for n in kernel_shape)
     self.bias_shape = None
     if bias_shape is not None:
+      bias_shape = (bias_shape,) if isinstance(bias_shape, int) else bias_shape
       self.bias_shape = tuple(check.size("Einsum", "bias_shape", n) for n in bias_shape)
     self.einsum_str = self._checked(einsum_str)
     rngs = check.streams("Einsum", rngs)

@@ -63,7 +63,7 @@ class RNN(Module):
     broadcast_rngs: Filter = None,
     rngs: Rngs | RngStream | bool = True,
   ):
-    if not isinstance(cell, RNNCellBase):
+    if not (callable(cell) and hasattr(cell, "initialize_carry")):
       raise InvalidArgumentError.value("RNN", "cell", cell, "an nnx.RNNCellBase")
     self.cell = cell
     self.time_major = time_major
@@ -115,8 +115,8 @@ class RNN(Module):
     return_carry = self.return_carry if return_carry is None else return_carry
     keep_order = self.keep_order if keep_order is None else keep_order
     x = check.as_input(inputs)
-    time = _time_axis("RNN", x, self.cell.num_feature_axes, time_major)
-    batch = x.ndim - self.cell.num_feature_axes - 1
+    time = _time_axis("RNN", x, getattr(self.cell, "num_feature_axes", 1), time_major)
+    batch = x.ndim - getattr(self.cell, "num_feature_axes", 1) - 1
     lengths = _lengths("RNN", x, seq_lengths, batch, time)
     shape = x.shape[:time] + x.shape[time + 1 :]
     if reverse:

@@ -137,7 +137,8 @@ def by_path(axes: Node, default: Any) -> StateAxes:
   """
   flat = flatten(axes)
   places = [(path, entry[1]) for path, entry in flat.graphdef.walk() if entry[0] == LEAF]
-  return StateAxes({PathIn(path): flat.leaves[i] for path, i in places} | {...: default})
+  found: dict[Filter, Any] = {PathIn(path): flat.leaves[i] for path, i in places}
+  return StateAxes(found | {...: default})
 
 
 def move(value: Any, source: int, target: int) -> Any:

@@ -20,6 +20,7 @@ from refax.compat import (
   flags,
   interop,
   metadata,
+  numbers,
   objects,
   rngs,
   scope,
@@ -69,6 +70,7 @@ def names() -> dict[str, Any]:
   found = {name: getattr(clean, name) for name in clean.__all__}
   for name in _SWITCHED:
     found[name] = flags.without_flags(found[name], *_DROPPED.get(name, ()))
+  found["vmap"] = numbers.with_numbers(found["vmap"])
   for name in ("vmap", "scan"):
     found[name] = metadata.with_names(signature.with_positions(found[name]))
   for module in _ADAPTORS:

@@ -98,8 +98,7 @@ def test_arguments_that_refax_lacks_are_in_the_tables(name):
   keywords = {n for n, p in theirs.items() if p.kind is p.KEYWORD_ONLY and n[0] != "_"}
   known = {key for owner, key in [*arguments.LISTED, *arguments.RENAMED] if owner == name}
   known |= arguments.DROPPED if name in arguments.WITH_MODES else set()
-  coming = {"in_shardings", "out_shardings"}  # `nnx.jit` will take them
-  assert not keywords - set(ours) - known - coming
+  assert not keywords - set(ours) - known
 
 
 def test_the_attributes_of_layers_are_theirs():

@@ -97,7 +97,7 @@ def to_linen_var(variable: Variable) -> Any:
     return box(value, **metadata)
   if is_vanilla_variable(variable):
     return value
-  from refax.compat.linen import NNXMeta
+  from refax.compat.meta_box import NNXMeta
 
   return NNXMeta.of(kind_of(variable), value, metadata)
 

@@ -28,6 +28,17 @@ def test_the_initializers_are_those_of_jax(name, dtype):
   np.testing.assert_array_equal(compiled(KEY), want)
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("ones", "zeros")])
+def test_a_dtype_given_to_the_factory_is_that_of_its_arrays(name):
+  ours, theirs = getattr(nnx.initializers, name), getattr(jax.nn.initializers, name)
+  given = ARGUMENTS.get(name, ())
+  dtype = jnp.float32 if "orthogonal" in name else jnp.bfloat16
+  shape = (3, 5, 6) if name == "delta_orthogonal" else (17, 3)
+  got, want = (make(*given, dtype=dtype)(KEY, shape) for make in (ours, theirs))
+  assert got.dtype == want.dtype == dtype
+  np.testing.assert_array_equal(got, want)
+
+
 def test_equal_initializers_are_one_and_compile_a_shape_once(caplog):
   assert nnx.initializers.normal(0.1) is nnx.initializers.normal(0.1)
   assert nnx.initializers.normal(0.1) is not nnx.initializers.normal(0.2)

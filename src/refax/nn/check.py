@@ -144,6 +144,9 @@ def integers(layer: str, x: jax.Array, parameter: Variable) -> jax.Array:
   return dtypes.wide_integers(x)
 
 
-def origin(variable: Variable) -> Any:
-  """Where a Variable of a layer was created and lives: the `at:` of an error."""
-  return variable._def.origin
+def origin(variable: Any) -> Any:
+  """Where a Variable of a layer was created and lives: the `at:` of an error.
+
+  A quantized weight that has been put in its place says nothing of that.
+  """
+  return variable._def.origin if isinstance(variable, Variable) else None

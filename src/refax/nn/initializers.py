@@ -8,6 +8,7 @@ What they draw is what JAX's draw, bit for bit, also inside a compiled function.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -53,7 +54,9 @@ def _compiled(init: Make) -> Make:
   def run(key: Any, shape: Any, dtype: Any, out_sharding: Any) -> jax.Array:
     return _jax.one_by_one(lambda key: init(key, shape, dtype, out_sharding=out_sharding), key)
 
-  def compiled(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+  own = inspect.signature(init).parameters["dtype"].default  # `normal(dtype=jnp.bfloat16)`
+
+  def compiled(key: Any, shape: Any, dtype: Any = own, out_sharding: Any = None) -> jax.Array:
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     return run(key, shape=shape, dtype=dtype, out_sharding=out_sharding)
 

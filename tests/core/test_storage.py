@@ -116,9 +116,10 @@ def test_forward_mode_is_refused_too():
   assert float(v) == 0.0
 
 
-def test_a_variable_made_of_a_differentiated_value_is_refused_as_a_cell():
+def test_a_variable_made_of_a_differentiated_value_is_no_ref_or_refused():
   with pytest.raises(DifferentiatedWriteError):
-    jax.grad(lambda x: nnx.Variable(x * 2)[...])(1.0)
+    jax.grad(lambda x: nnx.Variable(x * 2, is_hijax=True)[...])(1.0)
+  assert float(jax.grad(lambda x: nnx.Variable(x * 2)[...])(1.0)) == 2.0
   assert float(jax.grad(lambda x: nnx.Variable(x * 2, is_hijax=False)[...])(1.0)) == 2.0
 
 

@@ -113,9 +113,9 @@ def test_training_goes_on_while_a_manager_saves(tmp_path):
 
 
 def test_a_single_hijax_variable_is_refused_with_what_to_write(tmp_path):
-  for saver in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
+  for name, saver in (("s", ocp.StandardCheckpointer()), ("p", ocp.PyTreeCheckpointer())):
     with pytest.raises(RefArgumentError) as error:
-      saver.save(tmp_path / "x", {"step": nnx.Variable(1)})
+      saver.save(tmp_path / name, {"step": nnx.Variable(1)})
     lines = str(error.value).split("\n")
     assert lines[0] == "orbax saves arrays, and a hijax Variable is a jax.Ref"
     assert lines[1].startswith("  at:  (a Variable outside any Module)")

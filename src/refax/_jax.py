@@ -1136,7 +1136,8 @@ def one_by_one(fn: Callable[..., Any], *args: Any) -> Any:
   """
   closed = jax.make_jaxpr(fn)(*args)
   jaxpr, barrier = closed.jaxpr, jax.lax.optimization_barrier
-  known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+  given = (*closed.consts, *jax.tree.leaves(args))  # a key that is None has no part in it
+  known = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
   moving = set(jaxpr.invars)
 
   def read(atom: Any) -> Any:

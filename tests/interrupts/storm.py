@@ -199,6 +199,12 @@ def is_of_interrupt(error):
   return mended() or wrapped
 
 
+def steps_until(scenario, end):
+  """A call of its own: in a loop inside `try`, an interrupt between two lines may pass `except`."""
+  while time.perf_counter() < end:
+    scenario.step()
+
+
 def run(name, count, seed):
   rng = random.Random(seed)
   # Each interrupt waits for a step to begin, then comes at a random moment of it.
@@ -234,9 +240,7 @@ def run(name, count, seed):
         while True:  # an interrupt in a weak reference's callback is dropped by Python: then again
           fired.clear()
           begun.set()
-          until = time.perf_counter() + 1 + 5 * length
-          while time.perf_counter() < until:
-            scenario.step()
+          steps_until(scenario, time.perf_counter() + 1 + 5 * length)
       except KeyboardInterrupt:
         interrupts += 1
       except Exception as error:  # where JAX compares objects in C++, it wraps what is raised there

@@ -185,3 +185,15 @@ def test_a_frozen_dataclass_with_a_list_is_accepted():
   block.other = Frozen([1])
   block.other.sizes.append(2)
   assert jax.tree.map(lambda x: x, block).other == Frozen([1, 2])
+
+
+def test_a_configuration_that_layers_share_is_looked_at_once_a_call(monkeypatch):
+  config, looks = Config(), []
+  model = nnx.List([Block(config) for _ in range(20)])
+  f = nnx.jit(lambda model, x: model[0](x))
+  for _ in range(3):
+    f(model, jnp.ones(2))
+  holds = ByValue.holds
+  monkeypatch.setattr(ByValue, "holds", lambda self, value: looks.append(1) or holds(self, value))
+  f(model, jnp.ones(2))
+  assert 1 <= len(looks) <= 2

@@ -103,10 +103,11 @@ class Walk:
   def _static(self, value: Any) -> tuple:
     if has_hash(value):
       return (STATIC, kind(value), value)
-    _, seen = self._compared.setdefault(id(value), (value, ByValue(value)))
-    if self._watch is not None:
-      self._watch.compare(value, seen)
-    return (STATIC, ByValue, seen)
+    if id(value) not in self._compared:  # a model's layers share their configuration
+      self._compared[id(value)] = value, (seen := ByValue(value))
+      if self._watch is not None:
+        self._watch.compare(value, seen)
+    return (STATIC, ByValue, self._compared[id(value)][1])
 
   def _leaf(self, key: int, value: Any) -> int:
     index = self._leaf_index.setdefault(key, len(self.leaves))

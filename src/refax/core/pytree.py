@@ -117,16 +117,13 @@ def marks_of(cls: type) -> dict[str, bool]:
       head = annotation.partition("[")[0].rpartition(".")[2].strip()
       if head in ("Data", "Static") and "[" in annotation:
         found[name] = head == "Data"
-    elif _MARK in (marks := dict(x for x in _metadata_of(annotation) if isinstance(x, tuple))):
-      found[name] = marks[_MARK]
+    else:
+      marks = getattr(annotation, "__metadata__", ())
+      found.update((name, x[1]) for x in marks if isinstance(x, tuple) and x[:1] == (_MARK,))
   for name, value in vars(cls).items():
     if isinstance(value, dataclasses.Field) and _MARK in value.metadata:
       found[name] = value.metadata[_MARK]
   return found
-
-
-def _metadata_of(annotation: Any) -> tuple:
-  return getattr(annotation, "__metadata__", ())
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field, data, static))

@@ -256,7 +256,7 @@ class Variable(ArrayProtocol, Generic[A]):
     if index is not ...:
       value = self._indexed(unwrap(index), value)
     elif Variable.is_lenient and not self.is_hijax:
-      return self._lenient(value)
+      return Writes([], self._new_cell(value, hijax=False))
     cells, treedef = jax.tree.flatten(self._cell)
     if len(cells) == 1 and cells[0] is self._cell and isinstance(value, list | tuple):
       values, got = [value], treedef  # nested lists of numbers for an array
@@ -272,10 +272,6 @@ class Variable(ArrayProtocol, Generic[A]):
     if cells and _jax.is_ref(cells[0]):
       return Writes(list(zip(cells, new, values, strict=True)), self._cell)
     return Writes([], treedef.unflatten(new))
-
-  def _lenient(self, value: Any) -> "Writes":
-    """For `refax.compat`: a lojax Variable becomes what is written to it."""
-    return Writes([], self._new_cell(value, hijax=False))
 
   def _filled(self, value: Any) -> "Writes":
     """The first write to an abstract Variable: a cell of the storage that it was to have."""

@@ -19,6 +19,7 @@ from refax.core.filters import (
 from refax.core.graphdef import GraphDef
 from refax.core.module import Module
 from refax.core.pytree import Data, Pytree, Static, data, dataclass, is_data, static
+from refax.core.text import render_to_text
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
 from refax.errors import NonFiniteError, StructureWarning
 from refax.graph import apply as _apply  # noqa: F401 - GraphDef.apply
@@ -304,6 +305,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "relu",
   "relu6",
   "remat",
+  "render_to_text",
   "replace_by_pure_dict",
   "reseed",
   "save_safetensors",

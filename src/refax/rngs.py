@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from refax import _jax
-from refax.core import storage
+from refax.core import storage, text
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import walk_nodes
 from refax.core.observe import note
@@ -29,6 +29,7 @@ class RngState(Variable[jax.Array]):
   """
 
   detached = True
+  _is_random: ClassVar[bool] = True
 
 
 class RngCount(RngState):
@@ -168,6 +169,7 @@ class RngStream(Pytree, _Samplers):
   """
 
   __slots__ = ("_lineage",)
+  _is_random: ClassVar[bool] = True
   _lineage: "tuple[_Step, ...] | None"
   """How this stream came about from one that a user made, where that is known; for `reseed`."""
 
@@ -233,6 +235,8 @@ class Rngs(Pytree, _Samplers):
   (8,)
   """
 
+  _is_random: ClassVar[bool] = True
+
   def __init__(
     self,
     default: ArrayLike | RngStream | Mapping[str, Any] | None = None,
@@ -249,6 +253,9 @@ class Rngs(Pytree, _Samplers):
       elif key.tag != tag:  # from its next key: no key is used twice
         key = RngStream(key(), tag=tag)
       setattr(self, tag, key)
+
+  def __repr_line__(self, style: Any) -> text.Line | None:
+    return None if style.full else text.Line(f"{type(self).__name__}({', '.join(self)})")
 
   def _stream(self, name: str) -> RngStream:
     streams = self.__dict__

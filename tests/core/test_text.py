@@ -52,10 +52,9 @@ def test_a_variable_may_hold_a_tree_a_key_an_object_or_nothing():
 
 
 def test_a_module_shows_shapes_and_totals_by_type():
-  printed = str(Layer())
-  assert re.sub(r"<.*>", "<fn>", printed) == text("""
+  assert str(Layer()) == text("""
     Layer( # Param: 6 (24 B), BatchStat: 3 (12 B), Total: 9 (36 B)
-      act=<fn>,
+      act=tanh,
       kernel=Param(
         value=Array(shape=(2, 3), dtype=dtype('float32')),
         is_hijax=True

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from refax.core import text
+from refax.core.brief import summary
 from refax.core.flatten import adopt, flatten
 from refax.core.module import Module
-from refax.core.pytree import classify, converters, summary
+from refax.core.pytree import classify, converters
 from refax.core.storage import is_array_like
 from refax.core.variable import Variable
 from refax.typing import path_str
@@ -233,8 +234,8 @@ class List(_Container, MutableSequence, Generic[A]):
 
   def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
     items = (("", x) for x in self)
-    comment = summary(flatten(self))
-    return text.Parts("List([", comment, items, "])"), style._replace(shapes=True)
+    comment = summary(flatten(self).leaves)
+    return text.Parts("List([", comment, items, "])", folds=True), style._replace(shapes=True)
 
 
 class Dict(_Container, MutableMapping, Generic[A]):
@@ -330,7 +331,7 @@ class Dict(_Container, MutableMapping, Generic[A]):
 
   def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
     items = ((f"{key!r}: ", value) for key, value, _ in self._entries())
-    comment = summary(flatten(self))
+    comment = summary(flatten(self).leaves)
     return text.Parts("Dict({", comment, items, "})"), style._replace(shapes=True)
 
 

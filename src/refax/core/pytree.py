@@ -15,17 +15,15 @@ import jax
 import numpy as np
 
 from refax import _jax
-from refax.core import storage, text
+from refax.core import brief, storage, text
 from refax.core.by_value import ByValue, NotByValue, has_hash
 from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
 from refax.core.flatten import (
-  Flat,
   Walk,
   adopt,
   captured,
   fill,
-  flatten,
   is_part,
   register,
   resolver,
@@ -360,9 +358,10 @@ class Pytree(Node):
       adopt(self, key, attributes[key])
 
   def __repr_parts__(self, style: Any) -> tuple[text.Parts, Any]:
-    items = ((f"{key}=", value) for key, value, _ in self._entries())
-    comment = summary(flatten(self))
-    return text.Parts(f"{type(self).__name__}(", comment, items, ")"), style._replace(shapes=True)
+    return brief.parts(self, style)
+
+  def __repr_line__(self, style: Any) -> text.Line | None:
+    return brief.line(self, style)
 
   def __repr__(self) -> str:
     return text.render(self)
@@ -376,19 +375,3 @@ def _same(old: Any, new: Any) -> bool:
   return old is new or (
     isinstance(new, int | float | str) and kind(old) == kind(new) and bool(old == new)
   )
-
-
-def summary(flat: Flat) -> str:
-  """`Param: 6 (24 B), BatchStat: 2 (8 B), Total: 8 (32 B)`: what an object holds, by type."""
-  totals: dict[str, list[int]] = {}
-  for leaf in flat.leaves:
-    name = type(leaf).__name__ if isinstance(leaf, Variable) else "Array"
-    n, nbytes = text.size(leaf.get_raw_value() if isinstance(leaf, Variable) else leaf)
-    if n:
-      entry = totals.setdefault(name, [0, 0])
-      entry[0] += n
-      entry[1] += nbytes
-  parts = [f"{name}: {text.count(*sizes)}" for name, sizes in totals.items()]
-  if len(parts) > 1:
-    parts.append(f"Total: {text.count(*map(sum, zip(*totals.values(), strict=True)))}")
-  return ", ".join(parts)

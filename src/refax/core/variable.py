@@ -460,6 +460,9 @@ class Variable(ArrayProtocol, Generic[A]):
     comment = text.count(n, nbytes) if n and not style.shapes else ""
     return text.Parts(f"{type(self).__name__}(", comment, items, ")"), style
 
+  def __repr_line__(self, style: Any) -> text.Line | None:
+    return text.variable_line(type(self).__name__, self._cell, self._def.metadata, style)
+
   def __repr__(self) -> str:
     return text.render(self)
 

@@ -8,6 +8,7 @@ import jax
 
 from refax import _jax
 from refax.core import text
+from refax.core.brief import summary
 from refax.core.filters import Filter, Predicate, to_predicates
 from refax.core.flatten import ref_in
 from refax.core.node import Tracked
@@ -144,6 +145,12 @@ class State(MutableMapping, Tracked):
       open_, close = "{", "}"
     items = ((f"{key!r}: ", self[key]) for key in self)
     return text.Parts(open_, comment, items, close), style
+
+  def __repr_line__(self, style: Any) -> text.Line | None:
+    if not style.shapes or style.full:
+      return None
+    leaves = self.flat_state().leaves
+    return text.Line(f"State({len(leaves)} leaves)", summary(leaves))
 
   def __repr__(self) -> str:
     return text.render(self)

@@ -1,0 +1,152 @@
+"""What a layer of Refax prints on one line: its class, and what differs from the defaults.
+
+`Linear(4, 32)` is read off the attributes that have the names of the constructor's parameters. An
+object of the user's own class prints all of its attributes: its author alone knows its defaults.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refax.core import text
+from refax.core.flatten import flatten
+from refax.core.node import Node
+from refax.core.variable import Variable
+
+WIDTH = 88  # arguments that are longer go to the next line
+HIDDEN = ("rngs",)
+MISSING = inspect.Parameter.empty
+
+
+def parts(node: Any, style: text.Style) -> tuple[text.Parts, text.Style]:
+  """What the block of an object consists of: `__repr_parts__` of a Pytree."""
+  entries = node._entries()
+  style = style._replace(shapes=True, short=False)
+  items: Iterable[tuple[str, Any]] = [(f"{key}=", value) for key, value, _ in entries]
+  if not style.full and is_ours(type(node)):
+    given = _wrapped(arguments(node))
+    children = [(f"{key}=", value) for key, value, is_data in entries if is_data]
+    items = [*(("", text.Words(line)) for line in given), *children]
+    style = style._replace(short=len(style.seen) > 1)
+  comment = summary(flatten(node).leaves)
+  return text.Parts(f"{type(node).__name__}(", comment, items, ")"), style
+
+
+def line(node: Any, style: text.Style) -> text.Line | None:
+  """The line of a layer that holds nothing but Variables and random streams; else None."""
+  if style.full or not is_ours(type(node)):
+    return None
+  if not all(_is_state(value) for _, value, is_data in node._entries() if is_data):
+    return None
+  leaves = [x for x in flatten(node).leaves if not _is_random(x)]
+  return text.Line(f"{type(node).__name__}({', '.join(arguments(node))})", summary(leaves))
+
+
+def _is_state(value: Any) -> bool:
+  arrays = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+  return isinstance(value, Variable | arrays) or _is_random(value)
+
+
+def _is_random(x: Any) -> bool:
+  return getattr(type(x), "_is_random", False)
+
+
+def is_ours(cls: type) -> bool:
+  """Whether Refax defines the constructor of a class, and so its defaults."""
+  owner = next(c for c in cls.__mro__ if "__init__" in vars(c))
+  return owner.__module__.startswith("refax.") and not owner.__module__.startswith("refax.core.")
+
+
+def summary(leaves: Iterable[Any]) -> str:
+  """`Param: 6 (24 B), BatchStat: 2 (8 B), Total: 8 (32 B)`: what an object holds, by type."""
+  totals: dict[str, list[int]] = {}
+  for leaf in leaves:
+    name = type(leaf).__name__ if isinstance(leaf, Variable) else "Array"
+    n, nbytes = text.size(leaf.get_raw_value() if isinstance(leaf, Variable) else leaf)
+    if n:
+      entry = totals.setdefault(name, [0, 0])
+      entry[0] += n
+      entry[1] += nbytes
+  parts = [f"{name}: {text.count(*sizes)}" for name, sizes in totals.items()]
+  if len(parts) > 1:
+    parts.append(f"Total: {text.count(*map(sum, zip(*totals.values(), strict=True)))}")
+  return ", ".join(parts)
+
+
+def arguments(node: Any) -> list[str]:
+  """The arguments that an object was built with, as far as its attributes tell.
+
+  >>> from refax import nnx
+  >>> arguments(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
+  ['2', '3', 'use_bias=False']
+  """
+  attributes, found, is_in_a_row = node.__dict__, [], True
+  for name, by_position, default in _parameters(type(node).__init__):
+    value = attributes.get(name, MISSING)
+    if value is MISSING or _is_data(value) or (default is not MISSING and _same(value, default)):
+      is_in_a_row = False
+      continue
+    is_in_a_row = is_in_a_row and by_position and default is MISSING
+    found.append(text.short(value) if is_in_a_row else f"{name}={text.short(value)}")
+  return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters(init: Any) -> list[tuple[str, bool, Any]]:
+  """(name, may it be given by position, default) of each parameter of a constructor."""
+  try:
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+  except (TypeError, ValueError):
+    return []
+  variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+  keyword_only = inspect.Parameter.KEYWORD_ONLY
+  return [
+    (p.name, p.kind is not keyword_only, p.default)
+    for p in parameters
+    if p.kind not in variadic and p.name not in HIDDEN
+  ]
+
+
+def _is_data(value: Any) -> bool:
+  return isinstance(value, Variable | Node | jax.Array | np.ndarray)
+
+
+def _same(value: Any, default: Any) -> bool:
+  """Whether an attribute is as the default makes it: sizes may have become tuples."""
+  if value is default:
+    return True
+  if isinstance(value, tuple) and isinstance(default, int | float | str) and value:
+    return all(_same(x, default) for x in value)
+  if isinstance(value, tuple) and not value and isinstance(default, Mapping | Sequence):
+    return not default
+  try:
+    return _are_equal(value, default)
+  except Exception:  # an attribute may be anything: what cannot be compared differs
+    return False
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+  if _is_dtype(a) and _is_dtype(b):
+    return jnp.dtype(a) == jnp.dtype(b)
+  return bool(a == b) or bool(a != a and b != b)
+
+
+def _is_dtype(x: Any) -> bool:
+  is_scalar = isinstance(x, type) and (issubclass(x, np.generic) or hasattr(x, "dtype"))
+  return isinstance(x, np.dtype) or is_scalar
+
+
+def _wrapped(given: list[str]) -> list[str]:
+  """Arguments on as few lines as hold them."""
+  lines: list[str] = []
+  for argument in given:
+    if lines and len(lines[-1]) + len(argument) + 2 <= WIDTH:
+      lines[-1] += f", {argument}"
+    else:
+      lines.append(argument)
+  return lines

@@ -157,7 +157,16 @@ def copied(x: jax.Array) -> jax.Array:
 
 
 def copied_for_cell(x: jax.Array) -> jax.Array:
-  """A copy of a concrete array, committed to its device, as the buffer of a Ref is."""
+  """A copy of a concrete array, committed to its device, as the buffer of a Ref is.
+
+  In a mesh of several devices, an array that sits on one of them is put on all.
+  """
+  mesh = wide_mesh()
+  if mesh is not None and _sits_on_one(bits(x).sharding, mesh):
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.ensure_compile_time_eval():
+      x = jax.device_put(x, everywhere)  # it may share the memory of `x`
+    return copied(x)
   if getattr(x, "committed", True) or not no_trace_active():
     return copied(x)
   return _copy_onto(x.sharding)(x)
@@ -229,6 +238,45 @@ def context_mesh() -> Any:
     with contextlib.suppress(ValueError):
       return jax.sharding.get_mesh()
   return jax.sharding.get_abstract_mesh()
+
+
+@functools.cache
+def _mesh_of_now() -> Callable[[], Any]:
+  """`jax._src.mesh.get_concrete_mesh`, when it does what `jax.sharding.get_mesh` does."""
+  try:
+    from jax._src.mesh import get_concrete_mesh
+
+    if _private() is None or not hasattr(get_concrete_mesh(), "size"):
+      raise AttributeError
+    return get_concrete_mesh
+  except (ImportError, AttributeError):
+    return jax.sharding.get_abstract_mesh
+
+
+def wide_mesh() -> jax.sharding.Mesh | None:
+  """The mesh of `jax.set_mesh` if it has several devices, also while JAX traces; else None.
+
+  Private: `jax._src.mesh.get_concrete_mesh`; in public, JAX names the mesh outside of traces only.
+  Falls back to None: Refs then stay where they are, and JAX refuses those of one device in a mesh.
+  """
+  mesh = _mesh_of_now()()
+  return mesh if mesh.size > 1 and isinstance(mesh, jax.sharding.Mesh) else None
+
+
+def is_outside(ref: Any, mesh: jax.sharding.Mesh) -> bool:
+  """Whether a Ref sits on one device of a mesh, where operations inside the mesh refuse it.
+
+  An array would be laid out anew by JAX, as it is not committed to its device. A Ref always is.
+  """
+  if type(ref) is not jax.Ref:
+    return False
+  return _sits_on_one(bits(peek_cell(ref)).sharding, mesh)
+
+
+def _sits_on_one(sharding: Any, mesh: jax.sharding.Mesh) -> bool:
+  """Whether this is a single device, one of a mesh."""
+  is_single = isinstance(sharding, jax.sharding.SingleDeviceSharding)
+  return is_single and not sharding.device_set.isdisjoint(mesh.devices.flat)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from refax import _jax
 from refax.core import storage, text
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import walk_nodes
+from refax.core.mesh import enter_mesh
 from refax.core.observe import note
 from refax.core.pytree import Pytree
 from refax.core.variable import Variable
@@ -79,6 +80,7 @@ _advance_now = jax.jit(_advance)
 def _peek(variable: Variable) -> jax.Array:
   """The buffer of a Variable, uncopied: for a function that keeps and donates nothing."""
   cell = variable.get_raw_value()
+  enter_mesh((cell,))
   note(variable, cell)
   return _jax.peek_cell(cell)
 

@@ -22,6 +22,7 @@ from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
 from refax.core.epoch import epoch
 from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
+from refax.core.mesh import objects_enter_mesh
 from refax.core.node import Node, Tracked
 from refax.core.orbax import on_arrays
 from refax.core.variable import Variable, identity
@@ -339,6 +340,7 @@ def register(cls: type[Node]) -> None:
   def flatten_for_jax(node: Node) -> Flat:
     function, returning = _jax.refusing_function(), _jax.returning_function()
     flat = flatten(node)
+    objects_enter_mesh(flat.leaves)
     if returning is not None:
       _check_returned(returning, node, flat)
     if node._pytree.in_trace:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.interpreters import ad, batching, mlir
 
 from refax import _jax
+from refax.core.mesh import enter_mesh
 from refax.core.observe import before_write, has_no_tangents
 from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
 
@@ -169,6 +170,7 @@ def fit_index(old: jax.Array, index: Any, value: Any, origin: Any) -> jax.Array:
 
 def settled(ref: jax.Ref, value: jax.Array, *, copy: bool) -> jax.Array:
   """`value` as the next buffer of a concrete `ref`: where that lies, and if need be a copy."""
+  enter_mesh((ref,))
   if copy:
     value = _jax.copied_for_cell(value)
   new, old = _jax.bits(value), _jax.bits(_jax.peek_cell(ref))
@@ -180,6 +182,7 @@ def settled(ref: jax.Ref, value: jax.Array, *, copy: bool) -> jax.Array:
 
 def write_ref(ref: jax.Ref, value: jax.Array, given: Any, origin: Any) -> None:
   """Store `value` in `ref`. What the user gave is copied: a later step donates the buffer."""
+  enter_mesh((ref,))
   if value is given and not _jax.is_tracer(value):
     value = _jax.copied_for_cell(value)
   before_write(ref)

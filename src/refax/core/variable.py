@@ -19,6 +19,7 @@ from refax.core import storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
+from refax.core.mesh import enter_mesh
 from refax.core.observe import before_write, is_read_without_tangent, note
 from refax.errors import (
   DifferentiatedWriteError,
@@ -188,6 +189,7 @@ class Variable(ArrayProtocol, Generic[A]):
     """The value, or its part at `index`, as arrays that no later step changes or donates."""
     cell = self._cell
     if _jax.is_ref(cell):
+      enter_mesh((cell,))
       note(self, cell)
       value = _jax.read_cell(cell, has_no_tangent=is_read_without_tangent(cell))
     elif isinstance(cell, jax.Array):
@@ -209,6 +211,7 @@ class Variable(ArrayProtocol, Generic[A]):
   def _read_part(self, cell: Any) -> Any:
     if not _jax.is_ref(cell):
       return cell
+    enter_mesh((cell,))
     note(self, cell)
     return _jax.read_cell(cell, has_no_tangent=is_read_without_tangent(cell))
 
@@ -223,6 +226,7 @@ class Variable(ArrayProtocol, Generic[A]):
     """
     cell = self._cell
     if index is ... and self._is_plain_write(value):
+      enter_mesh((cell,))
       note(self, cell)
       before_write(cell)
       _jax.write_copy(cell, value)
@@ -635,6 +639,7 @@ def borrowed(v: Variable) -> Any:
   cell = v._cell
   if type(cell) is not jax.Ref or not _jax.no_trace_active():
     return v.get_value()
+  enter_mesh((cell,))
   note(v, cell)
   return _jax.peek_cell(cell)
 

@@ -11,6 +11,7 @@ from refax.core import text
 from refax.core.brief import summary
 from refax.core.filters import Filter, Predicate, to_predicates
 from refax.core.flatten import ref_in
+from refax.core.mesh import objects_enter_mesh
 from refax.core.node import Tracked
 from refax.core.orbax import on_arrays
 from refax.core.variable import Variable
@@ -168,6 +169,7 @@ def _flatten(state: State):
   keys, children = tuple(mapping), list(mapping.values())
   if not any(isinstance(x, Variable) for x in children):
     return children, keys  # no Refs: who asks makes no difference, and takes as long as all of this
+  objects_enter_mesh(children)
   function, returning = _jax.refusing_function(), _jax.returning_function()
   if function and any(isinstance(x, Variable) and x.is_hijax for x in children):
     raise RefArgumentError.function(function, "State")

@@ -197,11 +197,12 @@ class _Jitted:
       lowered = self._jitted.lower(self._static_of(spec), *leaves)
       run = lambda executable, inputs, now: inputs.commit(executable(*now))
     was = description(spec, (*leaves[0], *leaves[1]))
+    is_for_mesh = _jax.wide_mesh() is not None
 
     def make(executable: Any) -> AheadCompiled:
       def call(args: tuple, kwargs: dict[str, Any]) -> Any:
         args, kwargs = _with_static(spec[1], args, kwargs)
-        inputs, spec_now, now = self._split(args, kwargs)
+        inputs, spec_now, now = self._split(args, kwargs, enters_mesh=is_for_mesh)
         checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
         return run(executable, inputs, now)
 
@@ -227,6 +228,7 @@ class _Jitted:
     watch: Watch | None = None,
     *,
     abstract: bool = False,
+    enters_mesh: bool = True,
   ) -> Any:
     """The inputs, and what the inner jit is called with: a static spec and two lots of leaves."""
     nums, names = self._static
@@ -234,7 +236,7 @@ class _Jitted:
     static += tuple((k, kind(kwargs[k]), kwargs[k]) for k in sorted(names) if k in kwargs)
     dynamic = tuple(None if i in nums else a for i, a in enumerate(args))
     dynamic_kwargs = {k: v for k, v in kwargs.items() if k not in names}
-    inputs = Inputs.of(dynamic, dynamic_kwargs, watch)
+    inputs = Inputs.of(dynamic, dynamic_kwargs, watch, enters_mesh=enters_mesh)
     self._check(inputs, abstract)
     mask = self._donation(inputs)
     kept = tuple(x for x, d in zip(inputs.leaves, mask, strict=True) if not d)

@@ -23,6 +23,7 @@ from refax.core.definition import Differentiation
 from refax.core.flatten import Walk, unflatten
 from refax.core.graphdef import REGION, GraphDef
 from refax.core.interrupt import uninterrupted
+from refax.core.mesh import objects_enter_mesh
 from refax.core.node import Node
 from refax.core.variable import Variable, VariableDef
 from refax.core.watch import Watch
@@ -57,18 +58,28 @@ class Inputs:
     """Whether the watch knows of all changes to the objects."""
 
   @classmethod
-  def of(cls, args: tuple, kwargs: dict[str, Any], watch: Watch | None = None) -> "Inputs":
+  def of(
+    cls,
+    args: tuple,
+    kwargs: dict[str, Any],
+    watch: Watch | None = None,
+    *,
+    enters_mesh: bool = True,
+  ) -> "Inputs":
     """Flatten the arguments of a call; the root is `(args, kwargs)`.
 
     Args:
       args: the positional arguments.
       kwargs: the others.
       watch: is told of changes to the objects in them.
+      enters_mesh: whether cells move to the mesh of `jax.set_mesh`.
     """
     walk = Walk(watch)
     treedef = jax.tree.structure((tuple(range(len(args))), dict.fromkeys(kwargs, 0)))
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     root = (REGION, treedef, tuple(map(walk.entry, values)))
+    if enters_mesh:
+      objects_enter_mesh(walk.leaves)
     names = tuple(sorted(kwargs))
     return cls(walk.graphdef(root), walk.leaves, walk.objects, names, walk.cacheable)
 

@@ -52,6 +52,8 @@ VALUES = [
   lambda: Config(),
   lambda: types.SimpleNamespace(a=[1], f=jax.nn.relu),
   lambda: {"x": np.arange(3)},
+  lambda: Config(layers=jnp.arange(3.0)),
+  lambda: [jnp.array([0.0, jnp.nan]), jax.random.key(0), jax.random.split(jax.random.key(1))],
 ]
 
 
@@ -76,6 +78,15 @@ def test_two_that_are_the_same_inside_are_equal_and_copies_are_apart(make):
     ([1], ([1],)),
     (Config(3), Config(4)),
     ({"x": np.arange(3)}, {"x": np.arange(3.0)}),
+    ([jnp.arange(3)], [jnp.arange(1, 4)]),
+    ([jnp.arange(3)], [jnp.arange(3.0)]),
+    ([jnp.arange(4)], [jnp.arange(4).reshape(2, 2)]),
+    ([jnp.zeros(1)], [-jnp.zeros(1)]),
+    ([jnp.arange(3)], [np.arange(3, dtype=np.int32)]),
+    ([jnp.asarray(1.0)], [jnp.ones(())]),  # a weak type is another one
+    ([jax.random.key(0)], [jax.random.key(1)]),
+    ([jax.random.key(0)], [jax.random.key(0, impl="rbg")]),
+    ([jax.random.key(0)], [jax.random.key_data(jax.random.key(0))]),
   ],
 )
 def test_what_could_be_traced_otherwise_is_not_equal(a, b):
@@ -85,7 +96,7 @@ def test_what_could_be_traced_otherwise_is_not_equal(a, b):
 @pytest.mark.parametrize(
   "make",
   [
-    lambda: [jnp.ones(2)],
+    lambda: [jax.new_ref(jnp.ones(2))],
     lambda: Config(layers=[nnx.Param(1.0)]),
     lambda: {"f": functools.partial(print, nnx.Dropout(0.5))},
     lambda: types.SimpleNamespace(m=nnx.Dropout(0.5), a=[]),
@@ -197,3 +208,71 @@ def test_a_configuration_that_layers_share_is_looked_at_once_a_call(monkeypatch)
   monkeypatch.setattr(ByValue, "holds", lambda self, value: looks.append(1) or holds(self, value))
   f(model, jnp.ones(2))
   assert 1 <= len(looks) <= 2
+
+
+# arrays of JAX in a configuration
+class Scaled(nnx.Module):
+  def __init__(self, config):
+    self.config = config
+    self.w = nnx.Param(jnp.ones(2))
+
+  def __call__(self, x):
+    return self.w * x * self.config.layers
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+@pytest.mark.parametrize("jit", [nnx.jit, jax.jit])
+def test_an_array_in_a_config_is_a_constant_and_another_one_is_traced(hijax, jit):
+  with nnx.use_hijax(hijax):
+    model = Scaled(Config(layers=jnp.arange(2.0)))
+  traces = []
+  f = jit(lambda m, x: traces.append(None) or m(x))
+  assert jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Variable)) == [model.w]
+  for array, count in [(None, 1), (jnp.arange(2.0), 1), (jnp.full(2, 3.0), 2), (None, 2)]:
+    if array is not None:
+      model.config.layers = array
+    for _ in range(2):
+      assert f(model, jnp.ones(2)).tolist() == model.config.layers.tolist()
+    assert len(traces) == count
+
+
+def test_copies_of_a_model_keep_the_arrays_of_its_config():
+  model = Scaled(Config(layers=jnp.arange(2.0)))
+  for twin in (
+    nnx.clone(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
+    nnx.merge(*nnx.split(model)), nnx.to_lojax(model),
+  ):  # fmt: skip
+    assert twin(jnp.ones(2)).tolist() == [0.0, 1.0]
+    assert nnx.graphdef(twin) == nnx.graphdef(model) or not twin.w.is_hijax
+    twin.config.layers = jnp.ones(2)
+    assert model.config.layers.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("jit", [nnx.jit, jax.jit])
+def test_a_traced_array_in_a_config_is_refused(jit):
+  model = Scaled(Config(layers=jnp.arange(2.0)))
+
+  def assign(model, x):
+    model.config = Config(layers=x)
+
+  with pytest.raises(StaticAttributeError, match=r"a part that can be neither: \w*Tracer"):
+    jit(assign)(model, jnp.ones(2))
+  with pytest.raises(StaticAttributeError, match=r"a part that can be neither: \w*Tracer"):
+    jit(lambda x: Scaled(Config(layers=x)).w[...])(jnp.ones(2))
+  assert model(jnp.ones(2)).tolist() == [0.0, 1.0]
+
+
+def test_an_array_that_was_donated_is_not_the_one_that_was_seen():
+  x = jnp.arange(2.0)
+  model = Scaled(Config(layers=x))
+  f = nnx.jit(lambda m: m.w * m.config.layers)
+  f(model)
+  x.delete()
+  model.config.layers = jnp.arange(2.0)
+  assert f(model).tolist() == [0.0, 1.0]
+
+
+def test_a_config_with_arrays_can_be_made_while_jax_traces():
+  table = jnp.arange(2.0)
+  make = lambda x: Scaled(Config(layers=table))(x)
+  assert nnx.jit(make)(jnp.ones(2)).tolist() == [0.0, 1.0]

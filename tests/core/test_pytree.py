@@ -287,13 +287,42 @@ def test_a_shallow_copy_has_attributes_of_its_own_and_shares_the_cells():
   assert m.w[...].tolist() == [5.0, 5.0]
 
 
-def test_a_number_that_was_marked_as_data_is_static_when_it_is_set_again():
-  m = Node(w=param())
-  for value in (3, 4):
-    m.n = nnx.data(3)
-    assert len(jax.tree.leaves(m)) == 2
+@pytest.mark.parametrize(
+  ("first", "values"),
+  [(3, [3, 4, "a", True, 5]), ([1.0, 2.0], [[3.0], [4.0, 5.0, 6.0]]), ((1,), [(2, 3), 4])],
+)
+def test_an_attribute_that_was_marked_as_data_stays_data(first, values):
+  m = Node(w=param(), n=nnx.data(first))
+  for value in values:
     m.n = value
-    assert len(jax.tree.leaves(m)) == 1 and m.n == value
+    assert type(m.n) is type(value)
+    assert jax.tree.leaves(m)[:-1] == jax.tree.leaves(value)
+  twin = nnx.clone(m)
+  twin.n = 7
+  assert jax.tree.leaves(twin)[0] == 7
+  m.n = nnx.static(7)
+  assert len(jax.tree.leaves(m)) == 1
+  m.n = 8
+  assert len(jax.tree.leaves(m)) == 1 and m.n == 8
+
+
+def test_a_mark_goes_with_the_attribute_and_with_a_value_that_is_data_by_itself():
+  m = Node(w=param(), n=nnx.data(3))
+  del m.n
+  m.n = 4
+  assert len(jax.tree.leaves(m)) == 1
+  m.x = jnp.ones(2)
+  m.x = 3  # nobody has marked it
+  assert len(jax.tree.leaves(m)) == 1
+
+
+def test_a_number_that_is_marked_as_data_is_not_compiled_for():
+  m, traces = Node(w=param(), n=nnx.data(1)), []
+  f = nnx.jit(lambda m: traces.append(None) or m.w * m.n)
+  for n in (2, 3, 4):
+    m.n = n
+    assert f(m).tolist() == (m.w * n).tolist()
+  assert len(traces) == 1
 
 
 @pytest.mark.parametrize("value", ["a", 1, None])
@@ -376,7 +405,7 @@ CHANGES = {
   "set_attributes": lambda m: m.set_attributes(n=9),
   "sow": lambda m: m.first.sow(nnx.Intermediate, "h", jnp.ones(1)),
   "perturb": lambda m: m.first.perturb("p", jnp.ones(1)),
-  "pop": lambda m: nnx.pop(m, nnx.Param),
+  "pop": lambda m: nnx.pop(m, nnx.All(nnx.Param, nnx.Not(nnx.PathContains("plain")))),
   "update": lambda m: nnx.update(m, {"first": {"new": param()}}),
   "nnx.jit": lambda m: nnx.jit(lambda m: setattr(m.first.shared, "n", 5))(m),
   "raw value": lambda m: m.w.set_raw_value(m.first.shared.w.get_raw_value()),

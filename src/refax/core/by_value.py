@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from refax import _jax
 from refax.core import callables
 from refax.core.definition import kind
 from refax.core.node import Node
@@ -29,7 +30,7 @@ class ByValue:
     value: the value; it is copied.
 
   Raises:
-    NotByValue: it holds arrays of JAX, objects with state, or what cannot be taken apart.
+    NotByValue: it holds tracers, objects with state, or what cannot be taken apart.
   """
 
   __slots__ = ("_hash", "_key", "_value")
@@ -63,6 +64,32 @@ class ByValue:
     return ByValue, (self._value,)
 
 
+class _Content:
+  """An array of JAX, compared by what is in it: the bits, so that -0.0 is not 0.0.
+
+  It is looked at before each call of what was compiled for it, and mostly it is the same array.
+  """
+
+  __slots__ = ("_array", "_type")
+
+  def __init__(self, array: jax.Array):
+    self._array = array
+    self._type = array.shape, array.dtype, getattr(array, "weak_type", False)
+
+  def __hash__(self) -> int:
+    return hash(self._type)
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, _Content) or self._type != other._type:
+      return False
+    a, b = _jax.bits(self._array), _jax.bits(other._array)
+    if a is b:
+      return True
+    if a.is_deleted() or b.is_deleted():
+      return False
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def has_hash(value: Any) -> bool:
   """Whether a value can be hashed."""
   try:
@@ -74,7 +101,9 @@ def has_hash(value: Any) -> bool:
 
 def _key(value: Any, above: tuple = ()) -> Any:
   """What two values have in common that are the same inside. Hashable."""
-  if isinstance(value, jax.Array | Node | Variable) or _holds_state(value):
+  if isinstance(value, jax.Array) and not (_jax.is_tracer(value) or _jax.is_ref(value)):
+    return _Content(value)
+  if isinstance(value, jax.Array | jax.Ref | Node | Variable) or _holds_state(value):
     raise NotByValue(type(value).__name__)
   if has_hash(value):
     return kind(value), value
@@ -124,6 +153,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
   """A copy down to what has a hash, or is an array; what is shared inside stays so."""
   if isinstance(value, np.ndarray):
     return value.copy()
+  if isinstance(value, jax.Array):
+    return value
   if has_hash(value):
     return value
   if id(value) in memo:

@@ -67,6 +67,8 @@ class Explicit(Generic[T]):
 def data(value: T = MISSING, /, **options: Any) -> T:
   """Mark an attribute's value as data: a pytree whose leaves are arrays. It stays as it is.
 
+  The next value of the attribute is data too, unless it is marked as `nnx.static`.
+
   Args:
     value: the value; without it, this is the field of a dataclass.
     **options: as those of `dataclasses.field`: `default`, `default_factory`, `init`, ...
@@ -219,6 +221,9 @@ _holds_nothing: "weakref.WeakSet[FunctionType]" = weakref.WeakSet()
 """Functions that have been looked through: layers share theirs, and a look takes 5 us."""
 
 
+_SAYS_WHAT_IT_IS = (Explicit, jax.Array, Node, Variable)
+
+
 class Pytree(Node):
   """A mutable object that passes through JAX transforms.
 
@@ -255,7 +260,8 @@ class Pytree(Node):
   def __setattr__(self, name: str, value: Any) -> None:
     old = self.__dict__.get(name, MISSING)
     declared = self._declared
-    if type(value) in PLAIN and type(old) in PLAIN and not declared:  # loops switch modes by it
+    is_plain = type(value) in PLAIN and type(old) in PLAIN
+    if is_plain and not declared and name not in self._pytree.dynamic:  # loops switch modes by it
       self._put(name, old, value, dynamic=False)
       return
     if isinstance(getattr(type(self), name, None), property):
@@ -277,8 +283,14 @@ class Pytree(Node):
       return
     if name in declared and not isinstance(value, Explicit):
       value = Explicit(value, declared[name])
+    elif not isinstance(value, _SAYS_WHAT_IT_IS) and self._is_marked(name, old):
+      value = Explicit(value, True)
     value, dynamic = classify(value, lambda: type(self).__name__ + path_str((name,)))
     self._put(name, old, value, dynamic=dynamic)
+
+  def _is_marked(self, name: str, old: Any) -> bool:
+    """Whether an attribute is data only because `nnx.data` says so: its next value is, too."""
+    return name in self._pytree.dynamic and not is_data(old)
 
   def _put(self, name: str, old: Any, value: Any, *, dynamic: bool) -> None:
     """Set an attribute, which was `old`, to what `classify` has made of a value."""

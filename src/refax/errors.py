@@ -171,6 +171,24 @@ class TreeMismatchError(RefaxError, ValueError):
     )
 
   @classmethod
+  def object_there(cls, path: str, found: str):
+    return cls(
+      "an update writes Variables and arrays; it does not replace the objects that hold them",
+      at=path,
+      got=f"one value in the place of a {found}",
+      fix="give a value for each Variable in it, or assign the attribute itself",
+    )
+
+  @classmethod
+  def not_removable(cls, path: str):
+    return cls(
+      "nnx.pop removes Variables from attributes, dicts and lists",
+      at=path,
+      got="a Variable in a tuple, in another pytree, or by itself",
+      fix="keep it in a dict, a list or an attribute, or use a filter that does not select it",
+    )
+
+  @classmethod
   def sow(cls, module: str, name: str, kind: type, old: Any):
     return cls(
       f"the attribute is no {kind.__name__} that could take the value",
@@ -713,7 +731,16 @@ class NonFiniteError(RefaxError, ArithmeticError):
 
 
 class MissingArgumentError(RefaxError, TypeError):
-  """A layer that was not told what it needs."""
+  """An object that was not told what it needs."""
+
+  @classmethod
+  def wrt(cls, name: str):
+    return cls(
+      f"{name} was not told which Variables it trains",
+      got="no argument wrt",
+      fix=f"{name}(model, tx, wrt=nnx.Param); code written for releases of Flax NNX before 0.11 "
+      "runs with ModelAndOptimizer(model, tx) of refax.compat",
+    )
 
   @classmethod
   def flag(cls, layer: str, name: str):

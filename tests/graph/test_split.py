@@ -321,8 +321,10 @@ def test_update_adds_what_the_object_does_not_have():
     ({"nope": {"deep": jnp.ones(1)}}, TreeMismatchError, r"at:  \.nope\.deep"),
     ({"w": {"deep": jnp.ones(1)}}, TreeMismatchError, r"at:  \.w\.deep"),
     ({"layers": {3: param(), 5: param()}}, TreeMismatchError, r"at:  \.layers\[5\]"),
+    ({"table": param()}, TreeMismatchError, r"at:  \.table\n  got: one value in .* of a Dict"),
+    ({"layers": {0: param()}}, TreeMismatchError, r"at:  \.layers\[0\]\n  got: one .* of a Node"),
   ],
-  ids=["shape", "no parent", "below a variable", "gap in a list"],
+  ids=["shape", "no parent", "below a variable", "gap in a list", "a dict", "a module"],
 )
 def test_an_update_that_fails_writes_nothing(bad, error, message):
   m = model()
@@ -344,6 +346,45 @@ def test_pop_removes_and_returns():
   assert list(m.layers)[1:] == [nnx.relu] and dict(m.table) == {"n": 3}
   assert len(jax.tree.leaves(m)) == 1
   assert len(nnx.pop(m, nnx.Param)) == 0
+
+
+@pytest.mark.parametrize("hijax", [True, False])
+def test_pop_takes_dicts_and_lists_of_modules_and_variables(hijax):
+  with nnx.use_hijax(hijax):
+    node, v, w = Node(stat=nnx.BatchStat(1.0), w=param()), nnx.BatchStat(2.0), param()
+    shared = {"v": v, "w": w}
+    tree = {"a": [node, (node, 1)], "b": shared, "c": [v, w, nnx.BatchStat(3.0), shared]}
+    popped = nnx.pop(tree, nnx.BatchStat)
+  assert nnx.to_flat_state(popped).paths == (("a", 0, "stat"), ("b", "v"), ("c", 2))
+  assert [float(x) for x in jax.tree.leaves(nnx.pure(popped))] == [1.0, 2.0, 3.0]
+  assert not hasattr(node, "stat") and tree["a"] == [node, (node, 1)]
+  assert tree["b"] is shared and list(shared) == ["w"] and tree["c"] == [w, shared]
+  assert len(nnx.pop(tree, nnx.BatchStat)) == 0
+
+
+def test_pop_reaches_into_plain_containers_in_attributes():
+  v, w = nnx.BatchStat(2.0), param()
+  m = Node(d=nnx.data({"v": v, "l": [v, w]}), s=nnx.State({"a": {"v": nnx.BatchStat(1.0), "w": w}}))
+  assert len(jax.tree.leaves(m)) == 3
+  assert list(nnx.pop(m, nnx.BatchStat)) == ["d", "s"]
+  assert m.d == {"l": [w]} and list(m.s["a"]) == ["w"] and len(jax.tree.leaves(m)) == 1
+
+
+@pytest.mark.parametrize(
+  ("make", "path"),
+  [
+    (lambda v: {"a": v, "b": (v,)}, r"\['b'\]\[0\]|\.b\[0\]"),
+    (lambda v: Node(a=v, t=nnx.data((1, v))), r"\.t\[1\]"),
+    (lambda v: v, r""),
+  ],
+)
+def test_pop_of_what_cannot_lose_a_variable_changes_nothing(make, path):
+  v = nnx.BatchStat(1.0)
+  tree = make(v)
+  count = len(jax.tree.leaves(tree))
+  with pytest.raises(TreeMismatchError, match=rf"nnx.pop removes(.|\n)*{path}(.|\n)*in a tuple"):
+    nnx.pop(tree, nnx.BatchStat)
+  assert len(jax.tree.leaves(tree)) == count
 
 
 def test_pop_needs_a_filter():

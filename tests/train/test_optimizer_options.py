@@ -9,6 +9,7 @@ import pytest
 from refax import _jax, nnx
 from refax.errors import (
   InvalidArgumentError,
+  MissingArgumentError,
   MissingHyperparamError,
   ShapeMismatchError,
   TreeMismatchError,
@@ -465,3 +466,15 @@ def test_a_state_that_nobody_else_has_is_not_copied(monkeypatch):
   optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
   assert max(sizes, default=1) == 1
   assert optimizer.opt_state[0].mu["kernel"].shape == (30, 30)
+
+
+def test_an_optimizer_without_wrt_says_what_to_write():
+  with pytest.raises(MissingArgumentError) as error:
+    nnx.Optimizer(Net(), optax.sgd(0.1))
+  assert isinstance(error.value, TypeError)
+  assert str(error.value) == (
+    "Optimizer was not told which Variables it trains\n"
+    "  got: no argument wrt\n"
+    "  fix: Optimizer(model, tx, wrt=nnx.Param); code written for releases of Flax NNX before 0.11 "
+    "runs with ModelAndOptimizer(model, tx) of refax.compat"
+  )

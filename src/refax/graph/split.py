@@ -216,7 +216,8 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
     *states: more of them; a later one wins.
 
   Raises:
-    TreeMismatchError: a path has no parent in the object; nothing has been written.
+    TreeMismatchError: a path has no parent in the object, or leads to a Module; nothing has been
+      written.
     ShapeMismatchError: a value has another shape or dtype; nothing has been written.
 
   >>> from refax import nnx; import jax.numpy as jnp
@@ -235,6 +236,8 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
       parent, old = _lookup(node, path)
     if isinstance(old, Variable):
       writes.append((old, old.prepare(_given(leaf, old))))
+    elif isinstance(old, Node):
+      raise TreeMismatchError.object_there(path_str(path), type(old).__name__)
     elif parent is not None and _has_place(parent, path[-1], additions):
       additions.append((parent, path[-1], copy.copy(leaf) if is_variable(leaf) else leaf))
     else:
@@ -269,11 +272,11 @@ def _lookup(value: Any, path: Path, parent: Any = None) -> tuple[Any, Any]:
   return None, None
 
 
-def _container(value: Any, path: Path) -> dict | list | None:
-  """The dict or list at a path of plain containers."""
+def _container(value: Any, path: Path) -> dict | list | State | None:
+  """The dict, list or State at a path of such containers and tuples."""
   for key in path:
-    value = value[key] if isinstance(value, dict | list | tuple) else None
-  return value if isinstance(value, dict | list) else None
+    value = value[key] if isinstance(value, dict | list | tuple | State) else None
+  return value if isinstance(value, dict | list | State) else None
 
 
 def _has_place(parent: Any, key: Any, additions: list[tuple]) -> bool:
@@ -286,7 +289,7 @@ def _has_place(parent: Any, key: Any, additions: list[tuple]) -> bool:
 
 def set_entry(parent: Any, key: Any, value: Any) -> None:
   """Set an attribute, or an element of a List or Dict; the next one of a List is appended."""
-  if not isinstance(parent, List | Dict | dict | list):
+  if not isinstance(parent, List | Dict | dict | list | State):
     setattr(parent, key, value)
   elif isinstance(parent, List) and key == len(parent):
     parent.append(value)
@@ -298,7 +301,7 @@ def pop(node: Any, *filters: Filter) -> Any:
   """Remove Variables from an object and return them as a State.
 
   Args:
-    node: a Module or Pytree.
+    node: a Module or Pytree, or dicts, lists and tuples of these.
     *filters: which Variables; one State is returned for each filter.
 
   Returns:
@@ -306,6 +309,7 @@ def pop(node: Any, *filters: Filter) -> Any:
 
   Raises:
     FilterError: no filter is given.
+    TreeMismatchError: a Variable is in a tuple, or in another pytree that cannot lose it; all stay.
 
   >>> from refax import nnx
   >>> class Net(nnx.Module):
@@ -321,15 +325,24 @@ def pop(node: Any, *filters: Filter) -> Any:
   firsts = {key: (path, v) for key, path, _, v in reversed(places)}
   parts = partition(reversed(firsts.values()), filters, exhaustive=False)
   popped = {identity(leaf) for part in parts for _, leaf in part}
-  if popped:
-    for key, path, owner, _ in reversed(places):  # of a List, the last element first
-      if owner is not None and key in popped:
-        _delete_child(owner, path[-1])
+  found = [(path, owner) for key, path, owner, _ in places if key in popped]
+  homes = [(owner or _home(node, path), path[-1]) for path, owner in found]
+  once = {(id(home), key): (home, key) for home, key in homes}  # a dict may be reached twice
+  for home, key in reversed(once.values()):  # of a list, the last element first
+    _delete_child(home, key)
   return _one_or_all(list(map(from_flat_state, parts)))
 
 
+def _home(node: Any, path: Path) -> Any:
+  """The plain dict or list, or the State, that has a Variable."""
+  home = _lookup(node, path)[0] if path else None
+  if home is None:
+    raise TreeMismatchError.not_removable(path_str(path))
+  return home
+
+
 def _delete_child(parent: Any, key: Any) -> None:
-  if isinstance(parent, List | Dict):
+  if isinstance(parent, List | Dict | list | dict | State):
     del parent[key]
   else:
     delattr(parent, key)

@@ -16,13 +16,15 @@ from refax.core.owned import Owned
 from refax.core.pytree import Pytree, data
 from refax.core.variable import Variable, borrowed, is_variable
 from refax.core.write import write
-from refax.errors import InvalidArgumentError, TreeMismatchError
+from refax.errors import InvalidArgumentError, MissingArgumentError, TreeMismatchError
 from refax.graph.split import state, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
 from refax.train.placement import beside, is_beside, sharding_of
 from refax.typing import describe, path_str
+
+_REQUIRED: Any = type("_Required", (), {"__repr__": lambda _: "<required>"})()
 
 
 class OptState(Variable):
@@ -72,9 +74,11 @@ class Optimizer(Pytree):
     model: Any,
     tx: optax.GradientTransformation,
     *,
-    wrt: Filter,
+    wrt: Filter = _REQUIRED,
     skip_nonfinite: bool = False,
   ):
+    if wrt is _REQUIRED:
+      raise MissingArgumentError.wrt(type(self).__name__)
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
       fix = "an optax transformation, such as optax.adam(1e-3)"
       raise InvalidArgumentError.value("Optimizer", "tx", tx, fix)

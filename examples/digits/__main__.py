@@ -44,6 +44,8 @@ def run(options: argparse.Namespace, history: list) -> int:
   )
 
   model = CNN(rngs=nnx.Rngs(options.seed))
+  page = options.out / "model.html"
+  nnx.display(model, save=page)
   folder = options.out / "checkpoints"
   if not options.resume:
     shutil.rmtree(folder, ignore_errors=True)
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace, history: list) -> int:
   learning_curve, misread = options.out / "learning_curve.png", options.out / "misread.png"
   plot.learning_curve(history, GOAL, learning_curve)
   plot.misread(digits, train.predict(model, digits.test_images), misread)
-  print(f"Pictures: {learning_curve}, {misread}")
+  print(f"Pictures: {learning_curve}, {misread}; the model before training: {page}")
 
   accuracy = history[-1].accuracy
   print(f"Test accuracy: {accuracy:.1%}", flush=True)

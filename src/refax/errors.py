@@ -20,7 +20,9 @@ RefaxError
 ├── CheckpointWriteError      (OSError)      a checkpoint that could not be written
 ├── CheckpointMismatchError   (ValueError)   a file that does not fit the model
 ├── ArgumentError             (TypeError)    an argument of a compiled function that is no array
+├── CaptureError              (ValueError)   a value that a function cannot hand out
 ├── KeywordError              (TypeError)    a keyword that a constructor does not take
+├── MissingPackageError       (ImportError)  a package of an extra that is not installed
 ├── ForeignNameError          (AttributeError) a method of Modules of another library
 ├── BrokenLawError            (AssertionError) what `refax.testing` asserts does not hold
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
@@ -1125,3 +1127,15 @@ def _cast(old: Any, new: Any) -> str:
 def _short(x: Any) -> str:
   text = " ".join(repr(x).split())
   return text if len(text) <= 60 else text[:57] + "..."
+class MissingPackageError(RefaxError, ImportError):
+  """A package of an extra that is not installed."""
+
+  @classmethod
+  def extra(cls, what: str, package: str, extra: str):
+    return cls(
+      f"{what} needs {package}",
+      got="an environment without that package",
+      fix=f"pip install 'refax[{extra}]'",
+    )
+
+

@@ -31,7 +31,8 @@ SAME = frozenset(
   PReLU Param PathContains Perturbation Pytree RMSNorm RNN RNNCellBase RngCount RngKey RngState
   RngStream Rngs Sequential SimpleCell SpectralNorm State StateAxes Static Variable WeightNorm
   WithTag as_abstract as_pure avg_pool celu checkify clone combine_masks cond custom_vjp data
-  dataclass dot_product_attention elu eval_shape filter_state find_duplicates fori_loop fork_rngs
+  dataclass display dot_product_attention elu eval_shape filter_state find_duplicates fori_loop
+  fork_rngs
   from_flat_state gelu glu grad graphdef hard_sigmoid hard_silu hard_swish hard_tanh identity
   initializers is_data iter_children iter_graph iter_modules jit jvp leaky_relu log_sigmoid
   log_softmax logsumexp make_attention_mask make_causal_mask make_jaxpr map map_state max_pool
@@ -123,7 +124,6 @@ INSTEAD = {
   "compat": "the function of `nnx` itself, `nnx.jit` for `nnx.compat.jit`",
   "current_update_context": _CONTEXT,
   "deprecations": _OWN,
-  "display": "`print(model)` or `treescope.display(model)`",
   "extract": _OWN,
   "filterlib": "the filters of `nnx`: `nnx.Filter`, `nnx.OfType`, `nnx.PathContains`",
   "flatten": "`nnx.split(node)`",
@@ -174,7 +174,7 @@ INSTEAD = {
   "variable_type_from_name": _NAMES,
   "variablelib": "names of `nnx` itself: `nnx.Variable`, `nnx.Param`",
   "vars_as": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
-  "visualization": "`print(model)` or `treescope.display(model)`",
+  "visualization": "`nnx.display(model)`",
   "with_metadata": _METADATA,
   "with_partitioning": _METADATA,
   "with_rngs": "`nnx.split_rngs(model, splits=n, only=...)` or `nnx.fork_rngs(model)`",

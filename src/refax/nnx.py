@@ -21,6 +21,7 @@ from refax.core.module import Module
 from refax.core.pytree import Data, Pytree, Static, data, dataclass, is_data, static
 from refax.core.text import render_to_text
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
+from refax.display.page import display
 from refax.errors import NonFiniteError, StructureWarning
 from refax.graph import apply as _apply  # noqa: F401 - GraphDef.apply
 from refax.graph.inspect import (
@@ -251,6 +252,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "dot_product_attention_with_rope",
   "effects",
   "elu",
+  "display",
   "eval_shape",
   "export",
   "filter_state",

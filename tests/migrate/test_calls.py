@@ -45,7 +45,7 @@ def test_what_is_certain_is_written(old, new):
   ("code", "want"),
   [
     ("nnx.split(m, graph=f())", "leave it out"),
-    ("nnx.display(m)", "print(model)"),
+    ("nnx.flatten(m)", "nnx.split(node)"),
     ("nnx.bridge.ToNNX(m)", "refax.compat"),
     ("nnx.Nonsense(m)", "no such name"),
     ("with nnx.set_graph_mode(True):\n  pass", "Refax has one mode"),
@@ -71,13 +71,13 @@ def test_the_rest_is_listed_and_left(code, want):
 @pytest.mark.parametrize(
   "code",
   [
-    "def f(nnx):\n  return nnx.compat.jit(1, graph=True), nnx.display\n",
+    "def f(nnx):\n  return nnx.compat.jit(1, graph=True), nnx.flatten\n",
     "def f():\n  nnx = g()\n  return nnx.statelib.State\n",
     "[nnx.graphlib.split for nnx in xs]\n",
     "lambda nnx: nnx.compat\n",
     "g(nnx=1, graph=True)\n",
     "m.split(graph=True)\n",
-    "class A:\n  nnx = 1\n  y = nnx.display\n",
+    "class A:\n  nnx = 1\n  y = nnx.flatten\n",
     "nnx.Linear(1, graph=2)\n",
   ],
 )
@@ -103,5 +103,5 @@ def test_jax_grad_is_a_hint():
 
 
 def test_code_of_refax_is_listed_too_but_for_its_own_names():
-  code = "from refax import nnx\nnnx.Stack\nnnx.display(m)\nnnx.Nonsense\n"
+  code = "from refax import nnx\nnnx.Stack\nnnx.flatten(m)\nnnx.Nonsense\n"
   assert [s[:2] for s in said(code)] == [("write", 3), ("write", 4)]

@@ -59,7 +59,7 @@ def test_a_diff_shows_what_would_be_written(tmp_path, capsys):
 
 
 def test_what_is_left_to_write_makes_the_status_1_and_hints_do_not(tmp_path, capsys):
-  put(tmp_path / "a.py", "from refax import nnx\nnnx.display(m)\n")
+  put(tmp_path / "a.py", "from refax import nnx\nnnx.flatten(m)\n")
   assert run("--write", tmp_path) == 1
   put(tmp_path / "a.py", "from refax import nnx\nx.value\n")
   assert run("--write", tmp_path) == 0

@@ -31,8 +31,8 @@ from tests.migrate.programs import migrated, said
       "from refax.nnx import (\n  Linear,  # a layer\n  Param,\n)\n",
     ),
     (
-      "from flax.nnx import (\n  Linear,  # a layer\n  display,\n)\n",
-      "from flax.nnx import (\n  # a layer\n  display,\n)\nfrom refax.nnx import Linear\n",
+      "from flax.nnx import (\n  Linear,  # a layer\n  flatten,\n)\n",
+      "from flax.nnx import (\n  # a layer\n  flatten,\n)\nfrom refax.nnx import Linear\n",
     ),
     ("from flax import \\\n  nnx\n", "from refax import \\\n  nnx\n"),
     ("import flax.nnx\nflax.nnx.relu(1)\n", "import refax.nnx\nrefax.nnx.relu(1)\n"),
@@ -74,12 +74,12 @@ def test_what_refax_has_is_imported_from_it(old, new):
   [
     "import flax\nimport flax.linen as nn\nflax.linen.Dense(nn)\n",
     "from flax import linen\n",
-    "from . import nnx\nnnx.display(1)\n",
+    "from . import nnx\nnnx.flatten(1)\n",
     "from other import nnx\nx.value\n",
     'text = "from flax import nnx"\n',
     "def f():\n  '''from flax import nnx'''\n",
     "try:\n  from refax import nnx\nexcept ImportError:\n  from flax import nnx\n",
-    "from refax.compat import nnx\nnnx.display(x.value)\nnnx.split(m, graph=True)\n",
+    "from refax.compat import nnx\nnnx.flatten(x.value)\nnnx.split(m, graph=True)\n",
     "import flax_nnx\nfrom flaxnnx import nnx\n",
   ],
 )
@@ -98,7 +98,7 @@ def test_a_star_import_is_listed():
 @pytest.mark.parametrize(
   ("code", "want"),
   [
-    ("from flax.nnx import display\n", "print(model)"),
+    ("from flax.nnx import flatten\n", "nnx.split(node)"),
     ("from flax.nnx import statelib\n", "names of `nnx` itself"),
     ("import flax.nnx.graphlib as graphlib\n", "names of `nnx` itself"),
     ("from flax.nnx.nn.initializers import zeros\n", "`nnx.initializers.zeros` for `zeros`"),

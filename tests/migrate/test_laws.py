@@ -16,7 +16,7 @@ IMPORTS = [
   "from flax import linen as nn, nnx",
   "from flax import (linen,  # {c}\n  nnx)",
   "from flax import nnx, \\\n  struct",
-  "from flax.nnx import (\n  # {c}\n  Linear, display,  # {c}\n  State)",
+  "from flax.nnx import (\n  # {c}\n  Linear, flatten,  # {c}\n  State)",
   "from flax.nnx.nn import linear, initializers",
   "from refax import nnx",
   "from flax.nnx import *",

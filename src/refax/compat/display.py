@@ -1,6 +1,5 @@
-"""nnx.tabulate and nnx.display: what a model is, as a table and as a tree."""
+"""nnx.tabulate: what a model is, as a table. `nnx.display` is that of the clean namespace."""
 
-import contextlib
 import functools
 import io
 from collections.abc import Iterator
@@ -152,25 +151,3 @@ def _size(variables: list[Variable]) -> str:
   count = sum(v.size for v in variables if hasattr(v.get_raw_value(), "shape"))
   size = sum(v.nbytes for v in variables if hasattr(v.get_raw_value(), "shape"))
   return f"{count:,} ({size:,} B)" if count else ""
-
-
-def display(*args: Any) -> None:
-  """Show objects: by treescope in a notebook, by `print` elsewhere.
-
-  >>> from refax.compat import nnx
-  >>> nnx.display(nnx.Dict(a=1))
-  Dict({
-    'a': 1
-  })
-  """
-  in_notebook = False
-  with contextlib.suppress(ImportError):
-    import IPython  # pyright: ignore[reportMissingImports]
-    import treescope
-
-    in_notebook = IPython.get_ipython() is not None
-  for x in args:
-    if in_notebook:
-      treescope.display(x)  # pyright: ignore[reportPossiblyUnboundVariable]
-    else:
-      print(x)

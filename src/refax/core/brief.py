@@ -33,7 +33,7 @@ def parts(node: Any, style: text.Style) -> tuple[text.Parts, text.Style]:
     children = [(f"{key}=", value) for key, value, is_data in entries if is_data]
     items = [*(("", text.Words(line)) for line in given), *children]
     style = style._replace(short=len(style.seen) > 1)
-  comment = summary(flatten(node).leaves)
+  comment = summary(leaves(node))
   return text.Parts(f"{type(node).__name__}(", comment, items, ")"), style
 
 
@@ -43,16 +43,17 @@ def line(node: Any, style: text.Style) -> text.Line | None:
     return None
   if not all(_is_state(value) for _, value, is_data in node._entries() if is_data):
     return None
-  leaves = [x for x in flatten(node).leaves if not _is_random(x)]
-  return text.Line(f"{type(node).__name__}({', '.join(arguments(node))})", summary(leaves))
+  counted = summary(x for x in leaves(node) if not is_random(x))
+  return text.Line(f"{type(node).__name__}({', '.join(arguments(node))})", counted)
 
 
 def _is_state(value: Any) -> bool:
   arrays = jax.Array | np.ndarray | jax.ShapeDtypeStruct
-  return isinstance(value, Variable | arrays) or _is_random(value)
+  return isinstance(value, Variable | arrays) or is_random(value)
 
 
-def _is_random(x: Any) -> bool:
+def is_random(x: Any) -> bool:
+  """Whether something is a stream of random numbers, or a Variable of one: it is no weight."""
   return getattr(type(x), "_is_random", False)
 
 
@@ -62,19 +63,29 @@ def is_ours(cls: type) -> bool:
   return owner.__module__.startswith("refax.") and not owner.__module__.startswith("refax.core.")
 
 
-def summary(leaves: Iterable[Any]) -> str:
-  """`Param: 6 (24 B), BatchStat: 2 (8 B), Total: 8 (32 B)`: what an object holds, by type."""
-  totals: dict[str, list[int]] = {}
+def leaves(node: Any) -> list[Any]:
+  """The distinct Variables and arrays below an object."""
+  return list(flatten(node).leaves)
+
+
+def totals(leaves: Iterable[Any]) -> dict[str, tuple[int, int]]:
+  """The number of elements and of bytes by the type of the Variables."""
+  found: dict[str, tuple[int, int]] = {}
   for leaf in leaves:
     name = type(leaf).__name__ if isinstance(leaf, Variable) else "Array"
     n, nbytes = text.size(leaf.get_raw_value() if isinstance(leaf, Variable) else leaf)
     if n:
-      entry = totals.setdefault(name, [0, 0])
-      entry[0] += n
-      entry[1] += nbytes
-  parts = [f"{name}: {text.count(*sizes)}" for name, sizes in totals.items()]
+      before = found.get(name, (0, 0))
+      found[name] = before[0] + n, before[1] + nbytes
+  return found
+
+
+def summary(leaves: Iterable[Any]) -> str:
+  """`Param: 6 (24 B), BatchStat: 2 (8 B), Total: 8 (32 B)`: what an object holds, by type."""
+  by_type = totals(leaves)
+  parts = [f"{name}: {text.count(*sizes)}" for name, sizes in by_type.items()]
   if len(parts) > 1:
-    parts.append(f"Total: {text.count(*map(sum, zip(*totals.values(), strict=True)))}")
+    parts.append(f"Total: {text.count(*map(sum, zip(*by_type.values(), strict=True)))}")
   return ", ".join(parts)
 
 
@@ -85,6 +96,14 @@ def arguments(node: Any) -> list[str]:
   >>> arguments(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
   ['2', '3', 'use_bias=False']
   """
+  return [
+    text.short(value) if by_position else f"{name}={text.short(value)}"
+    for name, value, by_position in given(node)
+  ]
+
+
+def given(node: Any) -> list[tuple[str, Any, bool]]:
+  """(name, value, is it positional) of the arguments that differ from the defaults."""
   attributes, found, is_in_a_row = node.__dict__, [], True
   for name, by_position, default in _parameters(type(node).__init__):
     value = attributes.get(name, MISSING)
@@ -92,7 +111,7 @@ def arguments(node: Any) -> list[str]:
       is_in_a_row = False
       continue
     is_in_a_row = is_in_a_row and by_position and default is MISSING
-    found.append(text.short(value) if is_in_a_row else f"{name}={text.short(value)}")
+    found.append((name, value, is_in_a_row))
   return found
 
 

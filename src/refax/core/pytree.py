@@ -375,6 +375,9 @@ class Pytree(Node):
   def __repr_line__(self, style: Any) -> text.Line | None:
     return brief.line(self, style)
 
+  def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+    return text.as_tree(self, path, subtree_renderer)
+
   def __repr__(self) -> str:
     return text.render(self)
 

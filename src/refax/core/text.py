@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +73,10 @@ class Style(NamedTuple):
   full: bool = False  # all attributes, and no object on one line
   short: bool = False  # Variables on one line
   path: str = ""
+
+
+as_tree: Callable[[Any, str | None, Any], Any] = lambda *_: NotImplemented
+"""`__treescope_repr__` of all types: what a notebook shows; filled by `display`."""
 
 
 def render(obj: Any) -> str:

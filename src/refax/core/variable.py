@@ -467,6 +467,9 @@ class Variable(ArrayProtocol, Generic[A]):
   def __repr_line__(self, style: Any) -> text.Line | None:
     return text.variable_line(type(self).__name__, self._cell, self._def.metadata, style)
 
+  def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+    return text.as_tree(self, path, subtree_renderer)
+
   def __repr__(self) -> str:
     return text.render(self)
 

@@ -153,6 +153,9 @@ class State(MutableMapping, Tracked):
     leaves = self.flat_state().leaves
     return text.Line(f"State({len(leaves)} leaves)", summary(leaves))
 
+  def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+    return text.as_tree(self, path, subtree_renderer)
+
   def __repr__(self) -> str:
     return text.render(self)
 

@@ -1,29 +1,70 @@
-"""Which storage new Variables get: `jax.Ref` cells (hijax) or plain arrays (lojax)."""
+"""Settings: which storage new Variables get (hijax or lojax), and whether calls are named."""
 
 import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 
 F = TypeVar("F", bound=Callable)
 
 
-def _default() -> bool:
-  return os.environ.get("REFAX_USE_HIJAX", "1").lower() not in ("0", "false", "off", "no")
+def _is_on(name: str) -> bool:
+  return os.environ.get(name, "1").lower() not in ("0", "false", "off", "no")
 
 
 # Thread-local, and part of the key of every jit cache: a function that was traced with one setting
 # is traced again under the other, so that it never returns Variables of the wrong storage.
-_hijax = jax.make_user_context(default_value=_default())
+_hijax = jax.make_user_context(default_value=_is_on("REFAX_USE_HIJAX"))
 
 _LOCAL = "local"
 """The setting while a function is differentiated; see `local_variables`."""
 
 
-class use_hijax(contextlib.AbstractContextManager):
+_named_scopes = jax.make_user_context(default_value=_is_on("REFAX_NAMED_SCOPES"))
+
+
+class _Switch(contextlib.AbstractContextManager):
+  """A setting that is True or False: for this thread, a block, or a function."""
+
+  _context: Any
+
+  def __init__(self, value: bool):
+    self._value = bool(value)
+    self._open: list = []
+    self._push()
+    self._entered = False
+
+  def _push(self) -> None:
+    context = self._context(self._value)
+    context.__enter__()
+    self._open.append(context)
+
+  def __enter__(self) -> Self:
+    if self._entered:  # a second `with` on the same object
+      self._push()
+    self._entered = True
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._open.pop().__exit__(None, None, None)
+
+  def __call__(self, fn: F) -> F:
+    if self._open:  # a decorator sets nothing until the call
+      self._open.pop().__exit__(None, None, None)
+    value = self._value
+
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+      with type(self)(value):
+        return fn(*args, **kwargs)
+
+    return wrapper  # pyright: ignore[reportReturnType]
+
+
+class use_hijax(_Switch):
   """Set whether new Variables are hijax: for this thread, a block, or a function.
 
   The default is True; `REFAX_USE_HIJAX=0` in the environment makes it False.
@@ -42,37 +83,38 @@ class use_hijax(contextlib.AbstractContextManager):
   (False, True)
   """
 
-  def __init__(self, value: bool):
-    self._value = bool(value)
-    self._open: list = []
-    self._push()
-    self._entered = False
+  _context = _hijax
 
-  def _push(self) -> None:
-    context = _hijax(self._value)
-    context.__enter__()
-    self._open.append(context)
 
-  def __enter__(self) -> "use_hijax":
-    if self._entered:  # a second `with` on the same object
-      self._push()
-    self._entered = True
-    return self
+class use_named_scopes(_Switch):
+  """Set whether calls of Modules are named: for this thread, a block, or a function.
 
-  def __exit__(self, *_) -> None:
-    self._open.pop().__exit__(None, None, None)
+  While JAX traces, the operations of `model.encoder.layers[3]` run in `jax.named_scope` of
+  `encoder/layers/3`; jaxprs, HLO and profiles show it. It costs nothing in a compiled function.
+  The default is True; `REFAX_NAMED_SCOPES=0` in the environment makes it False.
 
-  def __call__(self, fn: F) -> F:
-    if self._open:  # a decorator sets nothing until the call
-      self._open.pop().__exit__(None, None, None)
-    value = self._value
+  Args:
+    value: whether calls are named.
 
-    @functools.wraps(fn)
-    def wrapper(*args, **kwargs):
-      with use_hijax(value):
-        return fn(*args, **kwargs)
+  >>> from refax import nnx; import jax, jax.numpy as jnp
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+  >>> "layers/0" in jax.jit(model).lower(jnp.ones((1, 2))).as_text(debug_info=True)
+  True
+  >>> with nnx.use_named_scopes(False):
+  ...   "layers/0" in jax.jit(model).lower(jnp.ones((1, 2))).as_text(debug_info=True)
+  False
+  """
 
-    return wrapper  # pyright: ignore[reportReturnType]
+  _context = _named_scopes
+
+
+def using_named_scopes() -> bool:
+  """Whether calls of Modules are named now, in this thread.
+
+  >>> using_named_scopes()
+  True
+  """
+  return _named_scopes.value
 
 
 def using_hijax() -> bool:

@@ -28,6 +28,7 @@ RefaxError
 └── InvalidArgumentError      (ValueError)   an argument that no layer can be built with
 """
 
+import difflib
 from typing import Any
 
 import jax.numpy as jnp
@@ -348,6 +349,16 @@ class FilterError(RefaxError, ValueError):
       got=f"{type(filter).__name__} ({_short(filter)})",
       fix="use a Variable type, a tag as a string, `...`, a predicate(path, value), "
       "a tuple of filters, or nnx.OfType/PathContains/PathIn/WithTag/Any/All/Not",
+    )
+
+  @classmethod
+  def no_module(cls, pattern: str, paths: list[str]):
+    near = difflib.get_close_matches(pattern, paths, 5, 0.3) or paths[:5]
+    return cls(
+      "no Module is at this path",
+      got=repr(pattern),
+      fix=f"there is {', '.join(repr(p) for p in near)}; `*` stands for any one step, `**` for any "
+      "number of steps",
     )
 
   @classmethod
@@ -1056,6 +1067,18 @@ class BrokenLawError(RefaxError, AssertionError):
     )
 
 
+class CaptureError(RefaxError, ValueError):
+  """What `nnx.capture` is to hand out is where no value can be handed out of."""
+
+  @classmethod
+  def unreached(cls, names: list[str]) -> "CaptureError":
+    return cls(
+      "nnx.capture cannot hand values out of a part of this function",
+      got=f"Modules that are called inside {', '.join(sorted(set(names)))}",
+      fix="choose Modules outside of it, or capture a function that does without it",
+    )
+
+
 class KeywordError(RefaxError, TypeError):
   """A keyword that a constructor does not take."""
 
@@ -1105,6 +1128,18 @@ class InvalidArgumentError(RefaxError, ValueError):
     )
 
 
+class MissingPackageError(RefaxError, ImportError):
+  """A package of an extra that is not installed."""
+
+  @classmethod
+  def extra(cls, what: str, package: str, extra: str):
+    return cls(
+      f"{what} needs {package}",
+      got="an environment without that package",
+      fix=f"pip install 'refax[{extra}]'",
+    )
+
+
 def _cast(old: Any, new: Any) -> str:
   """How an array gets another dtype without a number that is wrong in silence."""
   number = jnp.number, jnp.bool_
@@ -1127,15 +1162,3 @@ def _cast(old: Any, new: Any) -> str:
 def _short(x: Any) -> str:
   text = " ".join(repr(x).split())
   return text if len(text) <= 60 else text[:57] + "..."
-class MissingPackageError(RefaxError, ImportError):
-  """A package of an extra that is not installed."""
-
-  @classmethod
-  def extra(cls, what: str, package: str, extra: str):
-    return cls(
-      f"{what} needs {package}",
-      got="an environment without that package",
-      fix=f"pip install 'refax[{extra}]'",
-    )
-
-

@@ -119,7 +119,6 @@ INSTEAD = {
   "bridge": _BRIDGE,
   "cached_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
   "call": "`graphdef.apply(state)(...)`, or call `nnx.merge(graphdef, state)`",
-  "capture": "`module.sow(...)` in the layer and `nnx.pop(model, nnx.Intermediate)` after the call",
   "check_pytree": "leave it out: attributes are checked as they are set",
   "compat": "the function of `nnx` itself, `nnx.jit` for `nnx.compat.jit`",
   "current_update_context": _CONTEXT,

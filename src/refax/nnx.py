@@ -2,7 +2,7 @@
 
 from refax import errors as _errors
 from refax import names as _names
-from refax.config import use_hijax, using_hijax
+from refax.config import use_hijax, use_named_scopes, using_hijax
 from refax.core.containers import Dict, List
 from refax.core.filters import (
   All,
@@ -49,6 +49,9 @@ from refax.graph.state import (
 )
 from refax.graph.storage import as_abstract, as_pure, pure, to_hijax, to_lojax
 from refax.graph.view import view, view_info, with_attributes
+from refax.inspect.capture import capture
+from refax.inspect.intervene import intervene
+from refax.inspect.nonfinite import NonFinite, find_nonfinite
 from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
 from refax.io.flax_checkpoint import load_flax_checkpoint
@@ -192,6 +195,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Module",
   "MultiHeadAttention",
   "MultiMetric",
+  "NonFinite",
   "NonFiniteError",
   "Not",
   "Nothing",
@@ -237,6 +241,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "as_pure",
   "assert_no_writes",
   "avg_pool",
+  "capture",
   "celu",
   "checkify",
   "checkpoint",
@@ -247,16 +252,17 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "data",
   "dataclass",
   "device_put",
+  "display",
   "dot_product_attention",
   "dot_product_attention_weights",
   "dot_product_attention_with_rope",
   "effects",
   "elu",
-  "display",
   "eval_shape",
   "export",
   "filter_state",
   "find_duplicates",
+  "find_nonfinite",
   "fori_loop",
   "fork_rngs",
   "from_flat_state",
@@ -270,6 +276,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "hard_tanh",
   "identity",
   "initializers",
+  "intervene",
   "is_data",
   "iter_children",
   "iter_graph",
@@ -339,6 +346,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "transaction",
   "update",
   "use_hijax",
+  "use_named_scopes",
   "using_hijax",
   "value_and_grad",
   "variables",

@@ -41,7 +41,7 @@ def _forget(moved: dict[int, weakref.ref], key: int, _: Any) -> None:
   moved.pop(key, None)
 
 
-class _Container(Module):
+class _Container(Module, named=False):
   """What List and Dict share: elements in `_items`, kept as data or `_Static`."""
 
   __slots__ = ("_items", "_moved")
@@ -115,7 +115,7 @@ class _Container(Module):
     raise NotImplementedError
 
 
-class List(_Container, MutableSequence, Generic[A]):
+class List(_Container, MutableSequence, Generic[A], named=False):
   """A list whose elements are data (Modules, Variables, arrays) or static.
 
   Args:
@@ -238,7 +238,7 @@ class List(_Container, MutableSequence, Generic[A]):
     return text.Parts("List([", comment, items, "])", folds=True), style._replace(shapes=True)
 
 
-class Dict(_Container, MutableMapping, Generic[A]):
+class Dict(_Container, MutableMapping, Generic[A], named=False):
   """A dict whose values are data (Modules, Variables, arrays) or static.
 
   Args:

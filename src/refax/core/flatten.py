@@ -73,7 +73,8 @@ class Walk:
 
   def graphdef(self, root: tuple) -> GraphDef:
     templates = tuple(map(_template, self.leaves))
-    return GraphDef(root, tuple(self.nodes), len(self.leaves), templates)
+    origins = tuple(map(weakref.ref, self.objects))
+    return GraphDef(root, tuple(self.nodes), len(self.leaves), templates, origins)
 
   def entry(self, value: Any, before: tuple | None = None) -> tuple:
     """The entry for a piece of data, and with it everything below; `before` if it had one."""
@@ -249,6 +250,9 @@ def unflatten(graphdef: GraphDef, leaves: Iterable[Any]) -> tuple[Any, list[Node
   value = resolver(leaves, objects)
   for node, (_, entries) in zip(objects, graphdef.nodes, strict=True):
     fill(node, entries, value)
+  if not _jax.no_trace_active():
+    for node, origin in zip(objects, graphdef.origins, strict=False):
+      node._pytree.origin = origin
   return value(graphdef.root), objects
 
 

@@ -1,5 +1,6 @@
 """GraphDef: the static half of an object, what a traversal finds besides values. Hashable."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import GenericAlias
 from typing import Any
@@ -27,14 +28,23 @@ class GraphDef:
   """
 
   __class_getitem__ = classmethod(GenericAlias)
-  __slots__ = ("_hash", "_paths", "_plain", "leaf_count", "nodes", "root", "templates")
+  __slots__ = ("_hash", "_paths", "_plain", "leaf_count", "nodes", "origins", "root", "templates")
 
-  def __init__(self, root: tuple, nodes: tuple, leaf_count: int, templates: tuple = ()):
+  def __init__(
+    self,
+    root: tuple,
+    nodes: tuple,
+    leaf_count: int,
+    templates: tuple = (),
+    origins: tuple[weakref.ref, ...] = (),
+  ):
     self.root = root
     self.nodes = nodes
     self.leaf_count = leaf_count
     self.templates = templates
     """For each leaf what makes a Variable of an array, or None. Not compared: for `nnx.merge`."""
+    self.origins = origins
+    """The objects that were described, by node, while they live. Not compared: for paths."""
     self._hash: int | None = None
     self._plain: bool | None = None
     self._paths: tuple[Path, ...] | None = None

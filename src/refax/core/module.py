@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refax.core.calls import is_taken, name_calls
 from refax.core.filters import Filter, to_predicates
 from refax.core.flatten import Walk, walk_nodes
 from refax.core.habits import Habits
@@ -57,6 +58,13 @@ class Module(Pytree, Habits):
   """
 
   __slots__ = ()
+  _is_module = True
+
+  def __init_subclass__(cls, *, named: bool = True, **kwargs):
+    """Args: `named`: whether the methods of the class run in named scopes."""
+    super().__init_subclass__(**kwargs)
+    if named:
+      name_calls(cls)
 
   def set_attributes(
     self, *filters: Filter, raise_if_not_found: bool = True, **attributes: Any
@@ -165,6 +173,8 @@ class Module(Pytree, Habits):
     >>> float(nnx.pop(net, nnx.Intermediate)["squares"][0])
     9.0
     """
+    if is_taken(self, variable_type, name, value):
+      return True
     old = getattr(self, name, None)
     if old is not None and not isinstance(old, variable_type):
       raise TreeMismatchError.sow(type(self).__name__, name, variable_type, old)

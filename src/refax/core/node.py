@@ -91,6 +91,7 @@ class NodeState:
     "home",
     "in_trace",
     "lost",
+    "origin",
     "read",
     "rebuilt",
     "trace",
@@ -109,6 +110,7 @@ class NodeState:
     self.lost: Any = None  # what was added to it since
     self.read: Any = None  # where a trace has read it by closure
     self.home: tuple[weakref.ref | None, Any] = (None, None)
+    self.origin: weakref.ref | None = None  # what a trace has rebuilt this object from
 
 
 class Node:
@@ -118,6 +120,9 @@ class Node:
   _pytree: NodeState
   _memoized: ClassVar[frozenset[str]] = frozenset()
   """The names of cached properties: what they keep is no part of the structure."""
+
+  _is_module: ClassVar[bool] = False
+  """Whether it is a part of a model, in whose path others are."""
 
   _altered_by_key: ClassVar[bool] = True
   """Whether `_alter` takes only the entries that are new or others, and not all of them."""

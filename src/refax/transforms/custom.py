@@ -167,7 +167,8 @@ class _Call:
       x._handle(values.get(i), x._def.elsewhere()) if isinstance(x, Variable) else values.get(i)
       for i, x in enumerate(templates)
     ]
-    return unflatten(GraphDef(entry, graph.nodes, graph.leaf_count), leaves)[0]
+    part = GraphDef(entry, graph.nodes, graph.leaf_count, origins=graph.origins)
+    return unflatten(part, leaves)[0]
 
   def _gradients(self, grads: Any, diff: dict[int, Any]) -> dict[int, Any]:
     """The cotangent of each differentiable leaf, from what `bwd` returned."""

@@ -267,7 +267,7 @@ class _Jitted:
     for i, leaf in enumerate(inputs.leaves):
       for x in jax.tree.leaves(leaf) if isinstance(leaf, Variable) else [leaf]:
         if x is not None and not _is_argument(x, abstract):
-          raise ArgumentError.leaf(_name(self._fun, inputs.graphdef.paths[i]), leaf)
+          raise ArgumentError.leaf(leaf_name(self._fun, inputs.graphdef.paths[i]), leaf)
 
   def _static_values(self, count: int, names: tuple[str, ...]) -> list[int]:
     """Which of the values of a call are static: of `count` positional ones, then of `names`."""
@@ -279,7 +279,7 @@ class _Jitted:
   def _names(self, inputs: Inputs) -> Callable[[], list[str]]:
     """What the user calls each leaf; made when it is asked for, and keeps no object alive."""
     fun, graphdef = self._fun, inputs.graphdef
-    return lambda: [_name(fun, path) for path in graphdef.paths]
+    return lambda: [leaf_name(fun, path) for path in graphdef.paths]
 
   @contextlib.contextmanager
   def _naming(self, inputs: Inputs, mask: tuple[bool, ...]) -> Iterator[None]:
@@ -291,7 +291,7 @@ class _Jitted:
 
       def named(match: re.Match) -> str:
         lot = [path for given, path in paths if given is (match[1] == "donated")]
-        return _name(self._fun, lot[int(match[2])])
+        return leaf_name(self._fun, lot[int(match[2])])
 
       text = re.sub(r"(?<=argument path is )(kept|donated)\[(\d+)\]", named, str(error))
       if text == str(error):
@@ -344,7 +344,7 @@ def _is_argument(x: Any, abstract: bool) -> bool:
   return isinstance(x, jax.Array | jax.Ref | numbers) or hasattr(x, "__jax_array__")
 
 
-def _name(fun: Callable, path: Path) -> str:
+def leaf_name(fun: Callable, path: Path) -> str:
   """What the user calls a leaf: `model.linear.kernel`, by the name of the argument."""
   positional, argument, *rest = path
   if positional == 0:

@@ -152,14 +152,41 @@ class Staged:
 
     A value may be a `View`: where `updated` names it, so is what is written to it.
     """
-    written = sorted(self.written if written is None else written)
-    wanted = self.closures_written if closures_written is None else closures_written
-    mine = {key: closures[key] for key in self.closures}
-    flat = list(map(_operand, jax.tree.leaves((values, mine))))
+    _, flat = self.operands(values, closures)
     if any(isinstance(x, View) for x in flat):
       results = view.evaluate(self._pure, flat)
     else:
       results = _jax.jaxpr_as_fun(self._pure)(*flat)
+    written = sorted(self.written if written is None else written)
+    wanted = sorted(self.closures_written if closures_written is None else closures_written)
+    return self._result(results, values, closures, written, wanted)
+
+  def run_with(
+    self,
+    evaluate: Callable[[Any, list[Any]], tuple[list[Any], Any]],
+    values: Sequence[Any],
+    closures: dict[int, jax.Array],
+  ) -> tuple[Result, Any]:
+    """`run` by another evaluation of the jaxpr, `(closed jaxpr, values) -> (results, more)`."""
+    results, more = evaluate(*self.operands(values, closures))
+    written, wanted = sorted(self.written), sorted(self.closures_written)
+    return self._result(results, values, closures, written, wanted), more
+
+  def operands(
+    self, values: Sequence[Any], closures: dict[int, jax.Array]
+  ) -> tuple[Any, list[Any]]:
+    """The function as a closed jaxpr, and what it is run on: values, then those of closures."""
+    mine = {key: closures[key] for key in self.closures}
+    return self._pure, list(map(_operand, jax.tree.leaves((values, mine))))
+
+  def _result(
+    self,
+    results: Sequence[Any],
+    values: Sequence[Any],
+    closures: dict[int, jax.Array],
+    written: list[int],
+    wanted: list[int],
+  ) -> Result:
     results, after = self._pure_tree.unflatten(results)
     finals, outputs = self._tree.unflatten(results)
     finals = {i: finals[i] for i in written if i in finals}
@@ -169,7 +196,7 @@ class Staged:
     spec = outputs.spec._replace(written=tuple(written))
     fresh = jax.tree.map(value_of, outputs.fresh)
     outputs = Outputs([given.get(i, values[i]) for i in written], fresh, spec)
-    return Result(outputs, {key: after.get(key, closures[key]) for key in sorted(wanted)})
+    return Result(outputs, {key: after.get(key, closures[key]) for key in wanted})
 
   def run_apart(
     self, values: list[Any], closures: dict[int, Any]

@@ -1,0 +1,326 @@
+"""nnx.capture hands out what the layers compute, whatever transform they are in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from refax import nnx
+from refax.errors import FilterError
+
+
+class Block(nnx.Module):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(4, 4, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return jnp.sin(self.dropout(self.norm(self.linear(x))))
+
+
+class Net(nnx.Module):
+  def __init__(self, seed=0):
+    rngs = nnx.Rngs(seed)
+    self.layers = [Block(rngs), Block(rngs)]
+    self.stack = nnx.Stack(Block, 3, rngs=rngs, remat=True)
+    self.head = nnx.Linear(4, 2, rngs=rngs)
+
+  def encode(self, x, *, scale=1.0):
+    for layer in self.layers:
+      x = layer(x)
+    return x * scale
+
+  def __call__(self, x):
+    return self.head(self.stack(self.encode(x)))
+
+
+X = jax.random.normal(jax.random.key(0), (5, 4))
+
+
+def by_hand(net, x):
+  """What each block of a model returns, by path."""
+  kept = {}
+  for i, layer in enumerate(net.layers):
+    x = kept["layers", i] = layer(x)
+  stacked = []
+  for layer in net.stack:
+    x = layer(x)
+    stacked.append(x)
+  kept["stack", "layers"] = jnp.stack(stacked)
+  kept["head",] = net.head(x)
+  return kept
+
+
+def value(state, *path):
+  """The one value that a State has for the calls of a method."""
+  for step in path:
+    state = state[step]
+  (x,) = state.get_value() if isinstance(state, nnx.Variable) else state
+  return x
+
+
+def assert_kept(state, want, *, like=lambda x: x):
+  for path, x in want.items():
+    np.testing.assert_allclose(value(state, *path, "__call__"), like(x), rtol=1e-5, atol=1e-6)
+
+
+CALLS = {
+  "the model": lambda net, x: nnx.capture(net)(x),
+  "a function": lambda net, x: nnx.capture(lambda net, x: net(x))(net, x),
+  "jax.jit": lambda net, x: nnx.capture(jax.jit(lambda net, x: net(x)))(net, x),
+  "nnx.jit": lambda net, x: nnx.capture(nnx.jit(lambda net, x: net(x)))(net, x),
+  "inside nnx.jit": lambda net, x: nnx.jit(lambda net, x: nnx.capture(net)(x))(net, x),
+  "inside jax.jit": lambda net, x: _pure(jax.jit(lambda n, x: _bare(nnx.capture(n)(x))), net, x),
+  "remat": lambda net, x: nnx.capture(nnx.remat(lambda net, x: net(x)))(net, x),
+  "checkpoint": lambda net, x: nnx.capture(jax.checkpoint(lambda net, x: net(x)))(net, x),
+  "closure": lambda net, x: nnx.capture(lambda x: net(x))(x),
+  "keyword": lambda net, x: nnx.capture(lambda *, net, x: net(x))(net=net, x=x),
+  "cond": lambda net, x: nnx.capture(
+    lambda net, x: nnx.cond(x.sum() < 1e9, lambda n, x: n(x), lambda n, x: n.head(x), net, x)
+  )(net, x),
+}
+
+
+def _bare(pair):
+  return pair[0], nnx.to_pure_dict(pair[1])
+
+
+def _pure(f, *args):
+  y, kept = f(*args)
+  return y, kept
+
+
+@pytest.mark.parametrize(
+  ("name", "is_hijax"),
+  [
+    *((name, True) for name in CALLS),
+    *((name, False) for name in ("the model", "nnx.jit", "cond")),
+  ],
+)
+def test_all_ways_to_call_give_what_the_layers_compute(name, is_hijax):
+  with nnx.use_hijax(is_hijax):
+    net, twin = Net(), Net()
+  want = by_hand(nnx.clone(twin), X)
+  twin(X)
+  y, kept = CALLS[name](net, X)
+  np.testing.assert_allclose(y, want["head",], rtol=1e-5, atol=1e-6)
+  if name == "cond":
+    want.pop(("head",))  # called in both branches
+  assert_kept(kept, want)
+  for a, b in zip(jax.tree.leaves(nnx.pure(net)), jax.tree.leaves(nnx.pure(twin)), strict=True):
+    if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_model_stays_as_it_is():
+  net = Net()
+  before = nnx.graphdef(net)
+  nnx.capture(net)(X)
+  assert nnx.graphdef(net) == before
+
+
+def test_the_layers_of_interest_are_chosen_by_type_path_and_predicate():
+  net = Net()
+  paths = lambda *which: {
+    ".".join(map(str, p[:-1])) for p, _ in nnx.to_flat_state(nnx.capture(net, *which)(X)[1])
+  }
+  assert paths("layers/*") == {"layers.0", "layers.1"}
+  assert paths("layers/1/**") == {f"layers.1{x}" for x in ("", ".linear", ".norm", ".dropout")}
+  assert paths("**/norm") == {"layers.0.norm", "layers.1.norm", "stack.layers.norm"}
+  assert paths(("layers", 1)) == {"layers.1"}
+  assert paths(nnx.Stack) == {"stack"}
+  assert paths(lambda path, module: isinstance(module, nnx.Linear) and "head" in path) == {"head"}
+  assert paths(nnx.Stack, "head") == {"stack", "head"}
+  with pytest.raises(FilterError, match="this is not a filter"):
+    nnx.capture(net, net.head)
+
+
+def test_a_path_that_leads_nowhere_is_refused_before_anything_is_written():
+  net = Net()
+  before = jax.tree.map(jnp.copy, nnx.pure(net))
+  with pytest.raises(FilterError, match=r"(?s)no Module is at this path.*'layers/7'.*'layers/"):
+    nnx.capture(net, "layers/7")(X)
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(nnx.pure(net)), strict=True):
+    if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_methods_inputs_and_several_calls():
+  net = Net()
+  net.eval()
+  y, kept = nnx.capture(net.encode, methods=("encode", "__call__"), inputs=True)(X, scale=2.0)
+  np.testing.assert_allclose(value(kept, "encode"), y)
+  ((args, kwargs),) = kept["encode.inputs"].get_value()
+  np.testing.assert_array_equal(args[0], X)
+  assert kwargs == {"scale": None}  # a number is no array
+  np.testing.assert_allclose(value(kept, "layers", 0, "__call__.inputs")[0][0], X)
+  _, kept = nnx.capture(lambda head, x: head(x) + head(2 * x), nnx.Linear)(net.head, X)
+  first, second = kept["head"]["__call__"].get_value()
+  np.testing.assert_allclose(first, net.head(X), rtol=1e-6)
+  np.testing.assert_allclose(second, net.head(2 * X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, nnx.jit], ids=["eager", "jax", "nnx"])
+def test_a_training_step_hands_out_values_and_gradients_and_trains_as_without(wrap):
+  def step(net, optimizer, x):
+    loss, grads = nnx.value_and_grad(lambda net: (net(x) ** 2).mean())(net)
+    optimizer.update(net, grads)
+    return loss
+
+  net, twin = Net(), Net()
+  optimizers = [nnx.Optimizer(n, optax.sgd(0.1), wrt=nnx.Param) for n in (net, twin)]
+  blocks = nnx.clone(twin)
+  want = by_hand(blocks, X)
+  loss, kept = nnx.capture(wrap(step), Block, nnx.Linear, gradients=True)(net, optimizers[0], X)
+  np.testing.assert_allclose(loss, step(twin, optimizers[1], X), rtol=1e-5)
+  assert_kept(kept, want)
+  np.testing.assert_allclose(net.head.kernel, twin.head.kernel, rtol=1e-5, atol=1e-7)
+  grad = 2 * want["head",] / want["head",].size
+  np.testing.assert_allclose(value(kept, "head", "__call__.gradient"), grad, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_of_intermediates_equal_those_of_perturbations():
+  net = Net()
+  net.eval()
+
+  def tail(h, start):
+    layers = [*net.layers, *net.stack]
+    for layer in layers[start:]:
+      h = layer(h)
+    return (net.head(h) ** 2).sum()
+
+  _, kept = nnx.capture(nnx.grad(lambda net, x: (net(x) ** 2).sum()), Block, gradients=True)(net, X)
+  h, found = X, []
+  for i, layer in enumerate([*net.layers, *net.stack]):
+    h = layer(h)
+    found.append(jax.grad(lambda h, i=i: tail(h, i + 1))(h))
+  for i in range(2):
+    got = value(kept, "layers", i, "__call__.gradient")
+    np.testing.assert_allclose(got, found[i], rtol=1e-4, atol=1e-6)
+  stacked = value(kept, "stack", "layers", "__call__.gradient")
+  np.testing.assert_allclose(stacked, jnp.stack(found[2:]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_flag_among_the_arguments_decides_as_without_capture():
+  class Layer(nnx.Module):
+    def __call__(self, x, train, activation=None):
+      x = 2 * x if train else x
+      return activation(x) if activation else x
+
+  for train in (True, False):
+    y, kept = nnx.capture(Layer())(X, train, activation=jnp.sin)
+    np.testing.assert_allclose(y, jnp.sin(2 * X if train else X), rtol=1e-6)
+    np.testing.assert_array_equal(value(kept, "__call__"), y)
+
+
+def test_vmap_and_scan_stack_what_they_map():
+  net = Net()
+  net.eval()
+  want = jax.vmap(net.head)(X)
+  for vmap in (jax.vmap, nnx.vmap):
+    _, kept = nnx.capture(lambda n, x, v=vmap: v(n.head, in_axes=0)(x), nnx.Linear)(net, X)
+    np.testing.assert_allclose(value(kept, "head", "__call__"), want, rtol=1e-6)
+
+  def loop(net, x):
+    return jax.lax.scan(lambda c, x: (c, net.head(x)), None, x)[1]
+
+  _, kept = nnx.capture(loop, nnx.Linear)(net, X)
+  np.testing.assert_allclose(value(kept, "head", "__call__"), want, rtol=1e-6)
+
+
+def test_an_ensemble_has_its_members_first():
+  ensemble = nnx.vmap(lambda rngs: nnx.Linear(4, 2, rngs=rngs))(nnx.Rngs(0).fork(split=3))
+  call = lambda model, x: nnx.vmap(lambda m, x: m(x), in_axes=(0, None))(model, x)
+  y, kept = nnx.capture(call)(ensemble, X)
+  np.testing.assert_allclose(value(kept, "__call__"), y)
+
+
+def test_a_while_loop_gives_its_last_step_and_a_branch_that_was_not_taken_zeros():
+  net = Net()
+  net.eval()
+  block = net.layers[0]
+
+  def repeat(net, x, n):
+    return jax.lax.while_loop(
+      lambda c: c[0] < n, lambda c: (c[0] + 1, net.layers[0](c[1])), (0, x)
+    )[1]
+
+  y, kept = nnx.capture(repeat, Block)(net, X, jnp.array(3))
+  np.testing.assert_allclose(value(kept, "layers", 0, "__call__"), y, rtol=1e-6)
+  np.testing.assert_allclose(y, block(block(block(X))), rtol=1e-5)
+  choose = lambda net, x, p: jax.lax.cond(p, lambda x: net.head(x), lambda x: x[:, :2], x)
+  _, kept = nnx.capture(choose, nnx.Linear)(net, X, jnp.array(False))
+  assert not value(kept, "head", "__call__").any()
+
+
+def test_what_is_sown_is_handed_out_and_not_stored():
+  class Sower(nnx.Module):
+    def __call__(self, x):
+      self.sow(nnx.Intermediate, "squares", x * x)
+      self.sow(nnx.Cache, "others", x)
+      return x
+
+  class Two(nnx.Module):
+    def __init__(self):
+      self.a, self.b = Sower(), Sower()
+
+    def __call__(self, x):
+      return self.b(self.a(x) + 1)
+
+  model = Two()
+  _, kept = nnx.capture(nnx.jit(model), nnx.Intermediate)(X)
+  np.testing.assert_allclose(value(kept, "a", "squares"), X * X)
+  np.testing.assert_allclose(value(kept, "b", "squares"), (X + 1) ** 2, rtol=1e-6)
+  assert not hasattr(model.a, "squares")
+
+
+def test_a_second_capture_is_not_traced_again_and_another_is():
+  traces = []
+
+  class Counted(nnx.Module):
+    def __call__(self, x):
+      traces.append(None)
+      return x + 1
+
+  model, jitted = Counted(), jax.jit(lambda m, x: m(x))
+  seen = nnx.capture(jitted)
+  for _ in range(3):
+    seen(model, X)
+  assert len(traces) == 1
+  jitted(model, X)
+  assert len(traces) == 2
+  nnx.capture(jitted, inputs=True)(model, X)
+  assert len(traces) == 3
+  jitted(model, X)
+  seen(model, X)
+  assert len(traces) == 3
+
+
+def test_results_that_are_trees_or_hold_no_arrays():
+  class Layer(nnx.Module):
+    def __call__(self, x):
+      return {"a": x, "b": (x + 1, None, "text")}
+
+  result, kept = nnx.capture(lambda m, x: m(x)["a"])(Layer(), X)
+  np.testing.assert_array_equal(result, X)
+  tree = value(kept, "Layer", "__call__") if "Layer" in kept else value(kept, "__call__")
+  np.testing.assert_array_equal(tree["b"][0], X + 1)
+  assert tree["b"][1:] == (None, None)
+
+
+def test_an_error_in_the_function_leaves_state_as_it_was():
+  net = Net()
+  mean = net.layers[0].norm.mean[...]
+
+  def bad(net, x):
+    net(x)
+    raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    nnx.capture(bad)(net, X)
+  np.testing.assert_array_equal(net.layers[0].norm.mean, mean)
+  jitted = nnx.jit(lambda net, x: net(x))
+  jitted(net, X)  # and no observer is left behind
+  assert nnx.capture(net)(X)[1]

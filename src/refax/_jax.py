@@ -632,7 +632,7 @@ def only_refs_are_effects(closed_jaxpr: Any) -> bool:
 
 def _calls_back(jaxpr: Any) -> bool:
   return any(
-    "callback" in eqn.primitive.name or any(map(_calls_back, (*inner_jaxprs(eqn), *_meant(eqn))))
+    "callback" in eqn.primitive.name or any(map(_calls_back, (*inner_jaxprs(eqn), *meant_jaxprs(eqn))))
     for eqn in jaxpr.eqns
   )
 
@@ -796,10 +796,10 @@ class _Values:
   def run(self, written: list[Any]) -> tuple[Any, list[Any]]:
     old = self._jaxpr
     consts = dict(zip(old.constvars, self._closed.consts, strict=True))
-    refs = [v for v in (*old.invars, *consts) if _is_ref_var(v)]
+    refs = [v for v in (*old.invars, *consts) if is_ref_var(v)]
     self._refs = {v: _new_var(v.aval.inner_aval) for v in refs}
     inputs = dict(self._refs)
-    self._consts = {v: x for v, x in consts.items() if not _is_ref_var(v)}
+    self._consts = {v: x for v, x in consts.items() if not is_ref_var(v)}
     for eqn in old.eqns:
       self._add(eqn)
     outvars = [*(self._refs[v] for v in written), *map(self._now, old.outvars)]
@@ -835,7 +835,7 @@ class _Values:
       self._refs[eqn.outvars[0]] = self._now(eqn.invars[0])
     elif name == "freeze":
       self._names[eqn.outvars[0]] = self._refs[eqn.invars[0]]
-    elif _has_state(eqn) or any(map(_is_ref_var, eqn.outvars)):
+    elif _has_state(eqn) or any(map(is_ref_var, eqn.outvars)):
       self._discharge(eqn)
     else:
       invars = list(map(self._now, eqn.invars))
@@ -845,7 +845,7 @@ class _Values:
   def _discharge(self, eqn: Any) -> None:
     from jax._src.state.discharge import discharge_state
 
-    if any(map(_is_ref_var, eqn.outvars)):
+    if any(map(is_ref_var, eqn.outvars)):
       raise NotImplementedError(eqn.primitive.name)
     invars = list({v: None for v in eqn.invars if type(v) is not Literal})
     alone = self._jaxpr.replace(
@@ -858,12 +858,12 @@ class _Values:
     )
     pure = discharge_state(ClosedJaxpr(alone, []), lower=False)
     inner = pure.jaxpr
-    given = [self._refs[v] if _is_ref_var(v) else self._now(v) for v in invars]
+    given = [self._refs[v] if is_ref_var(v) else self._now(v) for v in invars]
     self._names |= zip(inner.invars, given, strict=True)
     self._consts |= zip(inner.constvars, pure.consts, strict=True)
     for new in inner.eqns:
       self._eqns.append(new.replace(invars=list(map(self._now, new.invars))))
-    refs = [v for v in invars if _is_ref_var(v)]
+    refs = [v for v in invars if is_ref_var(v)]
     values = list(map(self._now, inner.outvars))
     self._names |= zip(eqn.outvars, values[: len(eqn.outvars)], strict=True)
     self._refs |= zip(refs, values[len(eqn.outvars) :], strict=True)
@@ -886,7 +886,8 @@ def _is_high(eqn: Any) -> bool:
   return eqn.primitive.is_high(*(v.aval for v in eqn.invars), **eqn.params)
 
 
-def _is_ref_var(atom: Any) -> bool:
+def is_ref_var(atom: Any) -> bool:
+  """Whether a variable of a jaxpr stands for a Ref. Private: the attribute of its type."""
   return hasattr(atom.aval, "inner_aval")
 
 
@@ -948,7 +949,22 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
   return [x for x in flat if hasattr(x, "eqns")]
 
 
-def _meant(eqn: Any) -> list[Any]:
+def scan_counts(eqn: Any) -> tuple[int, int] | None:
+  """How many of the inputs of a `lax.scan` are constants, and how many are carried.
+
+  Private: the parameters, which JAX 0.12 keeps as a tree. None where they are not as expected.
+  """
+  params = eqn.params
+  if "num_consts" in params:
+    return params["num_consts"], params["num_carry"]
+  try:
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
+  except (KeyError, AttributeError, TypeError, ValueError):
+    return None
+
+
+def meant_jaxprs(eqn: Any) -> list[Any]:
   """The jaxprs that an equation of `jax.experimental.hijax` will become.
 
   Private: the parameter `_prim`. A `HiPrim` that holds none says in `expand` what it computes.
@@ -963,7 +979,7 @@ def _meant(eqn: Any) -> list[Any]:
 def _has_state(eqn: Any) -> bool:
   """Whether an equation is given Refs, or makes some inside."""
   inside = any(type(e).__name__ == "InternalMutableArrayEffect" for e in eqn.effects)
-  return inside or any(map(_is_ref_var, eqn.invars))
+  return inside or any(map(is_ref_var, eqn.invars))
 
 
 def _rewritten(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
@@ -1085,7 +1101,7 @@ def has_checks(closed_jaxpr: Any) -> bool:
   def found(jaxpr: Any) -> bool:
     return any(
       eqn.primitive.name in ("refax_checked", "check")
-      or any(map(found, (*inner_jaxprs(eqn), *_meant(eqn))))
+      or any(map(found, (*inner_jaxprs(eqn), *meant_jaxprs(eqn))))
       for eqn in jaxpr.eqns
     )
 

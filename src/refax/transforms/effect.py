@@ -16,13 +16,15 @@ from refax.core.interrupt import surely
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
+from refax.transforms.dependence import NOTHING, Dependence, Flow
+from refax.transforms.effect_graph import Graph, draw, signature
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.stage import Staged, read_closures, values_of
 from refax.typing import path_str
 
 
 class Effects(NamedTuple):
-  """Which state a function reads and writes, by path.
+  """Which state a function reads and writes, by path. `print` shows a line for each layer.
 
   A path starts with the argument, `0.linear.kernel` or `model.linear.kernel` for a keyword; what
   is reached by closure has its path in the object that it belongs to, `Net.linear.kernel`.
@@ -30,17 +32,39 @@ class Effects(NamedTuple):
   >>> from refax import nnx
   >>> nnx.effects(lambda v: v + 1)(nnx.Variable(0))
   Effects(reads=('0',), writes=())
+  >>> import jax.numpy as jnp
+  >>> norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+  >>> print(nnx.effects(lambda norm, x: norm(x))(norm, jnp.ones((2, 3))))
+  0: reads bias, scale; updates mean, var
   """
 
   reads: tuple[str, ...]
   writes: tuple[str, ...]
 
+  def __str__(self) -> str:
+    return signature(self.reads, self.writes)
+
+  def as_graph(self) -> Graph:
+    """A picture: the function, and arrows from the state that it reads and to what it writes.
+
+    Returns:
+      An SVG as a string, with a box for each layer; a notebook draws it, and
+      `Path("effects.svg").write_text(graph)` keeps it.
+
+    >>> from refax import nnx
+    >>> graph = nnx.effects(lambda v: v + 1)(nnx.Variable(0)).as_graph()
+    >>> graph.startswith("<svg")
+    True
+    """
+    return draw(self.reads, self.writes)
+
 
 def effects(f: Callable) -> Callable[..., Effects]:
   """Which Variables does a function read, and which does it write? Without running it.
 
-  A write that keeps a part of the old value counts as a read too; an argument of a nested `nnx`
-  transform counts as read as a whole.
+  A Variable is read when a result, a write or a side effect depends on its value. A write that
+  keeps a part of the old value counts as a read too. What is passed to a nested transform and not
+  used there is not read, nor is what one branch of a `cond` leaves as it was.
 
   Args:
     f: a function of Modules, Variables and arrays.
@@ -137,9 +161,38 @@ def _effects_of(staged: Staged) -> Effects:
   for key in staged.closures:
     variable = staged.closure_variable(key)
     closures[key] = variable._def.origin.path() if variable is not None else "(a Ref by closure)"
-  reads = [names[i] for i in staged.read] + [closures[k] for k in staged.closures_read]
+  reads = [names[x] if kind == "leaf" else closures[x] for kind, x in _reads(staged)]
   writes = [names[i] for i in staged.written] + [closures[k] for k in staged.closures_written]
   return Effects(tuple(sorted(reads)), tuple(sorted(writes)))
+
+
+def _reads(staged: Staged) -> set[tuple[str, int]]:
+  """("leaf", index) of the inputs and ("closure", id) of the Refs that what it does depends on."""
+  closed = staged._jaxpr
+  jaxpr = closed.jaxpr
+  finals, outputs = staged._tree.unflatten(jaxpr.outvars)
+  source = {id(out): e.invars[0] for e in jaxpr.eqns for out in e.outvars if e.invars}
+  cells, values = {}, []
+  for index, leaf in enumerate(staged.inputs.leaves):
+    is_hijax = isinstance(leaf, Variable) and leaf.is_hijax
+    is_cell = isinstance(leaf, Variable) and not is_hijax
+    flow = Flow(frozenset([("leaf", index)])) if is_cell else NOTHING
+    count = len(jax.tree.leaves(leaf.get_raw_value() if isinstance(leaf, Variable) else leaf))
+    values += [flow] * count
+    for final in jax.tree.leaves(finals.get(index, ())):
+      cells[id(source[id(final)])] = ("leaf", index)
+  dependence = Dependence(cells)
+  flows = dependence.run(jaxpr, closed.consts, values)
+  of = dict(zip(map(id, jaxpr.outvars), flows, strict=True))
+  found = set(dependence.reads)
+  for out in jax.tree.leaves(outputs.fresh):
+    found |= of.get(id(out), NOTHING).all
+  for index, new in zip(staged.outputs.spec.written, outputs.written, strict=True):
+    for out in jax.tree.leaves(new):
+      flow = of.get(id(out), NOTHING)
+      found |= (flow.copies - {("leaf", index)}) | flow.computed
+  leaves = {("leaf", i) for i in range(len(staged.inputs.leaves)) if ("leaf", i) in found}
+  return leaves | {("closure", key) for key in staged.closures if key in found}
 
 
 def _name(inputs: Inputs, index: int) -> str:

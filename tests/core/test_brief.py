@@ -211,6 +211,33 @@ def test_a_default_that_is_not_a_number_is_the_default():
   assert "own=Own( # Param: 6 (24 B)" in printed and "scale=nan" in printed
 
 
+def test_a_layer_that_a_user_extends_hides_the_defaults_of_the_layer_below():
+  class Scaled(nnx.Linear):
+    def __init__(self, size, *, rngs, **options):
+      super().__init__(size, size, rngs=rngs, **options)
+      self.scale, self.gain = 2.0, nnx.Param(1.0)
+
+  printed = repr(Scaled(2, precision="high", rngs=nnx.Rngs(0)))
+  assert "dot_general" not in printed and "use_bias" not in printed and "dtype=None" not in printed
+  assert "precision='high'," in printed and "scale=2.0" in printed and "gain=Param(" in printed
+  assert "dot_general=" in nnx.render_to_text(Scaled(2, rngs=nnx.Rngs(0)))
+
+
+def test_long_attributes_are_cut_and_whole_in_the_full_text():
+  model = Block(table=nnx.static(tuple(range(5000))), text="x" * 1000)
+  assert len(repr(model)) < 500 and repr(model).count("...") == 2
+  assert "4999" in nnx.render_to_text(model) and "x" * 1000 in nnx.render_to_text(model)
+
+
+def test_state_in_an_argument_is_shown_once():
+  ema = nnx.EMA(nnx.state(MLP(nnx.Rngs(0)), nnx.Param), 0.9)
+  assert repr(ema).splitlines()[1:] == [
+    "  decay=0.9,",
+    "  params=State(5 leaves) # EMAState: 256 (1.0 KB)",
+    ")",
+  ]
+
+
 def test_dataclasses_and_properties_that_raise():
   @nnx.dataclass
   class Data(nnx.Module):

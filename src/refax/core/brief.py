@@ -15,7 +15,6 @@ import numpy as np
 
 from refax.core import text
 from refax.core.flatten import flatten
-from refax.core.node import Node
 from refax.core.variable import Variable
 
 WIDTH = 88  # arguments that are longer go to the next line
@@ -25,9 +24,13 @@ MISSING = inspect.Parameter.empty
 
 def parts(node: Any, style: text.Style) -> tuple[text.Parts, text.Style]:
   """What the block of an object consists of: `__repr_parts__` of a Pytree."""
-  entries = node._entries()
+  entries = list(node._entries())
   style = style._replace(shapes=True, short=False)
-  items: Iterable[tuple[str, Any]] = [(f"{key}=", value) for key, value, _ in entries]
+  items: Iterable[tuple[str, Any]] = [
+    (f"{key}=", value)
+    for key, value, is_data in entries
+    if style.full or is_data or not _is_default(node, key, value)
+  ]
   if not style.full and is_ours(type(node)):
     given = _wrapped(arguments(node))
     children = [(f"{key}=", value) for key, value, is_data in entries if is_data]
@@ -104,10 +107,11 @@ def arguments(node: Any) -> list[str]:
 
 def given(node: Any) -> list[tuple[str, Any, bool]]:
   """(name, value, is it positional) of the arguments that differ from the defaults."""
-  attributes, found, is_in_a_row = node.__dict__, [], True
+  attributes = {key: value for key, value, is_data in node._entries() if not is_data}
+  found, is_in_a_row = [], True
   for name, by_position, default in _parameters(type(node).__init__):
     value = attributes.get(name, MISSING)
-    if value is MISSING or _is_data(value) or (default is not MISSING and _same(value, default)):
+    if value is MISSING or (default is not MISSING and _same(value, default)):
       is_in_a_row = False
       continue
     is_in_a_row = is_in_a_row and by_position and default is MISSING
@@ -131,8 +135,14 @@ def _parameters(init: Any) -> list[tuple[str, bool, Any]]:
   ]
 
 
-def _is_data(value: Any) -> bool:
-  return isinstance(value, Variable | Node | jax.Array | np.ndarray)
+def _is_default(node: Any, name: str, value: Any) -> bool:
+  """Whether an attribute is as a layer of Refax, which the user's class extends, makes it."""
+  layers = [c for c in type(node).__mro__[1:] if "__init__" in vars(c) and is_ours(c)]
+  return any(
+    name == parameter and default is not MISSING and _same(value, default)
+    for layer in layers
+    for parameter, _, default in _parameters(layer.__init__)
+  )
 
 
 def _same(value: Any, default: Any) -> bool:

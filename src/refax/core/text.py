@@ -23,6 +23,7 @@ from refax.typing import describe
 DEPTH = 40  # what is below is left out
 INDENT = "  "
 LONG = 60  # a value with a longer text is only named in a line
+LONGEST = 200  # characters of an attribute's text inside an object
 FOLD = 3  # so many equal items in a row, or more, are shown once
 
 
@@ -140,9 +141,11 @@ def _value(obj: Any, style: Style) -> str:
     return _builtin(obj, style)
   try:
     name = getattr(obj, "__name__", None) if callable(obj) and not style.full else None
-    return name if isinstance(name, str) else repr(obj)
+    shown = name if isinstance(name, str) else repr(obj)
   except Exception as error:  # a user's object may do anything, and printing is for finding out
     return f"<{type(obj).__name__}: its repr raises {type(error).__name__}>"
+  is_cut = style.shapes and not style.full and len(shown) > LONGEST
+  return f"{shown[:LONGEST]}..." if is_cut else shown
 
 
 def _object(obj: Any, style: Style) -> Line:

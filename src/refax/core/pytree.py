@@ -290,7 +290,7 @@ class Pytree(Node):
 
   def _is_marked(self, name: str, old: Any) -> bool:
     """Whether an attribute is data only because `nnx.data` says so: its next value is, too."""
-    return name in self._pytree.dynamic and not is_data(old)
+    return name in self._pytree.dynamic and old is not MISSING and not is_data(old)
 
   def _put(self, name: str, old: Any, value: Any, *, dynamic: bool) -> None:
     """Set an attribute, which was `old`, to what `classify` has made of a value."""

@@ -109,9 +109,18 @@ def _private() -> _Private | None:
       aval = AbstractRef(jax.typeof(value), kind=CELL_KIND)
       ref = core.Ref(aval, core.ArrayRefImpl(aval, value))
       works = ref._refs._buf is value and core.trace_state_clean() in (True, False)
-    return _Private(core, AbstractRef, _trace_check(core)) if works else None
+    if not works:
+      return None
+    private = _Private(core, AbstractRef, _trace_check(core))
   except Exception:
     return None
+  if jax.local_device_count() > 1:
+    on_several_devices()
+  return private
+
+
+on_several_devices: Callable[[], None] = lambda: None
+"""Called before the first cell is made, if there could be a mesh; see `core.variable`."""
 
 
 def _trace_check(core: Any) -> Callable[[], bool]:

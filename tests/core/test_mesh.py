@@ -77,6 +77,9 @@ def test_a_model_computes_in_the_mesh_whatever_calls_it(axes):
       lambda m, x: nnx.jit(lambda x: m(x))(x),
       lambda m, x: jax.jit(lambda s, x: x @ s["kernel"][...] + s["bias"][...])(nnx.state(m), x),
       lambda m, x: jax.jit(lambda ms, x: ms[0](x))([m], x),
+      lambda m, x: jax.jit(lambda v, x: x @ v[...] + m.bias)(m.kernel, x),
+      lambda m, x: jnp.dot(x, m.kernel) + m.bias,
+      lambda m, x: jax.jit(lambda vs, x: x @ vs["k"] + vs["b"])({"k": m.kernel, "b": m.bias}, x),
       lambda m, x: jax.vmap(lambda m, x: m(x), (None, 0))(m, x),
       lambda m, x: jax.vmap(lambda x: m(x))(x),
       lambda m, x: jax.lax.cond(True, lambda m, x: m(x), lambda m, x: m(x) * 2, m, x),
@@ -337,6 +340,46 @@ def test_none_has_moved_if_one_cannot():
   assert calls[-1] == "raised" and epoch.value == then
   assert all(v.sharding.device_set == {first} for v in (model.kernel, model.bias))
   model(before)
+  """)
+
+
+def test_a_step_of_another_thread_outside_of_the_mesh_is_not_lost():
+  run("""
+  import threading
+  model = made()[0]
+  add = nnx.jit(lambda m: m.bias.set_value(m.bias + 1))
+  add(model)
+
+  def outside():
+    for _ in range(20):
+      add(model)
+
+  put = jax.device_put
+  def slow(x, *args):  # a step ends while a cell is being copied
+    jax.device_put = put
+    thread = threading.Thread(target=outside)
+    thread.start()
+    thread.join()
+    return put(x, *args)
+
+  jax.device_put = slow
+  with jax.set_mesh(mesh):
+    add(model)
+  assert model.bias[...].tolist() == [22.0] * 2 and is_everywhere(model.bias)
+  """)
+
+
+def test_what_has_been_in_the_mesh_and_what_has_not_meet_outside():
+  run("""
+  for jit in (nnx.jit, lambda f: f):
+    (model, optimizer), twin = made(), made()
+    elsewhere = nnx.Variable(jnp.ones(2))
+    with jax.set_mesh(mesh):
+      jnp.dot(before, model.kernel)  # the bias has not been used, nor the optimizer
+    for _ in range(3):
+      close(jit(step)(model, optimizer, before), step(*twin, before))
+    assert all(is_everywhere(x) for x in arrays(model, optimizer))
+    assert all(x.sharding.device_set == {first} for x in arrays(*twin, elsewhere))
   """)
 
 

@@ -4,10 +4,6 @@ An array that is made outside of a mesh is committed to no device: inside, JAX l
 mesh. A Ref is always committed, and JAX refuses one on a single device in a mesh of several. So a
 cell that is used in a mesh moves to all of its devices, once, and stays there; its value is the
 same on each. A layout that splits it up is chosen by `nnx.device_put`.
-
-One thing is not seen: a Variable that by itself, in no Module or State, is an argument of a plain
-JAX transform. JAX takes it apart in C; to do that in Python would make a call of `jax.jit` with 100
-lojax Variables a sixth slower.
 """
 
 from collections.abc import Iterable
@@ -28,26 +24,62 @@ def objects_enter_mesh(leaves: Iterable[Any]) -> None:
     enter_mesh(x for cell in cells for x in jax.tree.leaves(cell))
 
 
+_entered: set[jax.sharding.Mesh] = set()
+"""The meshes that cells have moved to."""
+
+
+def arguments_meet(leaves: Iterable[Any]) -> None:
+  """`objects_enter_mesh` for the arguments of one compiled function, also outside of the mesh.
+
+  Where some of their cells have moved to a mesh and others have not (the model was evaluated in it,
+  the optimizer not), those move too: one function cannot have both.
+  """
+  if _jax.wide_mesh() is not None:
+    objects_enter_mesh(leaves)
+  elif _entered and _jax.no_trace_active():
+    cells = [x for leaf in leaves for x in jax.tree.leaves(getattr(leaf, "_cell", leaf))]
+    refs = [x for x in cells if type(x) is jax.Ref]
+    meshes: set[Any] = {
+      getattr(_jax.bits(_jax.peek_cell(ref)).sharding, "mesh", None) for ref in refs
+    }
+    for mesh in meshes & _entered:
+      _enter(refs, mesh)
+
+
 def enter_mesh(cells: Iterable[Any]) -> None:
   """Move the Refs among `cells` to the mesh of now, if there is one that they are not in.
 
-  All copies are made before a cell is given its own: if one fails, none has moved.
+  All copies are made before a cell gets its own: if one fails, none has moved.
   """
   mesh = _jax.wide_mesh()
   if mesh is None:
     return
-  refs = list({id(x): x for x in cells if _jax.is_outside(x, mesh)}.values())
-  if not refs:
-    return
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  with jax.ensure_compile_time_eval():  # a function that is traced may find them by closure
-    held = list(map(_jax.peek_cell, refs))
-    moved = [jax.device_put(x, everywhere) for x in held]
-    jax.block_until_ready(moved)
+  _enter(cells, mesh)
+
+
+def _enter(cells: Iterable[Any], mesh: jax.sharding.Mesh) -> None:
+  cells = {id(x): x for x in cells}.values()
+  while refs := [x for x in cells if _jax.is_outside(x, mesh)]:
+    _entered.add(mesh)
+    _move(refs, NamedSharding(mesh, PartitionSpec()))
+
+
+def _move(refs: list[jax.Ref], sharding: NamedSharding) -> None:
+  """Lay out cells in another way; those that another thread writes meanwhile stay as they are."""
+  held = list(map(_jax.peek_cell, refs))
+  try:
+    with jax.ensure_compile_time_eval():  # a function that is traced may find them by closure
+      moved = [jax.device_put(x, sharding) for x in held]
+      jax.block_until_ready(moved)
+  except Exception:
+    if any(_jax.peek_cell(ref) is not x for ref, x in zip(refs, held, strict=True)):
+      return  # a step outside of the mesh has taken the buffer
+    raise
 
   def install() -> None:
-    for ref, new in zip(refs, moved, strict=True):
-      _jax.move_cell(ref, new)
+    for ref, old, new in zip(refs, held, moved, strict=True):
+      if _jax.peek_cell(ref) is old:
+        _jax.move_cell(ref, new)
     epoch.bump()  # compiled calls are known by where their arguments are
 
   uninterrupted(install)

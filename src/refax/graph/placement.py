@@ -24,8 +24,7 @@ def device_put(tree: Any, device: Any, /) -> Any:
   `nnx.jit` and `jax.jit` write afterwards stays where the object is.
 
   What was made before `jax.set_mesh` and is used in the mesh needs no call: it moves to all devices
-  of the mesh, undivided, when it is used first. Only a Variable that is itself an argument of a
-  plain JAX transform (not one in a Module or State) does not.
+  of the mesh, undivided, when it is used first, and stays there.
 
   Parts are laid out in their own way by one call each: `nnx.device_put(model.kernel, sharding)`.
 

@@ -11,6 +11,7 @@ import optax
 from refax.core import storage
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter
+from refax.core.mesh import arguments_meet
 from refax.core.node import Node
 from refax.core.owned import Owned
 from refax.core.pytree import Pytree, data
@@ -123,6 +124,7 @@ class Optimizer(Pytree):
     """
     self._check_order(model, grads)
     targets = variables(model, self.wrt)
+    arguments_meet((targets, self.opt_state, self.step))
     params, grads = _arrays(targets), self._gradients(targets, grads)
     slots, treedef = jax.tree.flatten(self.opt_state, is_leaf=is_variable)
     old = treedef.unflatten(map(unwrap, slots))

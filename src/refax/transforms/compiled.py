@@ -117,7 +117,7 @@ class Compiled:
 
   def cells(self, leaves: Sequence[Any]) -> tuple[list[jax.Ref], list[jax.Ref]]:
     """The Refs that a call writes, and those that it only reads, of these leaves."""
-    flat = jax.tree.leaves([leaves[i] for i in self._order])
+    flat = jax.tree.leaves([getattr(leaves[i], "_cell", leaves[i]) for i in self._order])
     refs: dict[Any, Any] = {i: flat[i] for i in self._ref_places} | self._closure_refs
     return [refs[key] for key in self.written], [refs[key] for key in self.read]
 

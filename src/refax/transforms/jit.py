@@ -265,7 +265,7 @@ class _Jitted:
   def _check(self, inputs: Inputs, abstract: bool) -> None:
     """Refuse what is neither an array nor an object, by the name of its argument."""
     for i, leaf in enumerate(inputs.leaves):
-      for x in jax.tree.leaves(leaf) if isinstance(leaf, Variable) else [leaf]:
+      for x in jax.tree.leaves(leaf._cell) if isinstance(leaf, Variable) else [leaf]:
         if x is not None and not _is_argument(x, abstract):
           raise ArgumentError.leaf(leaf_name(self._fun, inputs.graphdef.paths[i]), leaf)
 

@@ -23,7 +23,7 @@ from refax.core.definition import Differentiation
 from refax.core.flatten import Walk, unflatten
 from refax.core.graphdef import REGION, GraphDef
 from refax.core.interrupt import uninterrupted
-from refax.core.mesh import objects_enter_mesh
+from refax.core.mesh import arguments_meet
 from refax.core.node import Node
 from refax.core.variable import Variable, VariableDef
 from refax.core.watch import Watch
@@ -79,7 +79,7 @@ class Inputs:
     values = [*args, *(kwargs[name] for name in sorted(kwargs))]
     root = (REGION, treedef, tuple(map(walk.entry, values)))
     if enters_mesh:
-      objects_enter_mesh(walk.leaves)
+      arguments_meet(walk.leaves)
     names = tuple(sorted(kwargs))
     return cls(walk.graphdef(root), walk.leaves, walk.objects, names, walk.cacheable)
 

@@ -641,7 +641,8 @@ def only_refs_are_effects(closed_jaxpr: Any) -> bool:
 
 def _calls_back(jaxpr: Any) -> bool:
   return any(
-    "callback" in eqn.primitive.name or any(map(_calls_back, (*inner_jaxprs(eqn), *meant_jaxprs(eqn))))
+    "callback" in eqn.primitive.name
+    or any(map(_calls_back, (*inner_jaxprs(eqn), *meant_jaxprs(eqn))))
     for eqn in jaxpr.eqns
   )
 

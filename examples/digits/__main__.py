@@ -44,6 +44,7 @@ def run(options: argparse.Namespace, history: list) -> int:
   )
 
   model = CNN(rngs=nnx.Rngs(options.seed))
+  print(nnx.tabulate(model, digits.train_images[: options.batch_size]), flush=True)
   page = options.out / "model.html"
   nnx.display(model, save=page)
   folder = options.out / "checkpoints"

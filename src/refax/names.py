@@ -156,7 +156,6 @@ INSTEAD = {
   "spmd": _MESH,
   "statelib": "names of `nnx` itself: `nnx.State`, `nnx.to_flat_state`",
   "summary": "`print(model)`",
-  "tabulate": "`print(model)`",
   "to_tree": _CONTEXT,
   "tracers": _OWN,
   "training": "names of `nnx` itself: `nnx.Optimizer`, `nnx.metrics`",

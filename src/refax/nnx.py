@@ -22,6 +22,7 @@ from refax.core.pytree import Data, Pytree, Static, data, dataclass, is_data, st
 from refax.core.text import render_to_text
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
 from refax.display.page import display
+from refax.display.table import tabulate
 from refax.errors import NonFiniteError, StructureWarning
 from refax.graph import apply as _apply  # noqa: F401 - GraphDef.apply
 from refax.graph.inspect import (
@@ -338,6 +339,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "static",
   "swish",
   "switch",
+  "tabulate",
   "tanh",
   "to_flat_state",
   "to_hijax",

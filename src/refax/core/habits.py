@@ -38,7 +38,7 @@ HABITS = {
   "bind": "a model holds its state: graphdef, state = nnx.split(model) takes them apart, "
   "nnx.merge(graphdef, state) puts them together",
   "unbind": "graphdef, state = nnx.split(model)",
-  "tabulate": _PRINT,
+  "tabulate": "nnx.tabulate(model, *inputs) is the table",
   "param": _PARAM,
   "variable": _STATE,
   "get_variable": "read the attribute: self.name[...]",

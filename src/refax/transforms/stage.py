@@ -172,6 +172,11 @@ class Staged:
     written, wanted = sorted(self.written), sorted(self.closures_written)
     return self._result(results, values, closures, written, wanted), more
 
+  @property
+  def pure(self) -> Any:
+    """The function as a closed jaxpr of values."""
+    return self._pure
+
   def operands(
     self, values: Sequence[Any], closures: dict[int, jax.Array]
   ) -> tuple[Any, list[Any]]:

@@ -1,0 +1,167 @@
+"""nnx.tabulate: a model as a table, a row for each layer."""
+
+import io
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from refax.core import text
+from refax.core.variable import Variable, identity
+from refax.errors import MissingPackageError
+from refax.inspect.cost import Cost
+from refax.inspect.summary import Layer, layers_of
+from refax.rngs import RngState
+
+
+def tabulate(
+  model: Any,
+  *args: Any,
+  depth: int | None = None,
+  method: str = "__call__",
+  flops: bool = True,
+  width: int | None = None,
+  table_options: dict[str, Any] | None = None,
+  **kwargs: Any,
+) -> str:
+  """A table of a model: for each layer what it is given, returns, holds and takes.
+
+  The model is traced on types: nothing is computed, and its state stays as it is.
+
+  Args:
+    model: a Module; its Variables may hold types only, as those of `nnx.eval_shape` do.
+    *args: what it is called with: arrays or `jax.ShapeDtypeStruct`s. Without any, the table shows
+      what the layers hold.
+    depth: how many levels of layers; all by default.
+    method: the name of the method that is called.
+    flops: whether to count operations: of the forward pass, and of forward and backward together.
+    width: the number of characters of a line; by default that of the terminal, or 120.
+    table_options: options of `rich.table.Table`.
+    **kwargs: more arguments of the call.
+
+  Returns:
+    The text of the table. FLOPs are counted as XLA's cost analysis counts them, but the body of a
+    loop as often as it runs.
+
+  Raises:
+    MissingPackageError: `rich` is not installed.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> print(nnx.tabulate(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.ones((4, 2)), width=90))
+  ... # doctest: +NORMALIZE_WHITESPACE +ELLIPSIS
+                              Linear...
+  """
+  layers = layers_of(model, args, kwargs, method=method, flops=flops)
+  shown = [x for x in layers if depth is None or x.level <= depth]
+  found = dict.fromkeys(type_name(v) for v in layers[0].below)
+  types = sorted(found, key=lambda name: name != "Param")  # which comes first
+  width = _width() if width is None else width
+  table = _table(f"{type(model).__name__}", table_options or {})
+  at_least = lambda names: {"min_width": min(max(map(len, names)), width // 6)}
+  columns: dict[str, Any] = {
+    "path": at_least("/".join(map(str, x.path)) for x in shown),
+    "type": at_least(x.type for x in shown),
+  }
+  columns |= {"inputs": {}, "outputs": {}, **{t: {} for t in types}}
+  columns |= {name: {"justify": "right"} for name in _cost_columns(layers)}
+  for name, options in columns.items():
+    table.add_column(name, overflow="fold", **options)
+  for layer in shown:
+    table.add_row(*_cells(layer, types, _is_leaf(layer, shown, layers)), *_costs(layer, layers))
+  table.add_section()
+  root = layers[0]
+  totals = [_size(v for v in root.below if type_name(v) == t) for t in types]
+  table.add_row("Total", "", "", "", *totals, *_costs(root, layers), style="bold")
+  return _text(table, width)
+
+
+def _table(title: str, options: dict[str, Any]) -> Any:
+  try:
+    import rich.box
+    import rich.table
+  except ImportError:
+    raise MissingPackageError.extra("nnx.tabulate", "rich", "display") from None
+  return rich.table.Table(**{"title": title, "show_lines": True, "box": rich.box.ROUNDED} | options)
+
+
+def _width() -> int:
+  columns = shutil.get_terminal_size((120, 0)).columns
+  return columns if sys.stdout.isatty() else 120
+
+
+def _text(table: Any, width: int) -> str:
+  import rich.console
+
+  buffer = io.StringIO()
+  rich.console.Console(file=buffer, width=width, force_terminal=False).print(table)
+  return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _is_leaf(layer: Layer, shown: Sequence[Layer], layers: Sequence[Layer]) -> bool:
+  """Whether layers below this one are not shown, so that its row stands for them."""
+  is_below = lambda x: len(x.path) > len(layer.path) and x.path[: len(layer.path)] == layer.path
+  return any(map(is_below, layers)) and not any(map(is_below, shown))
+
+
+def _cells(layer: Layer, types: Sequence[str], is_collapsed: bool) -> list[str]:
+  name = "/".join(map(str, layer.path))
+  kind = layer.type + (f"\n× {layer.calls}" if layer.calls > 1 else "")
+  if layer.same_as is not None:
+    return [name, f"{kind}\nthe same as {'/'.join(map(str, layer.same_as)) or 'the model'}",
+            shape_text(layer.inputs), shape_text(layer.outputs), *[""] * len(types)]  # fmt: skip
+  own = [] if is_collapsed else list(layer.variables)
+  cells = []
+  for t in types:
+    lines = [f"{'/'.join(map(str, p))}: {shape_text(v)}" for p, v in own if type_name(v) == t]
+    of_type = layer.below if is_collapsed else [v for _, v in own]
+    size = _size(v for v in of_type if type_name(v) == t)
+    cells.append("\n".join([*lines, *([size] if size else [])]))
+  return [name, kind, shape_text(layer.inputs), shape_text(layer.outputs), *cells]
+
+
+def type_name(variable: Variable) -> str:
+  """The column of a Variable: its type; keys and counters of random streams are in one."""
+  return "RngState" if isinstance(variable, RngState) else type(variable).__name__
+
+
+def shape_text(tree: Any) -> str:
+  """The arrays of a pytree as `float32[3,2]`, in its structure.
+
+  >>> import jax
+  >>> shape_text({"a": jax.ShapeDtypeStruct((3, 2), "float32"), "b": None})
+  '{a: float32[3,2], b: None}'
+  """
+  if isinstance(tree, Variable):
+    tree = tree.get_raw_value()
+  if hasattr(tree, "shape") and hasattr(tree, "dtype"):
+    return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
+  if isinstance(tree, dict):
+    return "{" + ", ".join(f"{k}: {shape_text(v)}" for k, v in tree.items()) + "}"
+  if isinstance(tree, list | tuple):
+    if not tree:
+      return ""
+    inner = ", ".join(map(shape_text, tree))
+    return f"[{inner}]" if isinstance(tree, list) else f"({inner})"
+  short = getattr(tree, "__name__", None) or (tree if isinstance(tree, str) else repr(tree))
+  return short if len(short) < 40 else type(tree).__name__
+
+
+def _size(variables: Iterable[Variable]) -> str:
+  distinct = {identity(v): v.get_raw_value() for v in variables}
+  count, nbytes = text.size(list(distinct.values()))
+  return text.count(count, nbytes) if count else ""
+
+
+def _cost_columns(layers: Sequence[Layer]) -> list[str]:
+  names = [("FLOPs", layers[0].forward), ("FLOPs, backward too", layers[0].backward)]
+  return [name for name, cost in names if cost is not None]
+
+
+def _costs(layer: Layer, layers: Sequence[Layer]) -> list[str]:
+  wanted = (layer.forward, layer.backward)
+  have = (layers[0].forward, layers[0].backward)
+  return [_flops(cost) for cost, is_there in zip(wanted, have, strict=True) if is_there is not None]
+
+
+def _flops(cost: Cost | None) -> str:
+  return f"{cost.flops:,.0f}" if cost is not None and cost.flops else ""

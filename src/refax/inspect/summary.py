@@ -1,0 +1,262 @@
+"""What a model is: its layers, what they are given and return, what they hold, what they take.
+
+The model is traced on types: nothing is computed and nothing is written.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from refax import _jax
+from refax.core import calls
+from refax.core.calls import Call
+from refax.core.flatten import walk_graph
+from refax.core.module import Module
+from refax.core.node import Node
+from refax.core.variable import Param, Variable, identity
+from refax.inspect.cost import Cost, by_path, operations, with_all_below
+from refax.inspect.target import Arguments
+from refax.transforms.autodiff import grad
+from refax.transforms.lift import Inputs
+from refax.transforms.stage import Staged
+from refax.transforms.taps import opened
+from refax.typing import Path
+
+
+class Layer(NamedTuple):
+  """A Module in a model."""
+
+  path: Path
+  level: int
+  """How many Modules are around it, containers left out."""
+  type: str
+  same_as: Path | None
+  """Where it is described, if it is at another path, too."""
+  inputs: Any
+  """What it is given at its first call: a pytree with `jax.ShapeDtypeStruct` for arrays."""
+  outputs: Any
+  calls: int
+  variables: tuple[tuple[Path, Variable], ...]
+  """Those that it holds itself, each at the first path where it is found."""
+  below: tuple[Variable, ...]
+  """All Variables in it and below."""
+  forward: Cost | None
+  backward: Cost | None
+  """Of the forward and the backward pass together."""
+
+
+def layers_of(
+  model: Any,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  *,
+  method: str = "__call__",
+  flops: bool = True,
+) -> list[Layer]:
+  """The layers of a model, each before those below it, in the order of their calls.
+
+  Args:
+    model: a Module; its Variables may hold `jax.ShapeDtypeStruct`s.
+    args: what it is called with: arrays, or their types. Without any argument nothing is called.
+    kwargs: more of that.
+    method: the name of the method that is called.
+    flops: whether to count operations.
+  """
+  seen = _Calls(method)
+  costs: list[dict[str, Cost] | None] = [None, None]
+  if (args or kwargs) and hasattr(type(model), method):
+    forward = lambda model, *a, **k: _arrays_of(getattr(model, method)(*a, **k))
+    staged = _staged(forward, model, args, kwargs, seen)
+    paths = {"/".join(map(str, path)) for path in seen.first}
+    if flops:
+      costs[0] = _costs(staged, paths)
+      costs[1] = _costs(_backward(forward, model, args, kwargs), paths)
+  return _rows(model, seen, *costs)
+
+
+class _Calls:
+  """Sees what each Module is given and returns."""
+
+  key = "summary"
+
+  def __init__(self, method: str):
+    self._methods = {"__call__", method}
+    self.first: dict[Path, tuple[Any, Any]] = {}
+    self.count: dict[Path, int] = {}
+    self.order: dict[Path, int] = {}
+
+  def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    self.order.setdefault(call.path, len(self.order))
+    if call.method in self._methods:
+      self.count[call.path] = self.count.get(call.path, 0) + 1
+      options = {k: x for k, x in kwargs.items() if x is not None}
+      self.first.setdefault(call.path, (_types(args), _types(options)))
+    return args, kwargs
+
+  def leave(self, call: Call, result: Any) -> Any:
+    if call.method in self._methods and len(self.first[call.path]) == 2:
+      (args, kwargs) = self.first[call.path]
+      given = (*args, kwargs) if kwargs else args
+      self.first[call.path] = (given[0] if len(given) == 1 else given, _types(result), ())  # pyright: ignore[reportArgumentType]
+    return result
+
+  def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
+    return True  # nothing is stored
+
+
+def _types(tree: Any) -> Any:
+  """A pytree with the types of its arrays; of an object, its name."""
+
+  def one(x: Any) -> Any:
+    if isinstance(x, Variable):
+      x = x.get_raw_value()
+    if isinstance(x, Node):
+      return type(x).__name__
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return x
+
+  return jax.tree.map(
+    one, tree, is_leaf=lambda x: isinstance(x, Variable | Node | types.GeneratorType)
+  )
+
+
+def _staged(
+  fn: Callable, model: Any, args: Sequence[Any], kwargs: dict[str, Any], observer: Any = None
+) -> Staged:
+  arguments = Arguments.of((model, *args), kwargs)
+  complete = arguments.completing(fn)
+
+  def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+    if observer is None:
+      return complete(model, *args, **kwargs)
+    with calls.observing(observer, model):
+      return complete(model, *args, **kwargs)
+
+  inputs = Inputs.of(arguments.args, arguments.kwargs)
+  return Staged(call, inputs, [_type_of(x) for x in inputs.leaves], is_final=observer is not None)
+
+
+def _type_of(leaf: Any) -> Any:
+  def one(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+      return x
+    if _jax.is_ref(x):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return _jax.type_struct(jax.typeof(x))
+
+  return jax.tree.map(one, leaf.get_raw_value() if isinstance(leaf, Variable) else leaf)
+
+
+def _arrays_of(out: Any) -> list[Any]:
+  """All arrays in what a method returns, which may be a generator of more."""
+  if isinstance(out, types.GeneratorType):
+    return [x for part in out for x in _arrays_of(part)]
+  is_leaf = lambda x: isinstance(x, Node | Variable | types.GeneratorType)
+  leaves = jax.tree.leaves(out, is_leaf=is_leaf)
+  found: list[Any] = []
+  for x in leaves:
+    if isinstance(x, types.GeneratorType):
+      found += _arrays_of(x)
+    elif isinstance(x, Variable):
+      found += jax.tree.leaves(x.get_value())
+    elif isinstance(x, jax.Array) and not _jax.is_ref(x):
+      found.append(x)
+  return found
+
+
+def _backward(
+  forward: Callable, model: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Staged | None:
+  """The gradient of the sum of all that a model returns; None if there is none."""
+
+  def loss(model: Any, *args: Any, **kwargs: Any) -> Any:
+    out = [x for x in forward(model, *args, **kwargs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(jnp.sum(x.astype(jnp.float32)) for x in out)
+
+  def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+    return grad(loss, wrt=Param)(model, *args, **kwargs)
+
+  try:
+    return _staged(call, model, args, kwargs)
+  except Exception:  # a model that cannot be differentiated has a summary like any other
+    return None
+
+
+def _costs(staged: Staged | None, paths: set[str]) -> dict[str, Cost] | None:
+  if staged is None:
+    return None
+  found = by_path(operations(opened(staged.pure)[0]), paths)
+  return with_all_below({path: cost for (path, _), cost in found.items()})
+
+
+def _rows(
+  model: Any, seen: _Calls, forward: dict[str, Cost] | None, both: dict[str, Cost] | None
+) -> list[Layer]:
+  """The layers by their tree, those that are called first before others."""
+  nodes = _modules(model)
+  place: dict[Path, tuple[int, int]] = {}
+  for i, (path, _, _) in enumerate(nodes):
+    for end in range(len(path) + 1):
+      place.setdefault(path[:end], (len(seen.order), i))
+  for path, n in seen.order.items():  # a parent is where the first of its children is called
+    for end in range(len(path) + 1):
+      if path[:end] in place:
+        place[path[:end]] = min(place[path[:end]], (n, 0))
+  place_of = {path for path, _, _ in nodes}
+  order = lambda path: [place[path[: i + 1]] for i in range(len(path))]
+  taken: set[int] = set()
+  rows = []
+  for path, node, same_as in sorted(nodes, key=lambda row: order(row[0])):
+    inputs, outputs = (*seen.first.get(path, ((), ())), ())[:2]
+    name = "/".join(map(str, path))
+    own = tuple((p, v) for p, v in _variables(node) if len(p) == 1 and not _is_taken(v, taken))
+    below = tuple(v for _, v in _variables(node))
+    cost = lambda lot, name=name: None if lot is None else lot.get(name, Cost())
+    rows.append(
+      Layer(
+        path=path,
+        level=sum(path[:i] in place_of for i in range(len(path))),
+        type=type(node).__name__,
+        same_as=same_as,
+        inputs=inputs,
+        outputs=outputs,
+        calls=seen.count.get(path, 0),
+        variables=own,
+        below=below,
+        forward=cost(forward),
+        backward=cost(both),
+      )
+    )
+  return rows
+
+
+def _modules(model: Any) -> list[tuple[Path, Any, Path | None]]:
+  """(path, Module, the path where it was first) of each place of one; containers are left out."""
+  found: list[tuple[Path, Any, Path | None]] = []
+  owners: dict[int, Path] = {}
+  open_: list[tuple[Path, Any]] = [((), model)]
+  while open_:
+    path, node = open_.pop()
+    if isinstance(node, Module) and (not path or node._altered_by_key):
+      found.append((path, node, owners.get(id(node))))
+    if id(node) in owners:
+      continue
+    owners[id(node)] = path
+    children = [((*path, k), x) for k, x, is_data in node._entries() if is_data]
+    open_ += reversed([(p, x) for p, x in children if isinstance(x, Node)])
+  return found
+
+
+def _variables(node: Any) -> list[tuple[Path, Variable]]:
+  return [(path, x) for path, x in walk_graph(node) if isinstance(x, Variable)]
+
+
+def _is_taken(variable: Variable, taken: set[int]) -> bool:
+  key = identity(variable)
+  is_known = key in taken
+  taken.add(key)
+  return is_known

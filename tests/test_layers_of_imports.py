@@ -15,7 +15,7 @@ LAYERS = [
   {"graph", "rngs"},
   {"transforms"},
   {"nn"},
-  {"train", "io", "display", "testing"},
+  {"train", "io", "inspect", "display", "testing"},
   {"nnx", "", "compat", "migrate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -82,6 +82,24 @@ class StructureWarning(UserWarning):
     )
 
 
+class RetraceWarning(UserWarning):
+  """JAX traces a function again; see `nnx.explain_retrace`.
+
+  >>> from refax import nnx
+  >>> issubclass(nnx.RetraceWarning, UserWarning)
+  True
+  """
+
+  @staticmethod
+  def again(name: str, count: int, reason: str) -> str:
+    return f"{name} is traced for the {_ordinal(count)} time: {reason}"
+
+
+def _ordinal(n: int) -> str:
+  ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+  return f"{n}{ending}"
+
+
 class ShapeMismatchError(RefaxError, ValueError):
   """An array has another shape or dtype than what it is written to, or was built for."""
 
@@ -742,6 +760,13 @@ class NonFiniteError(RefaxError, ArithmeticError):
       fix="skip the batch, or lower the learning rate",
     )
 
+  @classmethod
+  def found(cls, found: Any):
+    return cls(
+      str(found or "a result is not finite; computed once more it was"),
+      fix="nothing has been written: go on with another batch, or look at the operation",
+    )
+
 
 class MissingArgumentError(RefaxError, TypeError):
   """An object that was not told what it needs."""
@@ -1047,12 +1072,11 @@ class BrokenLawError(RefaxError, AssertionError):
     )
 
   @classmethod
-  def traces(cls, name: str, count: int, most: int, now: str, last: list[str]):
-    before = f", after {last[0]}" if last else ""
+  def traces(cls, name: str, count: int, most: int, reason: str | None):
     limit = "once" if most == 1 else f"{most} times"
     return cls(
       f"{name} is traced {count} times, and may be traced {limit}",
-      got=f"arguments {now or '(none)'}{before}",
+      got=reason or "the first trace",
       fix="call it with the same shapes, dtypes and static values, and compile it once; or raise n",
     )
 

@@ -23,7 +23,7 @@ from refax.core.text import render_to_text
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
 from refax.display.page import display
 from refax.display.table import tabulate
-from refax.errors import NonFiniteError, StructureWarning
+from refax.errors import NonFiniteError, RetraceWarning, StructureWarning
 from refax.graph import apply as _apply  # noqa: F401 - GraphDef.apply
 from refax.graph.inspect import (
   find_duplicates,
@@ -50,9 +50,11 @@ from refax.graph.state import (
 )
 from refax.graph.storage import as_abstract, as_pure, pure, to_hijax, to_lojax
 from refax.graph.view import view, view_info, with_attributes
+from refax.inspect import debug
 from refax.inspect.capture import capture
 from refax.inspect.intervene import intervene
 from refax.inspect.nonfinite import NonFinite, find_nonfinite
+from refax.inspect.retrace import explain_retrace
 from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
 from refax.io.flax_checkpoint import load_flax_checkpoint
@@ -215,6 +217,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "RNN",
   "RNNCellBase",
   "Residual",
+  "RetraceWarning",
   "RngCount",
   "RngKey",
   "RngState",
@@ -252,6 +255,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "custom_vjp",
   "data",
   "dataclass",
+  "debug",
   "device_put",
   "display",
   "dot_product_attention",
@@ -260,6 +264,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "effects",
   "elu",
   "eval_shape",
+  "explain_retrace",
   "export",
   "filter_state",
   "find_duplicates",

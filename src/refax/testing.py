@@ -21,10 +21,10 @@ from refax.core.variable import Param, Variable
 from refax.errors import BrokenLawError
 from refax.graph.split import merge, split
 from refax.graph.storage import to_hijax, to_lojax
+from refax.inspect.retrace import Traces
 from refax.transforms.autodiff import grad
 from refax.transforms.jit import jit
 from refax.transforms.remat import remat
-from refax.typing import describe
 
 __all__ = ["assert_max_traces", "assert_no_leaks", "assert_same_as_functional"]
 
@@ -197,15 +197,14 @@ def assert_max_traces(fn: Callable, n: int) -> Any:
   Traceback (most recent call last):
   refax.errors.BrokenLawError: <lambda> is traced 2 times, and may be traced once...
   """
-  last: list[str] = []
+  seen = Traces()
 
   @functools.wraps(fn)
   def counted(*args: Any, **kwargs: Any) -> Any:
-    now = ", ".join(describe(x) for x in jax.tree.leaves((args, kwargs)))
+    reason = seen.add(fn, args, kwargs)
     counter.traces += 1
     if counter.traces > n:
-      raise BrokenLawError.traces(getattr(fn, "__name__", "fn"), counter.traces, n, now, last)
-    last[:] = [now]
+      raise BrokenLawError.traces(getattr(fn, "__name__", "fn"), counter.traces, n, reason)
     return fn(*args, **kwargs)
 
   counter: Any = counted

@@ -1,0 +1,107 @@
+"""nnx.debug: a check that a training loop can afford, which says where a NaN comes from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refax import _jax
+from refax.errors import NonFiniteError
+from refax.inspect.nonfinite import find_nonfinite
+from refax.inspect.target import Arguments, like, owner_and_function
+from refax.train.finite import all_finite
+from refax.transforms.effect import transaction
+from refax.transforms.jit import jit
+from refax.transforms.lift import Inputs, Outputs
+from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+
+__all__ = ["check"]
+
+
+def check(fn: Callable) -> Callable:
+  """A compiled function that raises when its result or its state becomes NaN or infinite.
+
+  It is `nnx.jit(fn)` with one look at what it returns and writes. If that is not finite, all state
+  is as before the call, and `nnx.find_nonfinite` looks for the operation.
+
+  Args:
+    fn: a training step: a function of Modules, Variables and arrays; it may be compiled already.
+
+  Returns:
+    A function like `fn`. Each call waits for its result. State that is written is kept until the
+    result is known, so it takes its memory twice for that time.
+
+  Raises:
+    NonFiniteError: it names the layer, the line and the numbers; nothing has been written.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> @nnx.debug.check
+  ... def step(total, x):
+  ...   total[...] += jnp.log(x)
+  ...   return total[...]
+  >>> total = nnx.Variable(0.0)
+  >>> float(step(total, jnp.array(1.0)))
+  0.0
+  >>> step(total, jnp.array(0.0))
+  Traceback (most recent call last):
+  refax.errors.NonFiniteError: the first value that is not finite: log in outside of all layers...
+  >>> float(total)
+  0.0
+  """
+  owner, function = owner_and_function(fn)
+  compiled: dict[Any, Callable] = {}
+  structural: set[Any] = set()  # calls that change what objects consist of
+
+  def wrapper(*args: Any, **kwargs: Any) -> Any:
+    if not _jax.no_trace_active():
+      return function(*owner, *args, **kwargs)  # the function around it is looked at
+    given = Arguments.of((*owner, *args), kwargs)
+    step = compiled.get(given.constants)
+    if step is None:
+      guarded = _Guarded(given.completing(function), lambda: structural.add(given.constants))
+      step = compiled[given.constants] = jit(guarded)
+    if given.constants in structural:
+      with transaction(*given.args, *given.kwargs.values()):
+        return _checked(step, fn, given, args, kwargs)
+    return _checked(step, fn, given, args, kwargs)
+
+  return like(fn, wrapper)
+
+
+def _checked(step: Callable, fn: Callable, given: Arguments, args: tuple, kwargs: dict) -> Any:
+  result, ok = step(*given.args, **given.kwargs)
+  if not bool(ok):
+    raise NonFiniteError.found(find_nonfinite(fn)(*args, **kwargs))
+  return result
+
+
+class _Guarded:
+  """A function that also returns whether all is finite, and writes nothing if it is not."""
+
+  def __init__(self, fn: Callable, on_structure: Callable[[], None]):
+    self._fn, self._on_structure = fn, on_structure
+    self.__name__ = getattr(fn, "__name__", "step")
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    inputs = Inputs.of(args, kwargs)
+    before = values_of(inputs)
+    staged = Staged(self._fn, inputs, before, is_final=True)
+    refs, closures = read_closures([staged])
+    result = staged.run(before, closures)
+    outputs, spec = result.outputs, result.outputs.spec
+    if spec.redefined or spec.graphdef.nodes[: len(inputs.objects)] != inputs.graphdef.nodes:
+      self._on_structure()
+    ok = all_finite((outputs.written, outputs.fresh, result.closures))
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    old = [before[i] for i in spec.written]
+    written = [
+      keep(new, x) if _alike(new, x) else new for new, x in zip(outputs.written, old, strict=True)
+    ]
+    write_closures(refs, {key: keep(x, closures[key]) for key, x in result.closures.items()})
+    return inputs.commit(Outputs(written, outputs.fresh, spec)), ok
+
+
+def _alike(a: Any, b: Any) -> bool:
+  types = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  return jax.tree.structure(a) == jax.tree.structure(b) and types(a) == types(b)

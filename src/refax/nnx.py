@@ -54,6 +54,8 @@ from refax.inspect import debug
 from refax.inspect.capture import capture
 from refax.inspect.intervene import intervene
 from refax.inspect.nonfinite import NonFinite, find_nonfinite
+from refax.inspect.profile import profile
+from refax.inspect.report import Profile
 from refax.inspect.retrace import explain_retrace
 from refax.io.checkpoint import Checkpointer
 from refax.io.export import ExportedFunction, export, load_exported
@@ -212,6 +214,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "PathIn",
   "Perturbation",
   "Precision",
+  "Profile",
   "Pytree",
   "RMSNorm",
   "RNN",
@@ -315,6 +318,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "pool",
   "pop",
   "prefix",
+  "profile",
   "pure",
   "recursive_map",
   "relu",

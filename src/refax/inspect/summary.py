@@ -137,10 +137,12 @@ def _staged(
       return complete(model, *args, **kwargs)
 
   inputs = Inputs.of(arguments.args, arguments.kwargs)
-  return Staged(call, inputs, [_type_of(x) for x in inputs.leaves], is_final=observer is not None)
+  return Staged(call, inputs, [type_of(x) for x in inputs.leaves], is_final=observer is not None)
 
 
-def _type_of(leaf: Any) -> Any:
+def type_of(leaf: Any) -> Any:
+  """The shapes and dtypes of a leaf: an array, a Variable, or a type already."""
+
   def one(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
       return x

@@ -33,38 +33,44 @@ class Span(NamedTuple):
   name: str
 
 
-def measure(
-  run: Callable[[], Any], module: str, containers: Set[str], runs: int
-) -> tuple[Times | None, str]:
-  """The times of a compiled program; None and the reason if the profiler does not tell them.
+class Run(NamedTuple):
+  """A compiled program, and what it is run on."""
 
-  Args:
-    run: runs it once.
-    module: the name of the compiled program.
-    containers: the instructions that run others, which are in the trace by themselves.
-    runs: how often to run.
-  """
-  jax.block_until_ready(run())  # the first run allocates
+  program: Callable[..., Any]
+  operands: Callable[[], tuple]
+  """Fresh for each run, which may take their memory."""
+  module: str
+  """Its name in the trace."""
+  containers: Set[str]
+  """The instructions that run others, which are in the trace by themselves."""
+
+
+def measure(run: Run, times: int) -> tuple[Times | None, str]:
+  """How long a program takes; None and the reason if the profiler does not tell."""
+  once = lambda: jax.block_until_ready(run.program(*jax.block_until_ready(run.operands())))
+  once()  # the first run allocates
   with _one_at_a_time, tempfile.TemporaryDirectory() as folder:
     try:
       jax.profiler.start_trace(folder, profiler_options=_options())
-    except Exception as error:
+    except Exception as error:  # a profiler that the user has started is running
       return None, f"JAX's profiler did not start: {error}"
+    wall = 0.0
     try:
-      start = time.perf_counter()
-      for _ in range(runs):
-        jax.block_until_ready(run())
-      wall = time.perf_counter() - start
+      for _ in range(times):
+        operands = jax.block_until_ready(run.operands())
+        start = time.perf_counter()
+        jax.block_until_ready(run.program(*operands))
+        wall += time.perf_counter() - start
     finally:
       jax.profiler.stop_trace()
     try:
-      spans = _spans(pathlib.Path(folder), module)
+      spans = _spans(pathlib.Path(folder), run.module)
     except Exception as error:  # a format that this release of JAX has changed
       return None, f"the trace of JAX's profiler could not be read: {error!r}"
   if not spans:
     return None, f"the trace of JAX's profiler names no operations on {jax.default_backend()}"
-  shares = {name: t / runs for name, t in shared(spans, containers).items()}
-  return Times(wall / runs, shares), ""
+  shares = {name: t / times for name, t in shared(spans, run.containers).items()}
+  return Times(wall / times, shares), ""
 
 
 def _options() -> Any:

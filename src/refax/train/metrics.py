@@ -14,6 +14,7 @@ from refax.train.average import Accuracy, Average
 from refax.train.confusion import ConfusionMatrix, ConfusionStatistics
 from refax.train.metric import Metric, MetricState
 from refax.train.multi_metric import MultiMetric
+from refax.train.norms import Norms
 from refax.train.welford import Statistics, Welford
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
   "Metric",
   "MetricState",
   "MultiMetric",
+  "Norms",
   "Statistics",
   "Welford",
 ]

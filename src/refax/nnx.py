@@ -130,6 +130,7 @@ from refax.train import metrics
 from refax.train.ema import EMA, EMAState
 from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
+from refax.train.logger import JsonLogger, Logger, TensorBoardLogger
 from refax.train.loss_scale import LossScale
 from refax.train.metric import Metric
 from refax.train.multi_metric import MultiMetric
@@ -187,6 +188,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "Hyperparams",
   "InstanceNorm",
   "Intermediate",
+  "JsonLogger",
   "LSTMCell",
   "LayerNorm",
   "Linear",
@@ -195,6 +197,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "LoRA",
   "LoRALinear",
   "LoRAParam",
+  "Logger",
   "LossScale",
   "Metric",
   "Module",
@@ -235,6 +238,7 @@ __all__ = [  # noqa: RUF022 - ruff takes RNN for a constant, and would put it fi
   "StateAxes",
   "Static",
   "StructureWarning",
+  "TensorBoardLogger",
   "Transaction",
   "TransformerBlock",
   "TransformerDecoder",

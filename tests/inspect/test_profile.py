@@ -271,6 +271,12 @@ def test_moments_in_which_several_run_are_shared():
   assert timing.shared(twice, set()) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
 
 
+def test_the_fastest_run_counts_and_runs_that_cannot_be_told_apart_are_averaged():
+  slow, fast = timing.Span(0, 3e9, "a", 1), timing.Span(5e9, 6e9, "a", 2)
+  assert timing._fastest([slow, fast], set(), 2) == {"a": 1.0}
+  assert timing._fastest([slow._replace(run=None), fast._replace(run=None)], set(), 2) == {"a": 2.0}
+
+
 def test_the_layer_of_an_instruction():
   paths = {"enc", "enc/layers/2", "stack/layers", "body"}
   cases = {

@@ -32,7 +32,7 @@ from refax.transforms.taps import opened
 from refax.typing import Path
 
 
-def profile(fn: Callable, *, measure: bool = False, runs: int = 3) -> Callable[..., Profile]:
+def profile(fn: Callable, *, measure: bool = False, runs: int = 5) -> Callable[..., Profile]:
   """Where the operations, the time and the memory of a function go, by layer.
 
   All state stays as it is. Without `measure` the function is compiled and does not run, and the
@@ -42,7 +42,7 @@ def profile(fn: Callable, *, measure: bool = False, runs: int = 3) -> Callable[.
     fn: a Module, or a function of Modules, Variables and arrays, such as a training step. It may be
       compiled already.
     measure: whether to run it under JAX's profiler, which only one in a process can do at a time.
-    runs: how often it then runs, after one run that does not count.
+    runs: how often it then runs, after one run that does not count; the fastest is shown.
 
   Returns:
     A function with the arguments of `fn` that returns a `Profile`, which prints as a table and

@@ -72,7 +72,7 @@ class Profile:
     parts: what each layer takes itself, without the layers below it, in the order of their calls;
       first what belongs to none. They sum to the whole.
     memory: the memory of the compiled function; None if XLA does not report it.
-    wall: seconds of one run, measured from the call to its results; None if nothing was measured.
+    wall: seconds of the fastest run, from the call to its results; None if nothing was measured.
     notes: what could not be found out, and why.
 
   >>> from refax import nnx; import jax.numpy as jnp

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+
 from refax.core import text
 from refax.core.variable import Variable, identity
 from refax.errors import MissingPackageError
@@ -53,26 +55,41 @@ def tabulate(
   """
   layers = layers_of(model, args, kwargs, method=method, flops=flops)
   shown = [x for x in layers if depth is None or x.level <= depth]
-  found = dict.fromkeys(type_name(v) for v in layers[0].below)
+  found = dict.fromkeys(type(v).__name__ for v in layers[0].below if not isinstance(v, RngState))
   types = sorted(found, key=lambda name: name != "Param")  # which comes first
   width = _width() if width is None else width
   table = _table(f"{type(model).__name__}", table_options or {})
-  at_least = lambda names: {"min_width": min(max(map(len, names)), width // 6)}
-  columns: dict[str, Any] = {
-    "path": at_least("/".join(map(str, x.path)) for x in shown),
-    "type": at_least(x.type for x in shown),
-  }
-  columns |= {"inputs": {}, "outputs": {}, **{t: {} for t in types}}
-  columns |= {name: {"justify": "right"} for name in _cost_columns(layers)}
-  for name, options in columns.items():
-    table.add_column(name, overflow="fold", **options)
+  costs = _cost_columns(layers)
+  _add_columns(table, shown, types, costs, width)
   for layer in shown:
     table.add_row(*_cells(layer, types, _is_leaf(layer, shown, layers)), *_costs(layer, layers))
   table.add_section()
   root = layers[0]
-  totals = [_size(v for v in root.below if type_name(v) == t) for t in types]
-  table.add_row("Total", "", "", "", *totals, *_costs(root, layers), style="bold")
+  totals = [_size(v for v in root.below if type(v).__name__ == t) for t in types]
+  table.add_row("Total", "", "", *totals, *_costs(root, layers), style="bold")
   return _text(table, width)
+
+
+def _add_columns(
+  table: Any, shown: Sequence[Layer], types: Sequence[str], costs: Sequence[str], width: int
+) -> None:
+  """The columns; those that are read first stay unbroken, if there is room."""
+  unbroken = {
+    "path": ["/".join(map(str, x.path)) for x in shown],
+    "type": [x.type for x in shown],
+    "inputs → outputs": [f"→ {text}" for x in shown for text in _tokens((x.inputs, x.outputs))],
+  }
+  frames = 1 + 3 * (len(unbroken) + len(types) + len(costs))
+  room = max(width - frames - 12 * len(types) - 12 * len(costs), 0)
+  for i, (name, texts) in enumerate(unbroken.items()):
+    wanted = min(max(map(len, texts)), room // 2 if i < 2 else room)
+    table.add_column(name, overflow="fold", min_width=max(1, wanted))
+    room -= wanted
+  for name in types:
+    most = 12 + room // len(types) if width >= 80 else None
+    table.add_column(name, overflow="fold", max_width=most)
+  for name in costs:
+    table.add_column(name, justify="right", overflow="fold", max_width=12)
 
 
 def _table(title: str, options: dict[str, Any]) -> Any:
@@ -106,22 +123,23 @@ def _is_leaf(layer: Layer, shown: Sequence[Layer], layers: Sequence[Layer]) -> b
 def _cells(layer: Layer, types: Sequence[str], is_collapsed: bool) -> list[str]:
   name = "/".join(map(str, layer.path))
   kind = layer.type + (f"\n× {layer.calls}" if layer.calls > 1 else "")
+  called = f"{shape_text(layer.inputs)}\n→\xa0{shape_text(layer.outputs)}" if layer.calls else ""
   if layer.same_as is not None:
-    return [name, f"{kind}\nthe same as {'/'.join(map(str, layer.same_as)) or 'the model'}",
-            shape_text(layer.inputs), shape_text(layer.outputs), *[""] * len(types)]  # fmt: skip
+    kind = f"{kind}\nthe same as {'/'.join(map(str, layer.same_as)) or 'the model'}"
+    return [name, kind, called, *[""] * len(types)]
   own = [] if is_collapsed else list(layer.variables)
   cells = []
   for t in types:
-    lines = [f"{'/'.join(map(str, p))}: {shape_text(v)}" for p, v in own if type_name(v) == t]
+    lines = [f"{'/'.join(map(str, p))}: {shape_text(v)}" for p, v in own if type(v).__name__ == t]
     of_type = layer.below if is_collapsed else [v for _, v in own]
-    size = _size(v for v in of_type if type_name(v) == t)
+    size = _size(v for v in of_type if type(v).__name__ == t)
     cells.append("\n".join([*lines, *([size] if size else [])]))
-  return [name, kind, shape_text(layer.inputs), shape_text(layer.outputs), *cells]
+  return [name, kind, called, *cells]
 
 
-def type_name(variable: Variable) -> str:
-  """The column of a Variable: its type; keys and counters of random streams are in one."""
-  return "RngState" if isinstance(variable, RngState) else type(variable).__name__
+def _tokens(tree: Any) -> list[str]:
+  """The texts of single arrays, which are not to be broken."""
+  return ["", *map(shape_text, jax.tree.leaves(tree))]
 
 
 def shape_text(tree: Any) -> str:
@@ -164,4 +182,10 @@ def _costs(layer: Layer, layers: Sequence[Layer]) -> list[str]:
 
 
 def _flops(cost: Cost | None) -> str:
-  return f"{cost.flops:,.0f}" if cost is not None and cost.flops else ""
+  """`14.5 M`: three or four figures, for columns are narrow."""
+  number, unit = 0.0 if cost is None else cost.flops, ""
+  for unit in ("", " K", " M", " G", " T", " P"):
+    if number < 999.95 or unit == " P":
+      break
+    number /= 1000
+  return "" if not number else f"{number:.1f}{unit}" if unit else f"{number:.0f}"

@@ -193,6 +193,61 @@ def test_odd_arguments():
       nnx.profile(f, runs=runs)
 
 
+def test_state_by_closure_is_read_named_and_not_written():
+  model = nnx.BatchNorm(16, rngs=nnx.Rngs(0))
+  before = model.mean[...].tolist()
+  profile = nnx.profile(lambda x: model(x), measure=True)(X)
+  assert model.mean[...].tolist() == before and profile.wall > 0
+  found = {(x.name, x.what) for x in profile.memory.state}
+  assert ("BatchNorm.mean", "BatchStat, by closure") in found
+  assert "BatchNorm.mean (BatchStat, by closure)" in str(profile)
+
+
+def test_names_that_look_like_those_of_jax_are_found():
+  model = nnx.Module()
+  names = ("conv(1)", "a b", "while", "body", "jvp(x)")
+  model.layers = {name: nnx.Linear(32, 32, rngs=nnx.Rngs(0)) for name in names}
+
+  def apply(model, x):
+    for name in names:
+      x = model.layers[name](x)
+    return x.sum()
+
+  fn = nnx.grad(apply, argnums=0)
+  profile = nnx.profile(lambda model, x: fn(model, x), measure=True)(model, jnp.ones((512, 32)))
+  for name in names[:-1]:
+    assert profile[f"layers/{name}"].flops >= 1.9 * flops(512, 32, 32)
+    assert profile[f"layers/{name}"].seconds > 0
+
+
+def test_through_loops_branches_and_recomputation():
+  model = Net(nnx.Rngs(0))
+  model.heavy = nnx.Stack(nnx.Linear, 3, 32, 32, rngs=nnx.Rngs(0), remat=True)
+
+  def apply(model, x, p):
+    x = nnx.cond(p, lambda model, x: model.small(x), lambda model, x: jnp.tile(x, 2), model, x)
+    x = jax.lax.fori_loop(0, 5, lambda i, x: nnx.relu(x), x)
+    return jax.vmap(model.heads[0])(model.heavy(x)).sum()
+
+  fn = nnx.jit(lambda model, x, p: nnx.grad(apply)(model, x, p))
+  profile = nnx.profile(fn, measure=True)(model, X, jnp.array(True))
+  assert profile["heavy/layers"].seconds > 0 and profile.total.seconds <= profile.wall
+  assert profile["heavy"].forward.flops == 3 * flops(64, 32, 32)
+  assert profile["heavy"].backward.flops == pytest.approx(6 * flops(64, 32, 32), rel=0.05)
+
+
+def test_inside_of_a_compiled_function_operations_are_counted():
+  found = []
+
+  @jax.jit
+  def f(x):
+    found.append(nnx.profile(lambda x: (x @ x.T).sum())(x))
+    return x
+
+  f(X)
+  assert found[0].total.flops == 2 * 64 * 64 * 16 + 64 * 64 - 1
+
+
 def test_integer_results_and_several_measurements_in_a_row():
   count = nnx.profile(lambda model, x: model(x).argmax(-1), measure=True)
   model = net()
@@ -278,7 +333,7 @@ def test_the_fastest_run_counts_and_runs_that_cannot_be_told_apart_are_averaged(
 
 
 def test_the_layer_of_an_instruction():
-  paths = {"enc", "enc/layers/2", "stack/layers", "body"}
+  paths = {"enc", "enc/layers/2", "stack/layers", "body", "odd/conv(1)"}
   cases = {
     "jit(step)/jvp(enc)/layers/2/dot_general": "enc/layers/2",
     "jit(step)/transpose(jvp(enc/layers/2))/dot_general": "enc/layers/2",
@@ -288,6 +343,8 @@ def test_the_layer_of_an_instruction():
     ),
     "jit(f)/vmap(enc)/jit(relu)/max": "enc",
     "jit(f)/body/add": "body",
+    "jit(f)/transpose(jvp(odd/conv(1)))/add": "odd/conv(1)",
+    "jit(f)/jvp(odd)/jit(g(x))/conv(1)/add": "odd/conv(1)",
     "jit(f)/enc/mine/layers/2/add": "enc",
     "jit(f)/add": "",
     "": "",

@@ -6,6 +6,7 @@ a profiler trace and the buffers that are alive are given to layers.
 """
 
 import hashlib
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -217,7 +218,9 @@ def _memory(
   for key, ref in staged.closures.items():
     variable = staged.closure_variable(key)
     what = "Variable" if variable is None else type(variable).__name__
-    state.append(Buffer("by closure", _size(jax.ShapeDtypeStruct(ref.shape, ref.dtype)), what))
+    path = "" if variable is None else variable._def.origin.path()
+    nbytes = _size(jax.ShapeDtypeStruct(ref.shape, ref.dtype))
+    state.append(Buffer(path or "a Variable", nbytes, f"{what}, by closure"))
   names = program.op_names()
   alive = (
     Buffer(layer_of_name(names[x.name], paths), x.nbytes, _instruction(names[x.name], x.opcode))
@@ -236,11 +239,13 @@ def _largest(buffers: Iterable[Buffer]) -> tuple[Buffer, ...]:
 
 
 def _size(value: Any) -> int:
-  """The bytes of the arrays in a value, also of random keys."""
+  """The bytes on one device of the arrays in a value, also of random keys."""
   total = 0
   for x in jax.tree.leaves(value):
     if hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
       x = jax.eval_shape(jax.random.key_data, x)
     x = x if hasattr(x, "dtype") else np.asarray(x)
-    total += int(np.prod(x.shape)) * x.dtype.itemsize
+    sharding = getattr(x, "sharding", None)
+    shape = x.shape if sharding is None else sharding.shard_shape(x.shape)
+    total += math.prod(shape) * x.dtype.itemsize
   return total

@@ -171,8 +171,9 @@ def _union(sets: Iterable[set[int]]) -> set[int]:
   return set().union(*sets)
 
 
-_WRAPPED = re.compile(r"\w+\(([^()]*)\)")
-_COMPILED = re.compile(r"\b(?:jit|pjit|xla_call)\([^()]*\)")
+# What JAX writes around a scope that was transformed: `transpose(jvp(encoder))/layers`.
+_TRANSFORMED = re.compile(r"(?:^|(?<=[/(]))(?:jvp|transpose|vmap|pmap|linearize)\(")
+_COMPILED = re.compile(r"(?:^|(?<=[/(]))p?jit\(")
 # What JAX names between the scopes of a program.
 _BETWEEN = re.compile(
   r"while|body|cond|closed_call|eval_jaxpr|core_call|checkpoint|rematted_computation|remat\d?"
@@ -186,9 +187,8 @@ def layer_of_name(op_name: str, paths: set[str]) -> str:
   >>> layer_of_name("jit(f)/transpose(jvp(net))/while/body/layers/dot_general", {"net/layers"})
   'net/layers'
   """
-  text = _COMPILED.sub("", op_name)
-  while (shorter := _WRAPPED.sub(r"\1", text)) != text:
-    text = shorter
+  text = _without(_COMPILED, op_name, keeps_inside=False)
+  text = _without(_TRANSFORMED, text, keeps_inside=True)
   beginnings = {path[:i] for path in paths for i, c in enumerate(path + "/") if c == "/"}
   path = longest = ""
   for step in filter(None, text.split("/")[:-1]):
@@ -197,6 +197,15 @@ def layer_of_name(op_name: str, paths: set[str]) -> str:
       path = further
     longest = path if path in paths else longest
   return longest
+
+
+def _without(opening: re.Pattern[str], text: str, *, keeps_inside: bool) -> str:
+  """A name without such words and the parentheses after them."""
+  while (match := opening.search(text)) is not None:
+    inside = _inside_parentheses(text[match.end() :])
+    after = text[match.end() + len(inside) + 1 :]
+    text = text[: match.start()] + (inside if keeps_inside else "") + after
+  return text
 
 
 def is_backward_name(op_name: str) -> bool:

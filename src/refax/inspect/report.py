@@ -9,6 +9,9 @@ from refax.inspect import flame
 from refax.inspect.cost import Cost
 
 OUTSIDE = "(no layer)"
+_FOOTNOTE = (
+  "Each row includes the layers below it; (no layer) is the outermost Module and what is around it."
+)
 SHOWN = 60  # rows of a table; the smallest are left out
 BUFFERS = 8  # of each kind, the largest
 
@@ -45,7 +48,7 @@ class Buffer(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """The memory that a compiled function takes, in bytes. XLA reports all but the buffers."""
+  """The memory that a compiled function takes on one device, in bytes, as XLA reports it."""
 
   arguments: int
   outputs: int
@@ -157,7 +160,7 @@ class Profile:
     rest = [[c.rjust(w) for c, w in zip(x[1:], widths[1:], strict=True)] for x in lines]
     text = ["  ".join([end, *cells]).rstrip() for end, cells in zip(ends, rest, strict=True)]
     rule = "-" * max(map(len, text))
-    return [text[0], rule, *text[1:-1], rule, text[-1], "Each row includes the layers below it."]
+    return [text[0], rule, *text[1:-1], rule, text[-1], _FOOTNOTE]
 
   def _head(self) -> list[str]:
     head = ["layer", "FLOPs", "backward", "share", "bytes"]

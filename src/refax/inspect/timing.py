@@ -108,7 +108,7 @@ def _spans(folder: pathlib.Path, module: str) -> list[Span]:
           continue
         with contextlib.suppress(TypeError, ValueError):
           about = dict(event.stats)
-          if about.get("hlo_module") == module and "hlo_op" in about:
+          if str(about.get("hlo_module")).startswith(module) and "hlo_op" in about:
             start = event.start_ns
             end, name = start + event.duration_ns, str(about["hlo_op"])
             spans.append(Span(start, end, name, about.get("run_id")))

@@ -192,6 +192,11 @@ def test_what_is_no_number_is_refused_and_nothing_is_written(logger, tmp_path):
     assert set(scalars(tmp_path / "log")) == {("a", 0)}
 
 
+def test_inside_of_a_compiled_function_nothing_can_be_logged(logger):
+  with pytest.raises(InvalidArgumentError, match="outside of the compiled function"):
+    jax.jit(lambda x: logger.log(0, {"a": x}))(1.0)
+
+
 def test_a_closed_logger_refuses_and_closes_again(logger):
   logger.close()
   logger.close()

@@ -198,6 +198,37 @@ def test_models_without_parameters_and_complex_ones():
   assert float(norms.compute()["parameters/."]) == 5
 
 
+def test_variables_of_several_arrays_of_integers_and_shared_ones():
+  model = nnx.Module()
+  model.several = nnx.Param({"a": jnp.ones(4), "b": jnp.ones(5)})
+  model.again = model.several
+  model.integers = nnx.Param(jnp.array([3, 1]))
+  model.empty = nnx.Param(jnp.zeros(0))
+  norms = nnx.metrics.Norms(model, of="parameters")
+  norms.update(model=model)
+  assert float(norms.compute()["parameters/."]) == pytest.approx(np.sqrt(4 + 5 + 10))
+
+
+def test_in_a_loop_over_steps_inside_of_one_compiled_function(net):
+  optimizer = nnx.Optimizer(net, optax.sgd(0.1), wrt=nnx.Param)
+  norms = nnx.metrics.Norms(net)
+
+  @nnx.jit
+  def run(carry, xs):
+    def step(carry, x):
+      model, optimizer, norms = carry
+      grads = nnx.grad(loss)(model, x)
+      norms.update(model=model, grads=grads, updates=optimizer.update(model, grads))
+      return carry, None
+
+    return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(carry, xs)[1]
+
+  run((net, optimizer, norms), jnp.stack([X, X, X]))
+  assert set(norms.counts["gradients"][...].tolist()) == {3}
+  got = norms.compute()
+  assert float(got["updates"]) == pytest.approx(0.1 * float(got["gradients"]), rel=1e-4)
+
+
 def test_in_a_multi_metric_and_split_and_merged(net):
   norms = nnx.metrics.Norms(net, of="parameters")
   metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), norms=norms)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from refax import _jax
 from refax.core.variable import Variable, is_variable
 from refax.errors import InvalidArgumentError, MissingPackageError
 
@@ -57,7 +58,7 @@ class JsonLogger(Logger):
 
   Raises:
     InvalidArgumentError: `first_step` is not an int, or the file was not written by a JsonLogger.
-    OSError: the file cannot be written.
+    OSError: the file cannot be written; the path is a folder.
 
   >>> from refax import nnx; import jax.numpy as jnp, os, tempfile
   >>> path = os.path.join(tempfile.mkdtemp(), "log.jsonl")
@@ -211,6 +212,10 @@ def _flat(logger: str, scalars: Any) -> Iterator[tuple[str, np.ndarray]]:
   if not isinstance(scalars, Mapping):
     raise InvalidArgumentError.value(logger, "scalars", scalars, "a dict of numbers by name")
   found = list(_walk(logger, "", scalars))
+  for name, x in found:
+    if _jax.is_tracer(x):
+      want = "values that are known: call log outside of the compiled function"
+      raise InvalidArgumentError.value(logger, "scalars", {name: x}, want)
   fetched = jax.device_get([value for _, value in found])
   for (name, given), value in zip(found, fetched, strict=True):
     try:

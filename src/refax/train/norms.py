@@ -161,7 +161,8 @@ class Norms(metric.Metric):
       fix=f"call update({name}=...), or build Norms without {kind}",
     )
 
-  def _arrays(self, kind: str, given: Any) -> list[jax.Array]:
+  def _arrays(self, kind: str, given: Any) -> list[list[jax.Array]]:
+    """The arrays of each entry; a Variable may hold several."""
     if kind == "parameters":
       flat = to_flat_state(variables(given, self.wrt))
     else:
@@ -169,16 +170,17 @@ class Norms(metric.Metric):
     found = {path: unwrap(x) for path, x in flat}
     arrays = []
     for path, _, stacked in self._layout.entries:
-      x = found.get(path)
-      if x is None or jnp.shape(x)[: len(stacked)] != stacked:
-        got = f"no array in {kind}" if x is None else f"{describe(x)} in {kind}"
+      leaves = jax.tree.leaves(found.get(path))
+      wrong = [x for x in leaves if jnp.shape(x)[: len(stacked)] != stacked]
+      if path not in found or wrong:
+        got = f"{describe(wrong[0])} in {kind}" if wrong else f"no array in {kind}"
         raise TreeMismatchError(
           "what Norms is given does not have the structure of the model that it was built for",
           at=path_str(path),
           got=got,
           fix="build Norms with the model that is trained, and the wrt of its gradients",
         )
-      arrays.append(jnp.asarray(x))
+      arrays.append(list(map(jnp.asarray, leaves)))
     return arrays
 
   def _results(self, given: Any) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -284,11 +286,12 @@ def _squares(x: jax.Array, stacked: int) -> jax.Array:
 
 @partial(jax.jit, inline=True, static_argnames="layout")
 def _with_norms(
-  total: jax.Array, count: jax.Array, arrays: list[jax.Array], *, layout: Layout
+  total: jax.Array, count: jax.Array, arrays: list[list[jax.Array]], *, layout: Layout
 ) -> tuple[jax.Array, jax.Array]:
   squares = [jnp.zeros(lengths, jnp.float32) for _, lengths in layout.layers]
-  for x, entry in zip(arrays, layout.entries, strict=True):
-    squares[entry.layer] += _squares(x, len(entry.stacked))
+  for lot, entry in zip(arrays, layout.entries, strict=True):
+    for x in lot:
+      squares[entry.layer] += _squares(x, len(entry.stacked))
   flat = jnp.concatenate([jnp.zeros(0, jnp.float32), *map(jnp.ravel, squares)])
   norms = jnp.sqrt(jnp.append(flat, flat.sum()))
   return total + norms, count + 1

@@ -49,12 +49,23 @@ class Statistics(NamedTuple):
   def __str__(self) -> str:
     bad = [f"{n:,} {what}" for n, what in ((self.nans, "NaN"), (self.infinities, "inf")) if n]
     numbers = f"from {self.least:.4g} to {self.greatest:.4g}, mean {self.mean:.4g}"
+    if np.isnan(self.least):
+      numbers = "none finite" if bad else "empty"
     shape = ",".join(map(str, self.shape))
     return f"{self.dtype}[{shape}], {', '.join([*bad, numbers])}"
 
 
 class NonFinite(NamedTuple):
-  """The operation that made the first value that is not finite."""
+  """The operation that made the first value that is not finite; see `nnx.find_nonfinite`.
+
+  >>> from refax import nnx; import jax.numpy as jnp
+  >>> found = nnx.find_nonfinite(lambda x: jnp.log(x))(jnp.zeros(2))
+  >>> print(found)  # doctest: +ELLIPSIS
+  the first value that is not finite: log in outside of all layers (forward)
+    line:   ...
+    input:  float32[2], from 0 to 0, mean 0
+    output: float32[2], 2 inf, none finite, first at [0]
+  """
 
   module: str
   """The path of the layer; empty for an operation outside of all layers."""

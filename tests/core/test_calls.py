@@ -259,3 +259,43 @@ def test_an_optimizer_that_holds_the_model_is_no_part_of_its_paths():
   trainer = Trainer()
   assert "layers/0/query" in names_of(jax.jit(lambda t, x: t.model(x)), trainer, X)
   assert "model/layers" not in names_of(jax.jit(lambda t, x: t.model(x)), trainer, X)
+
+
+def test_what_comes_from_a_mixin_is_named_too():
+  class Mixin:
+    def __call__(self, x):
+      return self.project(x)
+
+    def project(self, x):
+      return self.linear(x)
+
+  class Layer(Mixin, nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+  class Parent(nnx.Module):
+    def __init__(self):
+      self.layer = Layer()
+
+    def __call__(self, x):
+      return self.layer(x)
+
+  assert "layer/linear" in scopes(jax.make_jaxpr(Parent())(X))
+  assert not hasattr(Mixin.__call__, "__wrapped__")
+  assert [str(p[-1]) for p, _ in nnx.to_flat_state(nnx.capture(Parent(), Layer)(X)[1])] == [
+    "__call__"
+  ]
+
+
+def test_names_of_attributes_and_keys_may_be_odd():
+  class Odd(nnx.Module):
+    def __init__(self):
+      self.by_name = {"a b/c": nnx.Linear(4, 4, rngs=nnx.Rngs(0)), ("t", 1): nnx.relu}
+      self.é = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      return self.é(self.by_name["a b/c"](x))
+
+  found = scopes(jax.make_jaxpr(Odd())(X))
+  assert {"by_name/a b/c", "é"} <= found
+  jax.jit(lambda m, x: m(x)).lower(Odd(), X).compile()

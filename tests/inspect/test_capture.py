@@ -324,3 +324,74 @@ def test_an_error_in_the_function_leaves_state_as_it_was():
   jitted = nnx.jit(lambda net, x: net(x))
   jitted(net, X)  # and no observer is left behind
   assert nnx.capture(net)(X)[1]
+
+
+class Perturbed(nnx.Module):
+  def __init__(self):
+    self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    h = self.perturb("h", self.linear(x))
+    self.sow(nnx.Intermediate, "squares", h * h)
+    return jnp.sin(h)
+
+
+def test_what_is_perturbed_is_handed_out_with_its_gradient_and_no_attribute_is_made():
+  model = Perturbed()
+  before = nnx.graphdef(model)
+  loss = lambda model, x: model(x).sum()
+  _, kept = nnx.capture(nnx.grad(loss), nnx.Perturbation, gradients=True)(model, X)
+  h = model.linear(X)
+  np.testing.assert_allclose(value(kept, "h"), h, rtol=1e-6)
+  np.testing.assert_allclose(value(kept, "h.gradient"), jnp.cos(h), rtol=1e-5, atol=1e-6)
+  assert nnx.graphdef(model) == before
+
+
+def test_perturbations_may_be_given_and_differentiated():
+  model = Perturbed()
+  given = nnx.State({"h": nnx.Perturbation(jnp.full((5, 4), 0.5), is_hijax=False)})
+  y, kept = nnx.capture(model, nnx.Intermediate, init=given)(X)
+  h = model.linear(X) + 0.5
+  np.testing.assert_allclose(y, jnp.sin(h), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(value(kept, "squares"), h * h, rtol=1e-5)
+
+  def loss(given):
+    y, _ = nnx.capture(model, nnx.Intermediate, init=given)(X)
+    return y.sum()
+
+  grads = jax.grad(loss)(given)
+  np.testing.assert_allclose(grads["h"].get_value(), jnp.cos(h), rtol=1e-5, atol=1e-6)
+
+
+def test_several_types_of_variables_give_a_state_each():
+  _, sown, perturbed = nnx.capture(Perturbed(), nnx.Intermediate, nnx.Perturbation)(X)
+  assert list(sown) == ["squares"]
+  assert list(perturbed) == ["h"]
+  assert isinstance(perturbed["h"], nnx.Perturbation)
+
+
+def test_the_outputs_of_all_methods():
+  class Two(nnx.Module):
+    def __init__(self):
+      self.inner = Perturbed()
+
+    def encode(self, x):
+      return self.inner(x)
+
+    def __call__(self, x):
+      return self.encode(x) + 1
+
+  y, kept = nnx.capture(Two(), method_outputs=nnx.Cache)(X)
+  np.testing.assert_array_equal(value(kept, "__call__"), y)
+  np.testing.assert_allclose(value(kept, "encode"), y - 1, rtol=1e-5, atol=1e-6)
+  assert isinstance(kept["inner"]["linear"]["__call__"], nnx.Cache)
+
+
+def test_what_is_in_a_shard_map_is_refused_by_name():
+  from refax.errors import CaptureError
+
+  mesh = jax.make_mesh((1,), ("data",))
+  spec = jax.sharding.PartitionSpec()
+  f = nnx.shard_map(lambda net, x: net.head(x), mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+  with pytest.raises(CaptureError, match="shard_map"):
+    nnx.capture(f)(Net(), X)

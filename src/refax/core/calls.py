@@ -16,6 +16,7 @@ import jax
 
 from refax import _jax, config
 from refax.core.node import Node
+from refax.core.watch import MISSING
 from refax.typing import Path
 
 
@@ -48,6 +49,10 @@ class Observer(Protocol):
     """A Module at a path sows a value; whether the observer takes it, and it is not stored."""
     ...
 
+  def perturb(self, path: Path, variable_type: type, name: str, value: Any) -> Any:
+    """A Module at a path perturbs a value; returns it with what is added, or MISSING."""
+    ...
+
 
 class _Local(threading.local):
   def __init__(self):
@@ -63,12 +68,19 @@ _seen_by = jax.make_user_context(default_value=None)
 
 def name_calls(cls: type) -> None:
   """Let the public methods that a class of Modules defines, and `__call__`, run in named scopes."""
-  for name, method in list(vars(cls).items()):
-    if type(method) is not FunctionType or (name.startswith("_") and name != "__call__"):
+  for base in cls.__mro__:
+    if base is not cls and (issubclass(base, Node) or base.__module__ in _NO_MIXINS):
       continue
-    if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
-      continue  # their bodies run later
-    setattr(cls, name, _named(method, name))
+    for name, method in list(vars(base).items()):  # of a mixin: what comes of it to the class
+      if type(method) is not FunctionType or (name.startswith("_") and name != "__call__"):
+        continue
+      if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
+        continue  # their bodies run later
+      if getattr(cls, name, None) is method:
+        setattr(cls, name, _named(method, name))
+
+
+_NO_MIXINS = frozenset(("builtins", "abc", "typing", "collections.abc", "refax.core.habits"))
 
 
 def _named(method: FunctionType, name: str) -> Callable:
@@ -87,14 +99,15 @@ def _run(method: FunctionType, name: str, module: Any, args: tuple, kwargs: dict
     return method(module, *args, **kwargs)
   running = _local.open
   steps, path = _place(module, *running[-1]) if running else (p := path_of(module), p)
-  running.append((module, path))
+  depth = len(running)
   try:
+    running.append((module, path))
     with jax.named_scope("/".join(map(str, steps))) if steps else contextlib.nullcontext():
       if not observers:
         return method(module, *args, **kwargs)
       return _observed(observers, Call(path, module, name), method, args, kwargs)
   finally:
-    running.pop()
+    del running[depth:]  # an interrupt may have come before it was longer
 
 
 def _observed(
@@ -115,10 +128,26 @@ def _observed(
 
 def is_taken(module: Any, variable_type: type, name: str, value: Any) -> bool:
   """Whether an observer takes what a Module sows."""
-  running = _local.open
-  path = running[-1][1] if running and running[-1][0] is module else path_of(module)
+  path = _path_now(module)
   taken = [o.sow(path, variable_type, name, value) for o in _local.observers]  # all are told
   return any(taken)
+
+
+def perturbed(module: Any, variable_type: type, name: str, value: Any) -> Any:
+  """What observers make of a value that a Module perturbs; MISSING if none takes it."""
+  if not _local.observers:
+    return MISSING
+  path, found = _path_now(module), MISSING
+  for observer in _local.observers:
+    new = observer.perturb(path, variable_type, name, value)
+    if new is not MISSING:
+      found = value = new
+  return found
+
+
+def _path_now(module: Any) -> Path:
+  running = _local.open
+  return running[-1][1] if running and running[-1][0] is module else path_of(module)
 
 
 @contextlib.contextmanager
@@ -130,8 +159,8 @@ def observing(observer: Observer, root: Any = None) -> Iterator[None]:
     root: the Module from which paths count; by default the outermost one that is known.
   """
   outer, running = _local.observers, _local.open
-  _local.observers, _local.open = (*outer, observer), [] if root is None else [(root, ())]
   try:
+    _local.observers, _local.open = (*outer, observer), [] if root is None else [(root, ())]
     with _seen_by((tuple(o.key for o in _local.observers), (), "")):
       yield
   finally:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refax.core.calls import is_taken, name_calls
+from refax.core.calls import is_taken, name_calls, perturbed
 from refax.core.filters import Filter, to_predicates
 from refax.core.flatten import Walk, walk_nodes
 from refax.core.habits import Habits
 from refax.core.pytree import PLAIN, Pytree
 from refax.core.variable import Perturbation, Variable
-from refax.core.watch import Watch
+from refax.core.watch import MISSING, Watch
 from refax.errors import FilterError, TreeMismatchError
 
 
@@ -204,6 +204,9 @@ class Module(Pytree, Habits):
     >>> float(nnx.grad(lambda net: net(jnp.array(2.0)), wrt=nnx.Perturbation)(net).dx)
     3.0
     """
+    taken = perturbed(self, variable_type, name, value)
+    if taken is not MISSING:
+      return taken
     old = getattr(self, name, None)
     if old is None:
       setattr(self, name, variable_type(jax.tree.map(jnp.zeros_like, value)))

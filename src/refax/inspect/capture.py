@@ -20,7 +20,7 @@ from refax.core.filters import Filter
 from refax.core.node import Node
 from refax.core.variable import Intermediate, Variable
 from refax.errors import CaptureError
-from refax.graph.state import State, from_flat_state
+from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.inspect.choice import Choice, check_there
 from refax.inspect.target import Arguments, like, owner_and_function
 from refax.transforms.jit import jit
@@ -36,6 +36,8 @@ def capture(
   methods: str | Sequence[str] = "__call__",
   inputs: bool = False,
   gradients: bool = False,
+  init: State | None = None,
+  method_outputs: type[Variable] | None = None,
 ) -> Callable[..., Any]:
   """A function that also returns what Modules inside it have computed.
 
@@ -47,15 +49,18 @@ def capture(
     *which: the Modules of interest, those that match one of these; by default all. A type of
       Module; a path such as `"encoder/layers/*"`, where `*` stands for any one step and `**` for
       any number; a predicate `(path, module) -> bool`. A type of Variable chooses what is sown
-      in Variables of that type.
+      or perturbed in Variables of that type.
     methods: the names of the methods whose results are kept.
     inputs: whether to keep what the methods are given, too: `(args, kwargs)`.
-    gradients: whether to keep the gradients of the results, where `fn` computes gradients.
+    gradients: whether to keep the gradients of what is kept, where `fn` computes gradients.
+    init: perturbations by path: each is added to what a Module perturbs under that name.
+    method_outputs: a type of Variable; the results of all methods are kept in Variables of it.
 
   Returns:
     A function like `fn` that returns `(result, State)`. The State has for each Module, by its
     path, `__call__` (or the name of the method): a tuple with the result of each call; then
-    `__call__.inputs` and `__call__.gradient`. What was computed in a loop over layers, under
+    `__call__.inputs` and `__call__.gradient`. Where several types of Variables are chosen, there
+    is a State for each. What was computed in a loop over layers, under
     `jax.vmap` or in `nnx.scan` is stacked along the first axis.
 
   Raises:
@@ -70,8 +75,11 @@ def capture(
   (4, 3)
   """
   wanted = (methods,) if isinstance(methods, str) else tuple(methods)
-  observer = _Taps(Choice.of(which), wanted, inputs, gradients)
+  choice = Choice.of(which if method_outputs is None else (..., *which))
+  methods_of = wanted if method_outputs is None else None
+  observer = _Taps(choice, methods_of, inputs, gradients, method_outputs or Intermediate)
   owner, function = owner_and_function(fn)
+  added = {} if init is None else {path: x.get_value() for path, x in to_flat_state(init)}
   compiled: dict[Hashable, Callable] = {}
 
   def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +88,8 @@ def capture(
     run = functools.partial(_captured, arguments.completing(function), observer, bool(owner))
     if _jax.no_trace_active():
       run = compiled.setdefault(arguments.constants, jit(run))
-    return run(arguments.args, arguments.kwargs)
+    result, states = run(arguments.args, arguments.kwargs, added)
+    return (result, *states)
 
   return like(fn, wrapper)
 
@@ -89,6 +98,7 @@ class _Key(NamedTuple):
   """What is tapped: one array of what a method is given or returns."""
 
   path: Path
+  type: type[Variable]
   call: int
   """A number for each call that was traced."""
   tree: Any
@@ -96,39 +106,69 @@ class _Key(NamedTuple):
 
 
 class _Taps:
-  """Taps what chosen methods are given and return."""
+  """Taps what chosen methods are given and return, and what is sown.
 
-  def __init__(self, choice: Choice, methods: tuple[str, ...], inputs: bool, gradients: bool):
-    self._choice, self._methods = choice, methods
+  Args:
+    choice: the Modules, and the types of Variables.
+    methods: the names of the methods; all of them if None.
+    inputs: whether to tap what they are given.
+    gradients: whether to tap gradients.
+    kind: the type of Variable for what methods are given and return.
+  """
+
+  def __init__(
+    self,
+    choice: Choice,
+    methods: tuple[str, ...] | None,
+    inputs: bool,
+    gradients: bool,
+    kind: type[Variable],
+  ):
+    self._choice, self._methods, self._kind = choice, methods, kind
     self._inputs, self._gradients = inputs, gradients
     self._calls = itertools.count()
-    self.key = ("capture", choice, methods, inputs, gradients)
+    self.added: dict[Path, Any] = {}
+    """What is added to the values that Modules perturb, in the trace of now."""
+    self.key = ("capture", choice, methods, inputs, gradients, kind)
+    self.types = tuple(dict.fromkeys((*choice.types, *([kind] if choice.has_modules else []))))
 
   def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     if not (self._inputs and self._is_chosen(call)):
       return args, kwargs
-    return self._tapped((*call.path, f"{call.method}.inputs"), (args, kwargs), gradients=False)
+    path = (*call.path, f"{call.method}.inputs")
+    return self._tapped(path, self._kind, (args, kwargs), gradients=False)
 
   def leave(self, call: Call, result: Any) -> Any:
     if not self._is_chosen(call):
       return result
-    return self._tapped((*call.path, call.method), result, gradients=self._gradients)
+    path = (*call.path, call.method)
+    return self._tapped(path, self._kind, result, gradients=self._gradients)
 
   def sow(self, path: Path, variable_type: type[Variable], name: str, value: Any) -> bool:
     if self._choice.has_type(variable_type):
-      self._tapped((*path, name), value, gradients=False)
+      self._tapped((*path, name), variable_type, value, gradients=False)
     return True  # the model stays as it is
 
-  def _is_chosen(self, call: Call) -> bool:
-    return call.method in self._methods and self._choice.has(call.path, call.module)
+  def perturb(self, path: Path, variable_type: type[Variable], name: str, value: Any) -> Any:
+    more = self.added.get((*path, name))
+    if more is not None:
+      value = jax.tree.map(jax.numpy.add, more, value)
+    if not self._choice.has_type(variable_type):
+      return value
+    return self._tapped((*path, name), variable_type, value, gradients=self._gradients)
 
-  def _tapped(self, path: Path, value: Any, *, gradients: bool) -> Any:
+  def _is_chosen(self, call: Call) -> bool:
+    is_method = self._methods is None or call.method in self._methods
+    return is_method and self._choice.has(call.path, call.module)
+
+  def _tapped(self, path: Path, kind: type[Variable], value: Any, *, gradients: bool) -> Any:
     leaves, tree = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Node | Variable))
     number, arrays = next(self._calls), [_is_array(x) for x in leaves]
     shown = jax.tree.structure(jax.tree.unflatten(tree, [0 if a else None for a in arrays]))
     index = itertools.count()
+    key = lambda: _Key(path, kind, number, shown, next(index))
     tapped = [
-      tap(x, Label(_Key(path, number, shown, next(index)), has_gradient=gradients)) if a else x
+      tap(x, Label(key(), has_gradient=gradients)) if a else x
       for x, a in zip(leaves, arrays, strict=True)
     ]
     return jax.tree.unflatten(tree, tapped)
@@ -144,20 +184,28 @@ def _find(eqn: Any, _: Any, results: list[Any]) -> list[Found]:
 
 
 def _captured(
-  fn: Callable, observer: _Taps, is_of_first: bool, args: tuple, kwargs: dict[str, Any]
-) -> Any:
+  fn: Callable,
+  observer: _Taps,
+  is_of_first: bool,
+  args: tuple,
+  kwargs: dict[str, Any],
+  added: dict[Path, Any],
+) -> tuple[Any, list[State]]:
   """The result and what was kept; paths count from the first argument, or from what is known."""
+  paths = list(added)
 
-  def call(*args: Any, **kwargs: Any) -> Any:
+  def call(args: tuple, kwargs: dict[str, Any], more: list[Any]) -> Any:
+    observer.added = dict(zip(paths, more, strict=True))
     with calls.observing(observer, args[0] if is_of_first else None):
       return fn(*args, **kwargs)
 
-  inputs = Inputs.of(args, kwargs)
+  inputs = Inputs.of((args, kwargs, list(added.values())), {})
   staged = Staged(call, inputs, values_of(inputs))
   refs, closures = read_closures([staged])
   result, found = staged.run_with(_evaluated, values_of(inputs), closures)
   write_closures(refs, result.closures)
-  return inputs.commit(result.outputs), _state_of(found)
+  states = [_state_of([f for f in found if f.key[0].type is kind]) for kind in observer.types]
+  return inputs.commit(result.outputs), states
 
 
 def _evaluated(closed: Any, flat: list[Any]) -> tuple[list[Any], list[Found]]:
@@ -173,12 +221,11 @@ def _state_of(found: list[Found]) -> State:
   calls_: dict[tuple[Path, str], list[tuple[_Key, dict[int, Any]]]] = {}
   for (key, kind), value, _ in found:
     lot = calls_.setdefault((key.path, kind), [])
-    if not lot or lot[-1][0][:3] != key[:3] or key.leaf in lot[-1][1]:
-      at = [x for x in lot if x[0][:3] == key[:3] and key.leaf not in x[1]]
-      if not at:
-        lot.append((key, {}))
-    mine = next(x for x in reversed(lot) if x[0][:3] == key[:3])
-    mine[1][key.leaf] = value
+    mine = [x for x in lot if x[0][:-1] == key[:-1] and key.leaf not in x[1]]
+    if not mine:
+      mine = [(key, {})]
+      lot += mine
+    mine[-1][1][key.leaf] = value
   flat = {}
   for (path, kind), lot in calls_.items():
     *above, name = path
@@ -187,5 +234,5 @@ def _state_of(found: list[Found]) -> State:
       jax.tree.unflatten(key.tree, [leaves.get(i) for i in range(key.tree.num_leaves)])
       for key, leaves in lot
     )
-    flat[(*above, last)] = Intermediate(values, is_hijax=False)
+    flat[(*above, last)] = lot[0][0].type(values, is_hijax=False)
   return from_flat_state(flat)

@@ -22,7 +22,10 @@ class Choice:
 
   def __init__(self, filters: tuple, types: tuple[type[Variable], ...]):
     self._filters = filters
-    self._types = types
+    self.types = types
+    """The types of Variables."""
+    self.has_modules = bool(filters)
+    """Whether Modules are meant, and not types of Variables alone."""
     self._predicates = [_predicate(f) for f in filters]
 
   @classmethod
@@ -42,15 +45,15 @@ class Choice:
 
   def has_type(self, variable_type: type[Variable]) -> bool:
     """Whether what is sown in Variables of a type is meant."""
-    return issubclass(variable_type, self._types)
+    return issubclass(variable_type, self.types)
 
   def __hash__(self) -> int:
-    return hash((self._filters, self._types))
+    return hash((self._filters, self.types))
 
   def __eq__(self, other: object) -> bool:
-    return isinstance(other, Choice) and (self._filters, self._types) == (
+    return isinstance(other, Choice) and (self._filters, self.types) == (
       other._filters,
-      other._types,
+      other.types,
     )
 
 

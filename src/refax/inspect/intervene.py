@@ -6,6 +6,7 @@ from typing import Any
 from refax.core import calls
 from refax.core.calls import Call
 from refax.core.filters import Filter
+from refax.core.watch import MISSING
 from refax.inspect.choice import Choice, check_there
 from refax.inspect.target import like, owner_and_function
 from refax.typing import Path
@@ -71,3 +72,6 @@ class _Changes:
 
   def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
     return False
+
+  def perturb(self, path: Path, variable_type: type, name: str, value: Any) -> Any:
+    return MISSING

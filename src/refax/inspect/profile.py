@@ -19,6 +19,7 @@ from refax import _jax
 from refax.core import calls
 from refax.core.calls import Call
 from refax.core.variable import Variable
+from refax.core.watch import MISSING
 from refax.errors import InvalidArgumentError
 from refax.inspect import timing
 from refax.inspect.cost import Cost, Operation, by_path, operations
@@ -112,6 +113,9 @@ class _Paths:
 
   def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
     return False
+
+  def perturb(self, path: Path, variable_type: type, name: str, value: Any) -> Any:
+    return MISSING
 
 
 def _are_values(values: Sequence[Any]) -> bool:

@@ -59,14 +59,14 @@ def rows(table):
 def test_a_row_says_what_a_layer_is_given_returns_holds_and_takes():
   table = nnx.tabulate(Net(nnx.Rngs(0)), X, width=200)
   found = rows(table)
-  assert table.splitlines()[0].strip() == "Net"
+  assert table.splitlines()[0].strip() == "Net Summary"
   assert list(found) == [
     "path", "", "layers/0", "layers/0/linear", "layers/0/norm", "layers/0/dropout", "layers/1",
     "layers/1/linear", "layers/1/norm", "layers/1/dropout", "head", "tied", "unused", "Total",
   ]  # fmt: skip
   header = found["path"]
   assert header[:4] == ["path", "type", "inputs → outputs", "Param"]
-  assert header[-2:] == ["FLOPs", "FLOPs, backward too"]
+  assert header[-2:] == ["flops", "vjp_flops"]
   linear = found["layers/0/linear"]
   assert linear[1:3] == ["Linear", "float32[3,4] → float32[3,4]"]
   assert linear[3] == "bias: float32[4] kernel: float32[4,4] 20 (80 B)"
@@ -117,7 +117,7 @@ def test_lines_are_as_long_as_asked(width):
   assert max(map(len, table.splitlines())) <= width
   assert "\x1b" not in table
   if width > 80:
-    assert "backward" in table  # no column is lost
+    assert "vjp_flops" in table  # no column is lost
 
 
 def test_abstract_models_and_inputs():
@@ -160,7 +160,7 @@ def test_several_inputs_keywords_flags_methods_and_none():
 
 def test_without_inputs_it_shows_what_the_layers_hold():
   found = rows(nnx.tabulate(Net(nnx.Rngs(0)), width=200))
-  assert found["path"][-1] != "FLOPs, backward too"
+  assert found["path"][-1] != "vjp_flops"
   assert found["Total"][3] == "122 (488 B)"
 
 
@@ -222,3 +222,39 @@ def test_without_rich_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "rich.table", None)
   with pytest.raises(MissingPackageError, match=r"refax\[display\]"):
     nnx.tabulate(Net(nnx.Rngs(0)), X)
+
+
+def test_a_module_without_a_call_has_the_row_of_its_method_and_all_parameters_are_added_up():
+  class Block(nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def forward(self, x):
+      return self.linear(x)
+
+  class Outer(nnx.Module):
+    def __init__(self):
+      self.block = Block()
+
+    def __call__(self, x, options):
+      return self.block.forward(x)
+
+  table = nnx.tabulate(Outer(), X, {}, width=200)
+  found = rows(table)
+  assert found["block/forward"][1:3] == ["Block", "float32[3,4] → float32[3,4]"]
+  assert found[""][2] == "(float32[3,4], {}) → float32[3,4]"
+  assert table.splitlines()[-1].strip() == "Total Parameters: 20 (80 B)"
+
+
+def test_the_passes_are_counted_as_asked():
+  traces = []
+
+  class Layer(nnx.Module):
+    def __call__(self, x):
+      traces.append(None)
+      return x * 2
+
+  table = nnx.tabulate(Layer(), X, compute_vjp_flops=False)
+  assert len(traces) == 1
+  assert " flops" in table and "vjp_flops" not in table
+  assert "flops" not in nnx.tabulate(Layer(), X, compute_flops=False, compute_vjp_flops=False)

@@ -4,7 +4,7 @@ from typing import Any
 
 from refax.display import table
 
-_FLAX_ONLY = ("graph", "row_filter", "variable_filter", "column_kwargs", "compute_flops")
+_FLAX_ONLY = ("graph", "row_filter", "variable_filter", "column_kwargs")
 
 
 def tabulate(
@@ -27,8 +27,8 @@ def tabulate(
     method: the name of the method that is called.
     table_kwargs: options of `rich.table.Table`.
     console_kwargs: options of `rich.console.Console`; `width` is the one that is looked at.
-    compute_flops: whether to count operations.
-    compute_vjp_flops: whether to count operations; both are counted together.
+    compute_flops: whether to count operations of the forward pass.
+    compute_vjp_flops: whether to count those of both passes together.
     **input_kwargs: more arguments of the call. Flax's other options are taken, and not looked at.
 
   >>> from refax.compat import nnx; import jax.numpy as jnp
@@ -41,8 +41,9 @@ def tabulate(
     *input_args,
     depth=depth,
     method=method,
-    flops=compute_flops or compute_vjp_flops,
+    compute_flops=compute_flops,
+    compute_vjp_flops=compute_vjp_flops,
     width=(console_kwargs or {}).get("width"),
-    table_options={"title": f"{type(obj).__name__} Summary", **(table_kwargs or {})},
+    table_kwargs=table_kwargs,
     **given,
   )

@@ -21,9 +21,10 @@ def tabulate(
   *args: Any,
   depth: int | None = None,
   method: str = "__call__",
-  flops: bool = True,
+  compute_flops: bool = True,
+  compute_vjp_flops: bool = True,
   width: int | None = None,
-  table_options: dict[str, Any] | None = None,
+  table_kwargs: dict[str, Any] | None = None,
   **kwargs: Any,
 ) -> str:
   """A table of a model: for each layer what it is given, returns, holds and takes.
@@ -36,9 +37,10 @@ def tabulate(
       what the layers hold.
     depth: how many levels of layers; all by default.
     method: the name of the method that is called.
-    flops: whether to count operations: of the forward pass, and of forward and backward together.
+    compute_flops: whether to count the operations of the forward pass (`flops`).
+    compute_vjp_flops: whether to count those of forward and backward pass together (`vjp_flops`).
     width: the number of characters of a line; by default that of the terminal, or 120.
-    table_options: options of `rich.table.Table`.
+    table_kwargs: options of `rich.table.Table`.
     **kwargs: more arguments of the call.
 
   Returns:
@@ -53,12 +55,12 @@ def tabulate(
   ... # doctest: +NORMALIZE_WHITESPACE +ELLIPSIS
                               Linear...
   """
-  layers = layers_of(model, args, kwargs, method=method, flops=flops)
+  layers = layers_of(model, args, kwargs, method=method, flops=(compute_flops, compute_vjp_flops))
   shown = [x for x in layers if depth is None or x.level <= depth]
   found = dict.fromkeys(type(v).__name__ for v in layers[0].below if not isinstance(v, RngState))
   types = sorted(found, key=lambda name: name != "Param")  # which comes first
   width = _width() if width is None else width
-  table = _table(f"{type(model).__name__}", table_options or {})
+  table = _table(f"{type(model).__name__} Summary", table_kwargs or {})
   costs = _cost_columns(layers)
   _add_columns(table, shown, types, costs, width)
   for layer in shown:
@@ -67,7 +69,8 @@ def tabulate(
   root = layers[0]
   totals = [_size(v for v in root.below if type(v).__name__ == t) for t in types]
   table.add_row("Total", "", "", *totals, *_costs(root, layers), style="bold")
-  return _text(table, width)
+  everything = f"Total Parameters: {_size(root.below) or '0'}"
+  return f"{_text(table, width)}{everything:^{width}}".rstrip() + "\n"
 
 
 def _add_columns(
@@ -75,7 +78,7 @@ def _add_columns(
 ) -> None:
   """The columns; those that are read first stay unbroken, if there is room."""
   unbroken = {
-    "path": ["/".join(map(str, x.path)) for x in shown],
+    "path": ["/".join(map(str, (*x.path, x.method))) for x in shown],
     "type": [x.type for x in shown],
     "inputs → outputs": [f"→ {text}" for x in shown for text in _tokens((x.inputs, x.outputs))],
   }
@@ -121,7 +124,7 @@ def _is_leaf(layer: Layer, shown: Sequence[Layer], layers: Sequence[Layer]) -> b
 
 
 def _cells(layer: Layer, types: Sequence[str], is_collapsed: bool) -> list[str]:
-  name = "/".join(map(str, layer.path))
+  name = "/".join(map(str, (*layer.path, *([layer.method] if layer.method else []))))
   kind = layer.type + (f"\n× {layer.calls}" if layer.calls > 1 else "")
   called = f"{shape_text(layer.inputs)}\n→\xa0{shape_text(layer.outputs)}" if layer.calls else ""
   if layer.same_as is not None:
@@ -157,7 +160,7 @@ def shape_text(tree: Any) -> str:
     return "{" + ", ".join(f"{k}: {shape_text(v)}" for k, v in tree.items()) + "}"
   if isinstance(tree, list | tuple):
     if not tree:
-      return ""
+      return "[]" if isinstance(tree, list) else "()"
     inner = ", ".join(map(shape_text, tree))
     return f"[{inner}]" if isinstance(tree, list) else f"({inner})"
   short = getattr(tree, "__name__", None) or (tree if isinstance(tree, str) else repr(tree))
@@ -171,7 +174,7 @@ def _size(variables: Iterable[Variable]) -> str:
 
 
 def _cost_columns(layers: Sequence[Layer]) -> list[str]:
-  names = [("FLOPs", layers[0].forward), ("FLOPs, backward too", layers[0].backward)]
+  names = [("flops", layers[0].forward), ("vjp_flops", layers[0].backward)]
   return [name for name, cost in names if cost is not None]
 
 

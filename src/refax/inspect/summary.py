@@ -32,6 +32,8 @@ class Layer(NamedTuple):
   path: Path
   level: int
   """How many Modules are around it, containers left out."""
+  method: str
+  """The method that is called, if it is not the one that models are called by."""
   type: str
   same_as: Path | None
   """Where it is described, if it is at another path, too."""
@@ -54,7 +56,7 @@ def layers_of(
   kwargs: dict[str, Any],
   *,
   method: str = "__call__",
-  flops: bool = True,
+  flops: tuple[bool, bool] = (True, True),
 ) -> list[Layer]:
   """The layers of a model, each before those below it, in the order of their calls.
 
@@ -63,7 +65,7 @@ def layers_of(
     args: what it is called with: arrays, or their types. Without any argument nothing is called.
     kwargs: more of that.
     method: the name of the method that is called.
-    flops: whether to count operations.
+    flops: whether to count operations: of the forward pass, of forward and backward together.
   """
   seen = _Calls(method)
   costs: list[dict[str, Cost] | None] = [None, None]
@@ -71,8 +73,9 @@ def layers_of(
     forward = lambda model, *a, **k: _arrays_of(getattr(model, method)(*a, **k))
     staged = _staged(forward, model, args, kwargs, seen)
     paths = {"/".join(map(str, path)) for path in seen.first}
-    if flops:
+    if flops[0]:
       costs[0] = _costs(staged, paths)
+    if flops[1]:
       costs[1] = _costs(_backward(forward, model, args, kwargs), paths)
   return _rows(model, seen, *costs)
 
@@ -85,23 +88,33 @@ class _Calls:
   def __init__(self, method: str):
     self._methods = {"__call__", method}
     self.first: dict[Path, tuple[Any, Any]] = {}
+    self.other: dict[Path, str] = {}
+    """The first other method of a Module that was called."""
     self.count: dict[Path, int] = {}
     self.order: dict[Path, int] = {}
 
   def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     self.order.setdefault(call.path, len(self.order))
-    if call.method in self._methods:
+    if self._is_shown(call):
       self.count[call.path] = self.count.get(call.path, 0) + 1
       options = {k: x for k, x in kwargs.items() if x is not None}
       self.first.setdefault(call.path, (_types(args), _types(options)))
     return args, kwargs
 
   def leave(self, call: Call, result: Any) -> Any:
-    if call.method in self._methods and len(self.first[call.path]) == 2:
+    if self._is_shown(call) and len(self.first[call.path]) == 2:
       (args, kwargs) = self.first[call.path]
       given = (*args, kwargs) if kwargs else args
       self.first[call.path] = (given[0] if len(given) == 1 else given, _types(result), ())  # pyright: ignore[reportArgumentType]
     return result
+
+  def _is_shown(self, call: Call) -> bool:
+    """Whether it is the method that a model is called by, or the one of a Module that has none."""
+    if call.method in self._methods:
+      return True
+    if callable(call.module):
+      return False
+    return self.other.setdefault(call.path, call.method) == call.method
 
   def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
     return True  # nothing is stored
@@ -224,6 +237,7 @@ def _rows(
     rows.append(
       Layer(
         path=path,
+        method=seen.other.get(path, ""),
         level=sum(path[:i] in place_of for i in range(len(path))),
         type=type(node).__name__,
         same_as=same_as,

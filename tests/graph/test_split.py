@@ -626,3 +626,62 @@ def test_a_clone_in_a_trace_copies_keys_from_outside():
     with nnx.use_hijax(hijax):
       kept = nnx.to_hijax(rngs) if hijax else nnx.to_lojax(rngs)
       assert nnx.eval_shape(lambda kept=kept: nnx.Dropout(0.5, rngs=nnx.clone(kept))).rate == 0.5
+
+
+class Sower(nnx.Module):
+  def __init__(self):
+    self.linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    self.layers = [nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5)]
+
+  def __call__(self, x):
+    self.sow(nnx.Intermediate, "h", x)
+    self.layers[0].sow(nnx.Intermediate, "g", 2 * x)
+    return self.linear(x)
+
+
+def popped(model):
+  state = nnx.pop(model, nnx.Intermediate)
+  return {path: float(v[...][0].sum()) for path, v in nnx.to_flat_state(state)}
+
+
+def test_popping_in_each_step_gives_what_each_step_has_sown():
+  model, step = Sower(), nnx.jit(lambda model, x: model(x).sum())
+  for i in range(6):
+    step(model, jnp.full(2, float(i)))
+    assert popped(model) == {("h",): 2.0 * i, ("layers", 0, "g"): 4.0 * i}
+    assert popped(model) == {}
+  assert not hasattr(model, "h")
+
+
+CHANGES = {
+  "a mode": lambda m: m.eval(),
+  "a number": lambda m: setattr(m, "n", 3),
+  "an array": lambda m: setattr(m, "table", jnp.ones(2)),
+  "a layer": lambda m: setattr(m, "more", nnx.Dict(k=nnx.Intermediate((jnp.ones(2),)))),
+  "an item": lambda m: m.layers.append(nnx.Dict(k=nnx.Intermediate((jnp.ones(2),)))),
+  "a moved layer": lambda m: m.layers.insert(0, m.layers.pop()),
+  "another layer": lambda m: setattr(m, "linear", nnx.Dict(k=nnx.Intermediate((jnp.ones(2),)))),
+  "a lost layer": lambda m: delattr(m, "linear"),
+  "another type": lambda m: setattr(m, "linear", nnx.Intermediate((jnp.ones(2),))),
+  "a shared one": lambda m: setattr(m, "again", getattr(m, "h", None) or nnx.Param(1.0)),
+  "a dict": lambda m: vars(m).update(k=nnx.Intermediate((jnp.ones(2),))),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_popping_after_a_change_is_popping_from_a_model_that_was_never_popped(name, before):
+  model, fresh = Sower(), Sower()
+  for _ in range(4):
+    model(jnp.ones(2))
+    nnx.pop(model, nnx.Intermediate)
+  for m in (model, fresh):
+    if before:
+      CHANGES[name](m)
+    m.sow(nnx.Intermediate, "h", jnp.full(2, 3.0))
+    m.layers[0].sow(nnx.Intermediate, "g", jnp.full(2, 4.0))
+    if not before:
+      CHANGES[name](m)
+  assert popped(model) == popped(fresh)
+  assert nnx.graphdef(model) == nnx.graphdef(fresh)
+  assert popped(model) == {}

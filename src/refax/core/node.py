@@ -92,6 +92,7 @@ class NodeState:
     "in_trace",
     "lost",
     "origin",
+    "popped",
     "read",
     "rebuilt",
     "trace",
@@ -108,6 +109,7 @@ class NodeState:
     self.trace = _jax.trace_state()
     self.in_trace = False  # JAX rebuilt the node, in a trace
     self.lost: Any = None  # what was added to it since
+    self.popped: Any = None  # how `nnx.pop` left what is below; see `split`
     self.read: Any = None  # where a trace has read it by closure
     self.home: tuple[weakref.ref | None, Any] = (None, None)
     self.origin: weakref.ref | None = None  # what a trace has rebuilt this object from

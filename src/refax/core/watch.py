@@ -114,6 +114,27 @@ class Watch:
     self._held = mark
     return True
 
+  def additions(self) -> list[tuple[Any, Any, Any]] | None:
+    """(node, key, value) of the data that came where nothing was; None if more has changed."""
+    if self._dead:
+      return None
+    found = []
+    for (_, key), (ref, old, was_data) in list(self._touched.items()):
+      node = ref()
+      if node is None:
+        return None
+      now, is_data = node.__dict__.get(key, MISSING), key in node._pytree.dynamic
+      if type(old) is _Weak:
+        old = old()
+      if not was_data and not is_data:  # numbers and names, as those of modes; or nothing now
+        continue
+      if now is old and now is not None and is_data is was_data:
+        continue
+      if old is not MISSING or not is_data:
+        return None
+      found.append((node, key, now))
+    return found
+
   def _kept(self, old: Any) -> Any:
     if self._seen_as is not None:
       old = self._seen_as(old)

@@ -13,11 +13,19 @@ import jax
 from refax.core.array_protocol import unwrap
 from refax.core.containers import Dict, List
 from refax.core.filters import Filter
-from refax.core.flatten import flatten, region_items, unflatten, variable_places
+from refax.core.flatten import (
+  Walk,
+  flatten,
+  region_items,
+  unflatten,
+  variable_places,
+  walk_nodes,
+)
 from refax.core.graphdef import GraphDef
 from refax.core.node import Node
 from refax.core.storage import is_array_like, needs_guard
 from refax.core.variable import Variable, borrowed, identity, is_variable
+from refax.core.watch import Watch
 from refax.core.write import commit
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, from_flat_state, partition, to_flat_state
@@ -321,7 +329,10 @@ def pop(node: Any, *filters: Filter) -> Any:
   """
   if not filters:
     raise FilterError.none("nnx.pop")
-  places = [(identity(v), path, owner, v) for path, owner, v in variable_places(node)]
+  variables = _added_since(node, filters)
+  if variables is None:
+    variables = variable_places(node)
+  places = [(identity(v), path, owner, v) for path, owner, v in variables]
   firsts = {key: (path, v) for key, path, _, v in reversed(places)}
   parts = partition(reversed(firsts.values()), filters, exhaustive=False)
   popped = {identity(leaf) for part in parts for _, leaf in part}
@@ -330,7 +341,42 @@ def pop(node: Any, *filters: Filter) -> Any:
   once = {(id(home), key): (home, key) for home, key in homes}  # a dict may be reached twice
   for home, key in reversed(once.values()):  # of a list, the last element first
     _delete_child(home, key)
+  _remember(node, filters)
   return _one_or_all(list(map(from_flat_state, parts)))
+
+
+def _added_since(node: Any, filters: tuple) -> list[tuple[Path, Any, Variable]] | None:
+  """The Variables that came to an object since it was left without any that these filters match.
+
+  A loop that sows and pops in each step need not walk through the model. None if it is not known.
+  """
+  kept = node._pytree.popped if isinstance(node, Node) else None
+  if kept is None or kept[1] != filters or kept[0] is None:
+    return None
+  watch, _, paths = kept
+  added = watch.additions()
+  variables = [x for _, _, x in added or () if isinstance(x, Variable)]
+  if added is None or len(set(map(identity, variables))) < len(added):
+    node._pytree.popped = None
+    return None
+  return [((*paths[id(owner)], key), owner, x) for owner, key, x in added if id(owner) in paths]
+
+
+def _remember(node: Any, filters: tuple) -> None:
+  """An object was left without Variables that match; of these, types alone never match later."""
+  if not isinstance(node, Node) or not all(isinstance(f, type) for f in filters):
+    return
+  kept = node._pytree.popped
+  if kept is None or kept[1] != filters:
+    node._pytree.popped = (None, filters, {})  # who pops once need not be watched
+    return
+  if kept[0] is not None and not kept[0].is_dead:
+    return
+  watch = Watch()
+  walk = Walk(watch)
+  walk.entry(node)
+  paths = {id(x): path for path, x in walk_nodes(node)}
+  node._pytree.popped = (watch, filters, paths) if walk.cacheable else None
 
 
 def _home(node: Any, path: Path) -> Any:

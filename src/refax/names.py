@@ -26,19 +26,18 @@ SAME = frozenset(
   """
   All Any BatchNorm BatchStat Bidirectional Cache Carry Conv ConvTranspose Data Dict DiffState
   Dropout EMA Einsum Embed Everything FlatState GRUCell GraphDef GroupNorm InstanceNorm
-  Intermediate LSTMCell LayerNorm Linear LinearGeneral List LoRA LoRALinear LoRAParam Metric
-  Module MultiHeadAttention MultiMetric Not Nothing OfType OptState OptimizedLSTMCell Optimizer
-  PReLU Param PathContains Perturbation Pytree RMSNorm RNN RNNCellBase RngCount RngKey RngState
-  RngStream Rngs Sequential SimpleCell SpectralNorm State StateAxes Static Variable WeightNorm
-  WithTag as_abstract as_pure avg_pool celu checkify clone combine_masks cond custom_vjp data
+  Intermediate LSTMCell LayerNorm Linear LinearGeneral List LoRA LoRALinear LoRAParam Metric Module
+  MultiHeadAttention MultiMetric Not Nothing OfType OptState OptimizedLSTMCell Optimizer PReLU
+  Param PathContains Perturbation Pytree RMSNorm RNN RNNCellBase RngCount RngKey RngState RngStream
+  Rngs Sequential SimpleCell SpectralNorm State StateAxes Static Variable WeightNorm WithTag
+  as_abstract as_pure avg_pool capture celu checkify clone combine_masks cond custom_vjp data
   dataclass display dot_product_attention elu eval_shape filter_state find_duplicates fori_loop
-  fork_rngs
-  from_flat_state gelu glu grad graphdef hard_sigmoid hard_silu hard_swish hard_tanh identity
-  initializers is_data iter_children iter_graph iter_modules jit jvp leaky_relu log_sigmoid
-  log_softmax logsumexp make_attention_mask make_causal_mask make_jaxpr map map_state max_pool
-  merge merge_state metrics min_pool one_hot pmap pool pop prefix pure recursive_map relu relu6
-  remat replace_by_pure_dict reseed scan selu set_metadata shard_map sigmoid silu soft_sign
-  softmax softplus split split_rngs split_state standardize state static swish switch tanh
+  fork_rngs from_flat_state gelu glu grad graphdef hard_sigmoid hard_silu hard_swish hard_tanh
+  identity initializers is_data iter_children iter_graph iter_modules jit jvp leaky_relu
+  log_sigmoid log_softmax logsumexp make_attention_mask make_causal_mask make_jaxpr map map_state
+  max_pool merge merge_state metrics min_pool one_hot pmap pool pop prefix pure recursive_map relu
+  relu6 remat replace_by_pure_dict reseed scan selu set_metadata shard_map sigmoid silu soft_sign
+  softmax softplus split split_rngs split_state standardize state static swish switch tabulate tanh
   to_flat_state to_pure_dict update value_and_grad variables view view_info vjp vmap while_loop
   with_attributes
   """.split()  # noqa: SIM905 - words in lines are read faster

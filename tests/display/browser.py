@@ -56,7 +56,7 @@ class Browser:
   def run(self, script):
     return self._post("/execute/sync", {"script": script, "args": []})
 
-  def wait(self, script, seconds=20):
+  def wait(self, script, seconds=120):
     """Until the script returns something true, and what it returned."""
     end = time.monotonic() + seconds
     while not (found := self.run(script)):

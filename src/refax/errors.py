@@ -1102,6 +1102,16 @@ class CaptureError(RefaxError, ValueError):
       fix="choose Modules outside of it, or capture a function that does without it",
     )
 
+  @classmethod
+  def lost(cls, paths: list[str]) -> "CaptureError":
+    shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return cls(
+      "nnx.capture lost values: JAX leaves out what no result depends on where it differentiates",
+      got=f"nothing of {shown}",
+      fix="capture the function that is differentiated, inside of nnx.grad with has_aux=True, or "
+      "let its result depend on the value",
+    )
+
 
 class KeywordError(RefaxError, TypeError):
   """A keyword that a constructor does not take."""

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from refax import nnx
-from refax.errors import FilterError
+from refax.errors import CaptureError, FilterError
 
 
 class Block(nnx.Module):
@@ -388,10 +388,162 @@ def test_the_outputs_of_all_methods():
 
 
 def test_what_is_in_a_shard_map_is_refused_by_name():
-  from refax.errors import CaptureError
 
   mesh = jax.make_mesh((1,), ("data",))
   spec = jax.sharding.PartitionSpec()
   f = nnx.shard_map(lambda net, x: net.head(x), mesh=mesh, in_specs=(spec, spec), out_specs=spec)
   with pytest.raises(CaptureError, match="shard_map"):
     nnx.capture(f)(Net(), X)
+
+
+class Blocks(nnx.Module):
+  def __init__(self, call):
+    self.blocks = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(3)]
+    self._call = nnx.static(call)
+
+  def __call__(self, x):
+    for block in self.blocks:
+      x = self._call(block, x)
+    return x
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, nnx.jit, jax.checkpoint, nnx.remat])
+def test_one_compiled_function_for_several_layers_tells_them_apart(wrap):
+  model = Blocks(wrap(lambda layer, x: layer(x)))
+  model(X)  # it is compiled before anybody looks
+  _, kept = nnx.capture(model, "blocks/*")(X)
+  x = X
+  for i, block in enumerate(model.blocks):
+    x = block(x)
+    np.testing.assert_allclose(value(kept, "blocks", i, "__call__"), x, rtol=1e-5)
+  y = nnx.intervene(model, {"blocks/1": jnp.zeros_like})(X)
+  np.testing.assert_allclose(y, model.blocks[2](jnp.zeros_like(X)), rtol=1e-6)
+  found = nnx.find_nonfinite(nnx.intervene(model, {"blocks/1": lambda y: y / 0}))(X)
+  assert found.module == "blocks/1"
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, nnx.jit])
+def test_a_function_that_ran_with_another_layer_has_the_path_of_this_one(wrap):
+  model, call = Blocks(jnp.add), wrap(lambda layer, x: layer(x))
+  call(model.blocks[0], X)
+  silent = nnx.intervene(call, {(lambda path, _: path == ("blocks", 1)): jnp.zeros_like})
+  for _ in range(2):
+    assert not silent(model.blocks[1], X).any()
+    assert silent(model.blocks[0], X).any()
+    assert call(model.blocks[1], X).any()
+
+
+class Waves(nnx.Module):
+  def __call__(self, x):
+    return jnp.sin(x), jnp.cos(x)
+
+
+class Holder(nnx.Module):
+  def __init__(self):
+    self.waves = Waves()
+
+
+def test_the_values_of_one_call_stay_together_where_some_are_used_by_nobody():
+  call = jax.jit(lambda model, x: model.waves(x))
+
+  def f(model, x):
+    _, b = call(model, x)
+    d, e = call(model, b)
+    return d * e
+
+  _, kept = nnx.capture(jax.grad(jax.jit(f), argnums=1), "waves")(Holder(), 1.0 * X[0, 0])
+  first, second = kept["waves"]["__call__"].get_value()
+  x = X[0, 0]
+  np.testing.assert_allclose(first, (jnp.sin(x), jnp.cos(x)), rtol=1e-5)
+  np.testing.assert_allclose(second, (jnp.sin(jnp.cos(x)), jnp.cos(jnp.cos(x))), rtol=1e-5)
+
+
+def test_gradients_are_in_the_order_of_the_calls():
+  layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+  loss = lambda layer, x: layer(layer(x)).sum()
+  _, kept = nnx.capture(nnx.grad(loss), nnx.Linear, gradients=True)(layer, X)
+  first, second = kept["__call__.gradient"].get_value()
+  np.testing.assert_array_equal(second, jnp.ones_like(X))
+  np.testing.assert_allclose(first, jnp.ones_like(X) @ layer.kernel[...].T, rtol=1e-5)
+
+
+def test_values_that_jax_leaves_out_are_an_error_and_never_missing():
+  class Probed(nnx.Module):
+    def __init__(self):
+      self.a, self.probe = (nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2))
+
+    def __call__(self, x):
+      h = self.a(x)
+      self.probe(h)
+      return h
+
+  loss = lambda model, x: model(x).sum()
+  grads = nnx.grad(nnx.jit(loss))
+  with pytest.raises(CaptureError, match=r"(?s)lost values.*probe/__call__"):
+    nnx.capture(grads, "probe")(Probed(), X)
+  inside = nnx.grad(nnx.capture(nnx.jit(loss), "probe"), has_aux=True)
+  _, kept = inside(Probed(), X)
+  assert value(kept, "probe", "__call__").shape == X.shape
+
+
+def test_derivatives_of_ones_own_are_kept_or_the_capture_is_refused():
+  class Round(nnx.Module):
+    def __call__(self, x):
+      return jnp.round(x)
+
+  class Straight(nnx.Module):
+    def __init__(self):
+      self.round = Round()
+
+    def __call__(self, x):
+      @jax.custom_vjp
+      def through(x):
+        return self.round(x)
+
+      through.defvjp(lambda x: (through(x), None), lambda _, g: (g,))
+      return through(x)
+
+  loss = lambda model, x: (3 * model(x)).sum()
+  grad, _ = nnx.capture(jax.grad(loss, argnums=1))(Straight(), X)
+  np.testing.assert_array_equal(grad, jnp.full_like(X, 3))
+  inner = lambda model, x: nnx.capture(loss, "round")(model, x)
+  with pytest.raises(CaptureError, match="custom_vjp"):
+    jax.grad(inner, argnums=1, has_aux=True)(Straight(), X)
+  outer = lambda model, x: nnx.capture(loss, Straight)(model, x)
+  grad, _ = jax.grad(outer, argnums=1, has_aux=True)(Straight(), X)
+  np.testing.assert_array_equal(grad, jnp.full_like(X, 3))
+
+
+def test_equal_numbers_of_other_types_are_other_constants():
+  f, x = nnx.capture(lambda x, k: x * k), jnp.arange(3)
+  assert [f(x, k)[0].dtype for k in (1, 1.0, True)] == [jnp.int32, jnp.float32, jnp.int32]
+  g = nnx.debug.check(lambda x, flag: x * 3 if flag is True else x)
+  assert [int(g(x, k)[1]) for k in (1, True)] == [1, 3]
+
+
+def test_a_capture_inside_another_has_its_own_values():
+  model = Blocks(nnx.remat(lambda layer, x: layer(x)))
+  inner = lambda model, x: nnx.capture(model, "blocks/1")(x)
+  (_, kept), outer = nnx.capture(inner, "blocks/0", "blocks/1")(model, X)
+  assert list(kept["blocks"]) == [1] and len(kept["blocks"][1]["__call__"].get_value()) == 1
+  assert list(outer["blocks"]) == [0, 1]
+
+
+def test_vmap_of_results_of_which_some_are_not_mapped():
+  class Pair(nnx.Module):
+    def __call__(self, x):
+      return x + 1, jnp.ones(2)
+
+  _, kept = nnx.capture(lambda m, x: jax.vmap(lambda x: m(x)[0])(x))(Pair(), X)
+  mapped, plain = value(kept, "__call__")
+  np.testing.assert_array_equal(mapped, X + 1)
+  assert plain.shape == (2,)
+
+
+def test_numpy_arrays_stay_what_they_are():
+  class Mask(nnx.Module):
+    def __call__(self, x):
+      return np.ones(3, bool)
+
+  f = lambda m, x: x if m(x)[0] else 2 * x
+  np.testing.assert_array_equal(nnx.capture(f)(Mask(), X)[0], X)

@@ -132,3 +132,22 @@ def test_results_that_are_no_numbers():
     nnx.debug.check(lambda m, x: (m, x, None))(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), X)[2] is None
   )
   assert nnx.debug.check(lambda x: x + 1)(jnp.arange(3))[0] == 1
+
+
+def test_a_first_step_that_is_bad_leaves_no_attribute_behind():
+  model = nnx.Dict(a=nnx.Variable(1.0))
+
+  def step(model, x):
+    model["new"] = nnx.Variable(x)
+    model["a"] += 1
+    return jnp.log(x)
+
+  with pytest.raises(nnx.NonFiniteError):
+    nnx.debug.check(step)(model, X * 0)
+  assert list(model) == ["a"]
+  assert float(model["a"]) == 1.0
+
+
+def test_a_result_that_is_a_constant_and_not_finite():
+  with pytest.raises(nnx.NonFiniteError, match="constant"):
+    nnx.debug.check(lambda x: {"best": float("inf"), "x": x})(X)

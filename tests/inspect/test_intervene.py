@@ -82,3 +82,21 @@ def test_an_error_in_a_change_ends_the_intervention():
   with pytest.raises(ZeroDivisionError):
     nnx.intervene(net, {"layers/0": lambda y: 1 // 0})(X)
   np.testing.assert_allclose(net(X), Net()(X), rtol=1e-6)
+
+
+def test_a_call_through_super_is_one_call():
+  class Base(nnx.Module):
+    def __call__(self, x):
+      return x + 1
+
+  class Child(Base):
+    def __call__(self, x):
+      return super().__call__(x) + 1
+
+  class Borrower(nnx.Module):
+    __call__ = Base.__call__
+
+  x = jnp.array(1.0)
+  assert float(nnx.intervene(Child(), {"": lambda y: 10 * y})(x)) == 30
+  assert float(nnx.intervene(Borrower(), {"": lambda y: 10 * y})(x)) == 20
+  assert len(nnx.capture(Child())(x)[1]["__call__"].get_value()) == 1

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
@@ -56,8 +56,16 @@ class Observer(Protocol):
 
 class _Local(threading.local):
   def __init__(self):
-    self.open: list[tuple[Any, Path]] = []  # the Modules whose calls are running, and their paths
+    # The Modules whose calls are running, their paths, and the names of the methods.
+    self.open: list[tuple[Any, Path, str]] = []
     self.observers: tuple[Observer, ...] = ()
+
+  def __reduce__(self) -> Any:
+    return _the_local, ()  # a class that is pickled by value has methods that name it
+
+
+def _the_local() -> _Local:
+  return _local
 
 
 _local = _Local()
@@ -68,19 +76,13 @@ _seen_by = jax.make_user_context(default_value=None)
 
 def name_calls(cls: type) -> None:
   """Let the public methods that a class of Modules defines, and `__call__`, run in named scopes."""
-  for base in cls.__mro__:
-    if base is not cls and (issubclass(base, Node) or base.__module__ in _NO_MIXINS):
+  for name, method in list(vars(cls).items()):
+    if type(method) is not FunctionType or (name.startswith("_") and name != "__call__"):
       continue
-    for name, method in list(vars(base).items()):  # of a mixin: what comes of it to the class
-      if type(method) is not FunctionType or (name.startswith("_") and name != "__call__"):
-        continue
-      if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
-        continue  # their bodies run later
-      if getattr(cls, name, None) is method:
-        setattr(cls, name, _named(method, name))
-
-
-_NO_MIXINS = frozenset(("builtins", "abc", "typing", "collections.abc", "refax.core.habits"))
+    if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
+      continue  # their bodies run later
+    if not hasattr(method, "_is_named"):  # borrowed from another class
+      setattr(cls, name, _named(method, name))
 
 
 def _named(method: FunctionType, name: str) -> Callable:
@@ -90,6 +92,7 @@ def _named(method: FunctionType, name: str) -> Callable:
       return method(self, *args, **kwargs)
     return _run(method, name, self, args, kwargs)
 
+  call._is_named = True  # pyright: ignore[reportAttributeAccessIssue]
   return call
 
 
@@ -98,10 +101,12 @@ def _run(method: FunctionType, name: str, module: Any, args: tuple, kwargs: dict
   if not isinstance(module, Node) or not (observers or config.using_named_scopes()):
     return method(module, *args, **kwargs)
   running = _local.open
-  steps, path = _place(module, *running[-1]) if running else (p := path_of(module), p)
+  if running and running[-1][0] is module and running[-1][2] == name:  # `super().__call__(x)`
+    return method(module, *args, **kwargs)
+  steps, path = _place(module, *running[-1][:2]) if running else (p := path_of(module), p)
   depth = len(running)
   try:
-    running.append((module, path))
+    running.append((module, path, name))
     with jax.named_scope("/".join(map(str, steps))) if steps else contextlib.nullcontext():
       if not observers:
         return method(module, *args, **kwargs)
@@ -145,6 +150,15 @@ def perturbed(module: Any, variable_type: type, name: str, value: Any) -> Any:
   return found
 
 
+def places_of(nodes: Iterable[Any]) -> tuple[Path, ...]:
+  """Where objects are, if somebody observes their calls.
+
+  It makes a GraphDef another one, so that JAX traces again: what was traced for one object tells
+  the wrong path for others.
+  """
+  return tuple(map(path_of, nodes)) if _local.observers else ()
+
+
 def _path_now(module: Any) -> Path:
   running = _local.open
   return running[-1][1] if running and running[-1][0] is module else path_of(module)
@@ -160,7 +174,7 @@ def observing(observer: Observer, root: Any = None) -> Iterator[None]:
   """
   outer, running = _local.observers, _local.open
   try:
-    _local.observers, _local.open = (*outer, observer), [] if root is None else [(root, ())]
+    _local.observers, _local.open = (*outer, observer), [] if root is None else [(root, (), "")]
     with _seen_by((tuple(o.key for o in _local.observers), (), "")):
       yield
   finally:
@@ -174,7 +188,8 @@ def _place(module: Any, parent: Any, above: Path) -> tuple[Path, Path]:
     steps = _direct(module, parent)
   if steps is None:  # it is none of the parent's own: it came by an argument, or by closure
     path = path_of(module) or (type(module).__name__,)
-    return path, path
+    is_below = len(path) > len(above) and path[: len(above)] == above
+    return (path[len(above) :] if is_below else path), path
   return steps, above + steps
 
 
@@ -201,10 +216,10 @@ def _climb(module: Any, parent: Any) -> Path | None:
       steps.append(key)
       node = above
       continue
-    origin = node._pytree.origin
+    start, origin = node._pytree.place, node._pytree.origin
     node = None if origin is None else origin()
     if node is None:
-      return None if parent is not None else tuple(reversed(steps))
+      return None if parent is not None else (*start, *reversed(steps))
   return tuple(reversed(steps))
 
 

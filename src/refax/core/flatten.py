@@ -19,6 +19,7 @@ from refax import _jax
 from refax.core import callables
 from refax.core.by_value import ByValue, has_hash
 from refax.core.callables import CALLABLES, taken_apart
+from refax.core.calls import places_of
 from refax.core.definition import kind
 from refax.core.epoch import epoch
 from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
@@ -253,6 +254,8 @@ def unflatten(graphdef: GraphDef, leaves: Iterable[Any]) -> tuple[Any, list[Node
   if not _jax.no_trace_active():
     for node, origin in zip(objects, graphdef.origins, strict=False):
       node._pytree.origin = origin
+    for node, place in zip(objects, graphdef.places, strict=False):
+      node._pytree.place = place
   return value(graphdef.root), objects
 
 
@@ -351,12 +354,17 @@ def register(cls: type[Node]) -> None:
       on_handed_out(x for _, x in walk_nodes(node))
     if function is not None and any(_is_hijax(leaf) for leaf in flat.leaves):
       raise RefArgumentError.function(function, type(node).__name__)
-    return flat if not _jax.orbax_flattens() else Flat(tuple(on_arrays(flat.leaves)), flat.graphdef)
+    if _jax.orbax_flattens():
+      return Flat(tuple(on_arrays(flat.leaves)), flat.graphdef)
+    places = places_of((node,))
+    return flat if not places else Flat(flat.leaves, flat.graphdef.at(places))
 
   def flatten_with_keys(node: Node):
     flat = flatten(node)
     leaves = flat.leaves if not _jax.orbax_flattens() else on_arrays(flat.leaves)
-    return tuple(zip(map(PathKey, flat.graphdef.paths), leaves, strict=True)), flat.graphdef
+    keys, places = map(PathKey, flat.graphdef.paths), places_of((node,))
+    graphdef = flat.graphdef if not places else flat.graphdef.at(places)
+    return tuple(zip(keys, leaves, strict=True)), graphdef
 
   own = {name for name, x in vars(cls).items() if isinstance(x, functools.cached_property)}
   cls._memoized = cls._memoized.difference(vars(cls)) | own

@@ -28,7 +28,17 @@ class GraphDef:
   """
 
   __class_getitem__ = classmethod(GenericAlias)
-  __slots__ = ("_hash", "_paths", "_plain", "leaf_count", "nodes", "origins", "root", "templates")
+  __slots__ = (
+    "_hash",
+    "_paths",
+    "_plain",
+    "leaf_count",
+    "nodes",
+    "origins",
+    "places",
+    "root",
+    "templates",
+  )
 
   def __init__(
     self,
@@ -37,6 +47,7 @@ class GraphDef:
     leaf_count: int,
     templates: tuple = (),
     origins: tuple[weakref.ref, ...] = (),
+    places: tuple[Path, ...] = (),
   ):
     self.root = root
     self.nodes = nodes
@@ -45,13 +56,15 @@ class GraphDef:
     """For each leaf what makes a Variable of an array, or None. Not compared: for `nnx.merge`."""
     self.origins = origins
     """The objects that were described, by node, while they live. Not compared: for paths."""
+    self.places = places
+    """Where they are, while calls of Modules are observed. Compared: see `calls.places_of`."""
     self._hash: int | None = None
     self._plain: bool | None = None
     self._paths: tuple[Path, ...] | None = None
 
   def __hash__(self) -> int:
     if self._hash is None:
-      self._hash = hash((self.root, self.nodes))
+      self._hash = hash((self.root, self.nodes, self.places))
     return self._hash
 
   def __eq__(self, other) -> bool:
@@ -62,7 +75,14 @@ class GraphDef:
       and hash(self) == hash(other)
       and self.root == other.root
       and self.nodes == other.nodes
+      and self.places == other.places
     )
+
+  def at(self, places: tuple[Path, ...]) -> "GraphDef":
+    """The same, of objects that are at these places."""
+    if places == self.places:
+      return self
+    return GraphDef(self.root, self.nodes, self.leaf_count, self.templates, self.origins, places)
 
   @property
   def is_plain(self) -> bool:

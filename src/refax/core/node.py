@@ -92,6 +92,7 @@ class NodeState:
     "in_trace",
     "lost",
     "origin",
+    "place",
     "popped",
     "read",
     "rebuilt",
@@ -113,6 +114,7 @@ class NodeState:
     self.read: Any = None  # where a trace has read it by closure
     self.home: tuple[weakref.ref | None, Any] = (None, None)
     self.origin: weakref.ref | None = None  # what a trace has rebuilt this object from
+    self.place: tuple = ()  # where that was, if calls were observed
 
 
 class Node:

@@ -6,12 +6,10 @@ reaches through every transform that keeps its jaxpr, plain JAX's included.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from refax import _jax
 from refax.core import calls
@@ -22,7 +20,7 @@ from refax.core.variable import Intermediate, Variable
 from refax.errors import CaptureError
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.inspect.choice import Choice, check_there
-from refax.inspect.target import Arguments, like, owner_and_function
+from refax.inspect.target import Arguments, Compiled, like, owner_and_function
 from refax.transforms.jit import jit
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
@@ -80,14 +78,15 @@ def capture(
   observer = _Taps(choice, methods_of, inputs, gradients, method_outputs or Intermediate)
   owner, function = owner_and_function(fn)
   added = {} if init is None else {path: x.get_value() for path, x in to_flat_state(init)}
-  compiled: dict[Hashable, Callable] = {}
+  compiled = Compiled()
 
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     check_there(which, owner or (*args, *kwargs.values()), is_root=bool(owner))
     arguments = Arguments.of((*owner, *args), kwargs)
-    run = functools.partial(_captured, arguments.completing(function), observer, bool(owner))
-    if _jax.no_trace_active():
-      run = compiled.setdefault(arguments.constants, jit(run))
+    complete, is_eager = arguments.completing(function), _jax.no_trace_active()
+    run = functools.partial(_captured, complete, observer, bool(owner), is_eager)
+    if is_eager:
+      run = compiled.of(arguments, functools.partial(jit, run))
     result, states = run(arguments.args, arguments.kwargs, added)
     return (result, *states)
 
@@ -95,14 +94,13 @@ def capture(
 
 
 class _Key(NamedTuple):
-  """What is tapped: one array of what a method is given or returns."""
+  """What is tapped: what a method is given or returns."""
 
+  owner: Hashable
+  """Of which capture it is, where one is inside another."""
   path: Path
   type: type[Variable]
-  call: int
-  """A number for each call that was traced."""
   tree: Any
-  leaf: int
 
 
 class _Taps:
@@ -126,7 +124,8 @@ class _Taps:
   ):
     self._choice, self._methods, self._kind = choice, methods, kind
     self._inputs, self._gradients = inputs, gradients
-    self._calls = itertools.count()
+    self.tapped: set[tuple[Path, type[Variable]]] = set()
+    """What was tapped in the trace of now."""
     self.added: dict[Path, Any] = {}
     """What is added to the values that Modules perturb, in the trace of now."""
     self.key = ("capture", choice, methods, inputs, gradients, kind)
@@ -163,30 +162,24 @@ class _Taps:
 
   def _tapped(self, path: Path, kind: type[Variable], value: Any, *, gradients: bool) -> Any:
     leaves, tree = jax.tree.flatten(value, is_leaf=lambda x: isinstance(x, Node | Variable))
-    number, arrays = next(self._calls), [_is_array(x) for x in leaves]
-    shown = jax.tree.structure(jax.tree.unflatten(tree, [0 if a else None for a in arrays]))
-    index = itertools.count()
-    key = lambda: _Key(path, kind, number, shown, next(index))
-    tapped = [
-      tap(x, Label(key(), has_gradient=gradients)) if a else x
-      for x, a in zip(leaves, arrays, strict=True)
-    ]
-    return jax.tree.unflatten(tree, tapped)
-
-
-def _is_array(x: Any) -> bool:
-  return isinstance(x, jax.Array | np.ndarray) and not _jax.is_ref(x)
-
-
-def _find(eqn: Any, _: Any, results: list[Any]) -> list[Found]:
-  label = eqn.params["label"]
-  return [] if label.kind == "tangent" else [Found((label.key, label.kind), results[0])]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and not _jax.is_ref(x)]
+    if not places:
+      return value
+    shown = jax.tree.structure(
+      jax.tree.unflatten(tree, [0 if i in places else None for i in range(len(leaves))])
+    )
+    self.tapped.add((path, kind))
+    label = Label(_Key(self.key, path, kind, shown), has_gradient=gradients)
+    for i, x in zip(places, tap([leaves[i] for i in places], label), strict=True):
+      leaves[i] = x
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _captured(
   fn: Callable,
   observer: _Taps,
   is_of_first: bool,
+  is_final: bool,
   args: tuple,
   kwargs: dict[str, Any],
   added: dict[Path, Any],
@@ -196,43 +189,63 @@ def _captured(
 
   def call(args: tuple, kwargs: dict[str, Any], more: list[Any]) -> Any:
     observer.added = dict(zip(paths, more, strict=True))
-    with calls.observing(observer, args[0] if is_of_first else None):
-      return fn(*args, **kwargs)
+    try:
+      with calls.observing(observer, args[0] if is_of_first else None):
+        return fn(*args, **kwargs)
+    finally:
+      observer.added = {}
 
+  observer.tapped.clear()
   inputs = Inputs.of((args, kwargs, list(added.values())), {})
   staged = Staged(call, inputs, values_of(inputs))
   refs, closures = read_closures([staged])
-  result, found = staged.run_with(_evaluated, values_of(inputs), closures)
+  evaluated = functools.partial(_evaluated, observer, is_final)
+  result, found = staged.run_with(evaluated, values_of(inputs), closures)
   write_closures(refs, result.closures)
   states = [_state_of([f for f in found if f.key[0].type is kind]) for kind in observer.types]
   return inputs.commit(result.outputs), states
 
 
-def _evaluated(closed: Any, flat: list[Any]) -> tuple[list[Any], list[Found]]:
-  look = Look(_find, is_tap, enters_custom=True)
+def _evaluated(
+  observer: _Taps, is_final: bool, closed: Any, flat: list[Any]
+) -> tuple[list[Any], list[Found]]:
+  """The results, and what this observer has tapped.
+
+  Functions with derivatives of their own are entered where nothing differentiates them any more.
+  """
+
+  def find(eqn: Any, _: Any, results: list[Any]) -> list[Found]:
+    label = eqn.params["label"]
+    return [Found((label.key, label.kind, label.which), results)]
+
+  def is_wanted(eqn: Any) -> bool:
+    return is_tap(eqn) and eqn.params["label"].key.owner == observer.key
+
+  look = Look(find, is_wanted, enters_custom=is_final)
   missed = unreached(closed, look)
   if missed:
     raise CaptureError.unreached(missed)
-  return evaluate(closed, flat, look)
+  results, found = evaluate(closed, flat, look)
+  found = [f for f in found if f.key[1] != "tangent"]
+  lost = observer.tapped - {(f.key[0].path, f.key[0].type) for f in found}
+  if lost:
+    raise CaptureError.lost(sorted("/".join(map(str, path)) for path, _ in lost))
+  return results, found
 
 
 def _state_of(found: list[Found]) -> State:
-  """What was found, by path: a tuple of the values of all calls."""
-  calls_: dict[tuple[Path, str], list[tuple[_Key, dict[int, Any]]]] = {}
-  for (key, kind), value, _ in found:
-    lot = calls_.setdefault((key.path, kind), [])
-    mine = [x for x in lot if x[0][:-1] == key[:-1] and key.leaf not in x[1]]
-    if not mine:
-      mine = [(key, {})]
-      lot += mine
-    mine[-1][1][key.leaf] = value
-  flat = {}
-  for (path, kind), lot in calls_.items():
-    *above, name = path
-    last = f"{name}.gradient" if kind == "gradient" else name
-    values = tuple(
-      jax.tree.unflatten(key.tree, [leaves.get(i) for i in range(key.tree.num_leaves)])
-      for key, leaves in lot
-    )
-    flat[(*above, last)] = lot[0][0].type(values, is_hijax=False)
-  return from_flat_state(flat)
+  """What was found, by path: a tuple of the values of all calls, in their order."""
+  lots: dict[Path, list[Any]] = {}
+  kinds: dict[Path, type[Variable]] = {}
+  for (key, kind, which), values, _ in found:
+    *above, name = key.path
+    is_gradient = kind == "gradient"
+    path = (*above, f"{name}.gradient" if is_gradient else name)
+    places = which if is_gradient else range(len(values))
+    leaves = dict(zip(places, values, strict=True))
+    value = jax.tree.unflatten(key.tree, [leaves.get(i) for i in range(key.tree.num_leaves)])
+    lot, kinds[path] = lots.setdefault(path, []), key.type
+    lot.insert(0 if is_gradient else len(lot), value)  # the backward pass begins with the last call
+  return from_flat_state(
+    {path: kinds[path](tuple(lot), is_hijax=False) for path, lot in lots.items()}
+  )

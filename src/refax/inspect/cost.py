@@ -74,7 +74,10 @@ def operations(
 def scopes_of(stack: Any) -> list[str]:
   """The named scopes of an operation, step by step, without the transforms it went through."""
   parts = [part.name for part in getattr(stack, "stack", ()) if "Scope" in type(part).__name__]
-  return [step for name in parts for step in name.split("/")]
+  return [step for name in parts if name not in _OF_JAX for step in name.split("/")]
+
+
+_OF_JAX = frozenset(("checkpoint", "rematted_computation"))
 
 
 def by_path(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from refax import _jax
 from refax.errors import NonFiniteError
 from refax.inspect.nonfinite import find_nonfinite
-from refax.inspect.target import Arguments, like, owner_and_function
+from refax.inspect.target import Arguments, Compiled, like, owner_and_function
 from refax.train.finite import all_finite
 from refax.transforms.effect import transaction
 from refax.transforms.jit import jit
@@ -50,30 +50,50 @@ def check(fn: Callable) -> Callable:
   0.0
   """
   owner, function = owner_and_function(fn)
-  compiled: dict[Any, Callable] = {}
-  structural: set[Any] = set()  # calls that change what objects consist of
+  compiled = Compiled()
 
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     if not _jax.no_trace_active():
       return function(*owner, *args, **kwargs)  # the function around it is looked at
     given = Arguments.of((*owner, *args), kwargs)
-    step = compiled.get(given.constants)
-    if step is None:
-      guarded = _Guarded(given.completing(function), lambda: structural.add(given.constants))
-      step = compiled[given.constants] = jit(guarded)
-    if given.constants in structural:
-      with transaction(*given.args, *given.kwargs.values()):
-        return _checked(step, fn, given, args, kwargs)
-    return _checked(step, fn, given, args, kwargs)
+    step = compiled.of(given, lambda: _Step(given.completing(function)))
+    try:
+      return step(given.args, given.kwargs)
+    except _NotFiniteError:
+      pass
+    raise NonFiniteError.found(find_nonfinite(fn)(*args, **kwargs))
 
   return like(fn, wrapper)
 
 
-def _checked(step: Callable, fn: Callable, given: Arguments, args: tuple, kwargs: dict) -> Any:
-  result, ok = step(*given.args, **given.kwargs)
-  if not bool(ok):
-    raise NonFiniteError.found(find_nonfinite(fn)(*args, **kwargs))
-  return result
+class _NotFiniteError(Exception):
+  """A step has ended with what is not finite; it is undone."""
+
+
+class _Step:
+  """A compiled step that undoes itself if it is not finite."""
+
+  def __init__(self, fn: Callable):
+    self._run = jit(_Guarded(fn, self._on_structure))
+    self._is_known = False
+    self._changes_structure = False
+
+  def _on_structure(self) -> None:
+    self._changes_structure = True
+
+  def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if self._is_known and not self._changes_structure:
+      return self._checked(args, kwargs)
+    with transaction(*args, *kwargs.values()):
+      result = self._checked(args, kwargs)
+    self._is_known = True
+    return result
+
+  def _checked(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    result, ok = self._run(*args, **kwargs)
+    if not bool(ok):
+      raise _NotFiniteError
+    return result
 
 
 class _Guarded:

@@ -6,7 +6,7 @@ results are not finite either, to the first whose arguments all were. An infinit
 out later, as in `jnp.where(x > 0, jnp.log(x), 0)`, is not on that way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from refax.core.calls import path_of
 from refax.core.module import Module
 from refax.core.variable import Variable
+from refax.inspect.cost import scopes_of
 from refax.inspect.target import Arguments, like, owner_and_function
 from refax.transforms.jit import leaf_name
 from refax.transforms.lift import Inputs
@@ -144,8 +145,9 @@ def found_in(staged: Staged, name: Callable[[Path], str]) -> NonFinite | None:
   table = {_place(k): v for k, v in zip(keys, values, strict=True)}
   jaxpr = opened(closed)[0]
   known = dict(zip(jaxpr.invars, given, strict=True))
-  wanted = {v for v, bad in zip(jaxpr.outvars, results, strict=True) if bad.any()}
-  if not wanted:
+  bad = [v for v, flags in zip(jaxpr.outvars, results, strict=True) if flags.any()]
+  wanted = {v for v in bad if not _is_literal(v)}
+  if not bad:
     return None
   search = _Search(table)
   place = search.first(jaxpr, (), (), wanted, known)
@@ -383,20 +385,11 @@ def _line(eqn: Any) -> str:
 
 def _module(stacks: list[Any], paths: set[str]) -> str:
   """The layer in the names of nested operations: the longest beginning that is a path."""
-  steps: list[str] = []
-  for stack in stacks:
-    steps += [s for part in _scopes(stack) for s in part.split("/")]
+  steps = [step for stack in stacks for step in scopes_of(stack)]
   if not paths:
     return "/".join(steps)
   known = ["/".join(steps[:i]) for i in range(len(steps), 0, -1)]
   return next((p for p in known if p in paths), "")
-
-
-def _scopes(stack: Any) -> Iterator[str]:
-  """The named scopes of an operation, without the transforms that it went through."""
-  for part in getattr(stack, "stack", ()):
-    if "Scope" in type(part).__name__:
-      yield part.name
 
 
 def _paths(inputs: Inputs) -> set[str]:

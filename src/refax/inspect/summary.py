@@ -83,9 +83,8 @@ def layers_of(
 class _Calls:
   """Sees what each Module is given and returns."""
 
-  key = "summary"
-
   def __init__(self, method: str):
+    self.key = object()  # what JAX has traced for another table told nothing to this one
     self._methods = {"__call__", method}
     self.first: dict[Path, tuple[Any, Any]] = {}
     self.other: dict[Path, str] = {}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from refax.core.definition import kind
 from refax.core.module import Module
 from refax.core.node import Node
 from refax.core.variable import Variable
@@ -54,6 +55,11 @@ class Arguments(NamedTuple):
     rest = {k: x for k, x in kwargs.items() if k not in keys}
     return cls(constants, tuple(None if i in keys else x for i, x in enumerate(args)), rest)
 
+  @property
+  def key(self) -> Any:
+    """What tells constants apart: 1 is not 1.0, and 0.0 not -0.0."""
+    return tuple((key, kind(x), x) for key, x in self.constants)
+
   def completing(self, fn: Callable) -> Callable:
     """The function of all other arguments."""
     constants = dict(self.constants)
@@ -69,3 +75,25 @@ def _is_constant(x: Any) -> bool:
   if isinstance(x, Node | Variable | jax.Array | np.ndarray | np.generic):
     return False
   return isinstance(x, bool | int | float | complex | str | bytes | type) or callable(x)
+
+
+class Compiled:
+  """What was made for calls with some constants; not of many, as of a new number in each call."""
+
+  def __init__(self):
+    self._made: dict[Any, Any] = {}
+
+  def of(self, arguments: Arguments, make: Callable[[], Any]) -> Any:
+    """What was made for these constants; made now, if there is none."""
+    try:
+      known = self._made.get(arguments.key)
+    except TypeError:  # a callable object without a hash
+      return make()
+    if known is None:
+      if len(self._made) >= _MOST:
+        self._made.clear()
+      known = self._made[arguments.key] = make()
+    return known
+
+
+_MOST = 64

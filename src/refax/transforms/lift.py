@@ -19,6 +19,7 @@ import jax
 
 from refax import _jax
 from refax.core import storage
+from refax.core.calls import places_of
 from refax.core.definition import Differentiation
 from refax.core.flatten import Walk, unflatten
 from refax.core.graphdef import REGION, GraphDef
@@ -81,7 +82,8 @@ class Inputs:
     if enters_mesh:
       arguments_meet(walk.leaves)
     names = tuple(sorted(kwargs))
-    return cls(walk.graphdef(root), walk.leaves, walk.objects, names, walk.cacheable)
+    graphdef = walk.graphdef(root).at(places_of(walk.objects))
+    return cls(graphdef, walk.leaves, walk.objects, names, walk.cacheable)
 
   @property
   def arguments(self) -> tuple:

@@ -25,39 +25,51 @@ class Label(NamedTuple):
   kind: str = "value"
   """`value`, `tangent` or `gradient`."""
   has_gradient: bool = False
-  """Whether the gradient of the value is tapped too."""
+  """Whether the gradients of the values are tapped too."""
+  which: tuple[int, ...] = ()
+  """Which of the values have a gradient."""
 
 
-def tap(x: Any, label: Label) -> jax.Array:
-  """`x`, marked in the trace."""
-  return _tap.bind(jnp.asarray(x), label=label)
+def tap(xs: Sequence[Any], label: Label) -> list[Any]:
+  """Arrays as they are, marked in the trace; all of them or none are in what JAX makes of it."""
+  return _tap.bind(*map(jnp.asarray, xs), label=label)
 
 
 def _differentiated(primals: Any, tangents: Any, *, label: Label) -> tuple[Any, Any]:
-  ((x,), (dx,)) = primals, tangents
-  out = _tap.bind(x, label=label)
-  if label.kind != "value" or not label.has_gradient or type(dx) is ad.Zero:
-    return out, dx
-  return out, _tap.bind(dx, label=label._replace(kind="tangent"))
+  out, tangents = _tap.bind(*primals, label=label), list(tangents)
+  which = tuple(i for i, dx in enumerate(tangents) if type(dx) is not ad.Zero)
+  if label.kind == "value" and label.has_gradient and which:
+    tapped = _tap.bind(
+      *(tangents[i] for i in which), label=label._replace(kind="tangent", which=which)
+    )
+    for i, dx in zip(which, tapped, strict=True):
+      tangents[i] = dx
+  return out, tangents
 
 
-def _transposed(ct: Any, _: Any, *, label: Label) -> list[Any]:
-  if type(ct) is ad.Zero or label.kind != "tangent":
-    return [ct]
-  return [_tap.bind(ct, label=label._replace(kind="gradient"))]
+def _transposed(cts: Any, *_: Any, label: Label) -> list[Any]:
+  there = [i for i, ct in enumerate(cts) if type(ct) is not ad.Zero]
+  if label.kind != "tangent" or not there:
+    return list(cts)
+  which = tuple(label.which[i] for i in there)
+  tapped = _tap.bind(*(cts[i] for i in there), label=label._replace(kind="gradient", which=which))
+  new = dict(zip(there, tapped, strict=True))
+  return [new.get(i, ct) for i, ct in enumerate(cts)]
 
 
-def _batched(args: Any, dims: Any, *, label: Label) -> tuple[Any, int]:
-  x = jnp.moveaxis(args[0], dims[0], 0)  # an axis more in front, as of a loop
-  return _tap.bind(x, label=label), 0
+def _batched(args: Any, dims: Any, *, label: Label) -> tuple[Any, Any]:
+  moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+  # A mapped value has an axis more in front, as one of a loop.
+  return _tap.bind(*moved, label=label), [d if d is None else 0 for d in dims]
 
 
-_tap.def_impl(lambda x, *, label: x)
-_tap.def_abstract_eval(lambda x, *, label: x)
+_tap.multiple_results = True
+_tap.def_impl(lambda *xs, label: list(xs))
+_tap.def_abstract_eval(lambda *xs, label: list(xs))
 ad.primitive_jvps[_tap] = _differentiated
 ad.primitive_transposes[_tap] = _transposed
 batching.primitive_batchers[_tap] = _batched
-mlir.register_lowering(_tap, lambda ctx, x, *, label: [x])
+mlir.register_lowering(_tap, lambda ctx, *xs, label: list(xs))
 
 
 class Found(NamedTuple):
@@ -123,10 +135,12 @@ def evaluate(
 def unreached(closed: Any, look: Look) -> list[str]:
   """The primitives inside which something is wanted that `evaluate` cannot hand out."""
   names: list[str] = []
+  anywhere = look._replace(enters_custom=True)
   for eqn in opened(closed)[0].eqns:
-    if not _is_wanted_inside(eqn, look):
+    if not _is_wanted_inside(eqn, anywhere):
       continue
-    if eqn.primitive.name in _RULES:
+    is_custom = eqn.primitive.name.startswith("custom_")
+    if eqn.primitive.name in _RULES and not (is_custom and not look.enters_custom):
       names += [n for inner in inner_jaxprs(eqn) for n in unreached(inner, look)]
     else:
       names.append(eqn.primitive.name)
@@ -183,8 +197,8 @@ def _pairs(keys: list[Found], values: list[Any]) -> list[Found]:
 
 def _call(nested: _Nested) -> Outcome:
   """A function that is called as it is."""
-  name = "call_jaxpr" if "call_jaxpr" in nested.params else "jaxpr"
-  results, values, keys = nested.run(nested.params[name], nested.args)
+  (jaxpr,) = _jax.inner_jaxprs(nested.eqn)
+  results, values, keys = nested.run(jaxpr, nested.args)
   return results, _pairs(keys, values)
 
 
@@ -295,6 +309,7 @@ _RULES: dict[str, Callable[[_Nested], Outcome]] = {
   "pjit": _jit,
   "closed_call": _call,
   "core_call": _call,
+  "eval_jaxpr": _call,
   "custom_jvp_call": _call,
   "custom_vjp_call": _call,
   "checkpoint": _checkpoint,

@@ -16,7 +16,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -959,19 +959,17 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
   return [x for x in flat if hasattr(x, "eqns")]
 
 
-def scan_counts(eqn: Any) -> tuple[int, int] | None:
+def scan_counts(eqn: Any) -> tuple[int, int]:
   """How many of the inputs of a `lax.scan` are constants, and how many are carried.
 
-  Private: the parameters, which JAX 0.12 keeps as a tree. None where they are not as expected.
+  What is sliced has the steps as an axis in front that it lacks inside. The parameters say it too,
+  otherwise in each release.
   """
-  params = eqn.params
-  if "num_consts" in params:
-    return params["num_consts"], params["num_carry"]
-  try:
-    consts, carry, _ = params["ft_in"].unpack()
-    return len(list(consts)), len(list(carry))
-  except (KeyError, AttributeError, TypeError, ValueError):
-    return None
+  body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+  is_whole = lambda outer, inner: len(outer.aval.shape) == len(inner.aval.shape)
+  whole = sum(map(is_whole, eqn.invars, body.invars))
+  carried = sum(map(is_whole, eqn.outvars, body.outvars))
+  return whole - carried, carried
 
 
 def meant_jaxprs(eqn: Any) -> list[Any]:
@@ -1197,6 +1195,19 @@ def evaluate(eqn: Any, args: list[Any]) -> list[Any]:
   with _named(eqn), eqn.ctx.manager:
     results = eqn.primitive.bind(*args, **params)
   return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def interpret(
+  closed: Any, args: Sequence[Any], results_of: Callable[[Any, list[Any]], Sequence[Any]]
+) -> list[Any]:
+  """Run a jaxpr, closed or without constants, by what `results_of` makes of each equation."""
+  jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+  env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+  env |= zip(jaxpr.invars, args, strict=True)
+  read = lambda v: v.val if isinstance(v, Literal) else env[v]
+  for eqn in jaxpr.eqns:
+    env |= zip(eqn.outvars, results_of(eqn, list(map(read, eqn.invars))), strict=True)
+  return list(map(read, jaxpr.outvars))
 
 
 def one_by_one(fn: Callable[..., Any], *args: Any) -> Any:

@@ -63,3 +63,15 @@ def test_costs_belong_to_the_innermost_layer_and_add_up():
   assert total["layers"].flops == own["layers/0"] + own["layers/1"]
   assert layer_of(("a", "b", "jnp.dot"), {"a", "a/b"}) == "a/b"
   assert layer_of(("x",), {"a"}) == ""
+
+
+def test_a_layer_that_is_called_transpose_is_not_backward():
+  class Net(nnx.Module):
+    def __init__(self):
+      self.transpose = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      return self.transpose(x)
+
+  found = operations(jax.make_jaxpr(Net())(jnp.ones((2, 4))).jaxpr)
+  assert not any(x.is_backward for x in found)

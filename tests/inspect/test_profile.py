@@ -398,3 +398,12 @@ def test_deep_models_show_the_largest_rows():
   model = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(80)))
   text = str(nnx.profile(model)(jnp.ones((2, 4))))
   assert "smaller ones)" in text and len(text.splitlines()) < 100
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, nnx.jit])
+def test_a_second_profile_of_a_compiled_function_knows_its_layers_too(wrap):
+  model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+  step = wrap(lambda model, x: model(x))
+  for _ in range(2):
+    profile = nnx.profile(step)(model, jnp.ones((2, 4)))
+    assert [part.path for part in profile.parts] == ["", "layers/0", "layers/1"]

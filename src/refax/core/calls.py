@@ -10,7 +10,7 @@ import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from types import FunctionType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,29 +29,31 @@ class Call(NamedTuple):
   method: str
 
 
-class Observer(Protocol):
-  """What is told of each call of a Module while `observing` it."""
+class Observer:
+  """What is told of each call of a Module while `observing` it; by default it changes nothing."""
 
-  @property
-  def key(self) -> Hashable:
-    """What it does to a trace: functions that JAX compiled under another key are traced again."""
-    ...
+  def __init__(self, key: Hashable = None):
+    """Args: `key`: what it does to a trace; by default an observer is like no other.
+
+    What JAX has traced with an observer tells another one with the same key nothing.
+    """
+    self.key = object() if key is None else key
 
   def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A call begins; returns its arguments, or others."""
-    ...
+    return args, kwargs
 
   def leave(self, call: Call, result: Any) -> Any:
     """A call ends; returns its result, or another."""
-    ...
+    return result
 
   def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
     """A Module at a path sows a value; whether the observer takes it, and it is not stored."""
-    ...
+    return False
 
   def perturb(self, path: Path, variable_type: type, name: str, value: Any) -> Any:
     """A Module at a path perturbs a value; returns it with what is added, or MISSING."""
-    ...
+    return MISSING
 
 
 class _Local(threading.local):
@@ -133,6 +135,8 @@ def _observed(
 
 def is_taken(module: Any, variable_type: type, name: str, value: Any) -> bool:
   """Whether an observer takes what a Module sows."""
+  if not _local.observers:
+    return False
   path = _path_now(module)
   taken = [o.sow(path, variable_type, name, value) for o in _local.observers]  # all are told
   return any(taken)
@@ -228,7 +232,7 @@ def _direct(module: Any, parent: Any) -> Path | None:
   for key, value, is_data in parent._entries():
     if value is module:
       return (key,)
-    if is_data and isinstance(value, Node) and not value._altered_by_key:  # a List, a Dict
+    if is_data and isinstance(value, Node) and value._is_container:
       for item, x, _ in value._entries():
         if x is module:
           return (key, item)

@@ -45,6 +45,7 @@ class _Container(Module, named=False):
   """What List and Dict share: elements in `_items`, kept as data or `_Static`."""
 
   __slots__ = ("_items", "_moved")
+  _is_container = True
   _altered_by_key = False
   _items: Any
   _moved: dict[int, weakref.ref]

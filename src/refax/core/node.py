@@ -128,6 +128,9 @@ class Node:
   _is_module: ClassVar[bool] = False
   """Whether it is a part of a model, in whose path others are."""
 
+  _is_container: ClassVar[bool] = False
+  """Whether it only holds other objects: a List, a Dict."""
+
   _altered_by_key: ClassVar[bool] = True
   """Whether `_alter` takes only the entries that are new or others, and not all of them."""
 

@@ -284,12 +284,21 @@ def count(n: int, nbytes: int) -> str:
   >>> count(1_500_000, 6_000_000)
   '1,500,000 (6.0 MB)'
   """
-  size, unit = float(nbytes), "B"
-  for unit in ("B", "KB", "MB", "GB", "TB"):
-    if size < 1000 or unit == "TB":
+  return f"{n:,} ({scaled(nbytes)}B)"
+
+
+def scaled(n: float) -> str:
+  """A number with three or four figures, before its unit: `1.2 M`, or `12 `.
+
+  >>> f"{scaled(1_234_567)}B", f"{scaled(12)}B"
+  ('1.2 MB', '12 B')
+  """
+  unit = ""
+  for unit in ("", "K", "M", "G", "T"):
+    if n < 1000 or unit == "T":
       break
-    size /= 1000
-  return f"{n:,} ({nbytes} B)" if unit == "B" else f"{n:,} ({size:.1f} {unit})"
+    n /= 1000
+  return f"{n:.1f} {unit}" if unit else f"{n:.0f} "
 
 
 _COLOURS = {"name": "38;5;79", "attribute": "38;5;117", "comment": "38;5;244"}

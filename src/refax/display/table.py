@@ -185,10 +185,4 @@ def _costs(layer: Layer, layers: Sequence[Layer]) -> list[str]:
 
 
 def _flops(cost: Cost | None) -> str:
-  """`14.5 M`: three or four figures, for columns are narrow."""
-  number, unit = 0.0 if cost is None else cost.flops, ""
-  for unit in ("", " K", " M", " G", " T", " P"):
-    if number < 999.95 or unit == " P":
-      break
-    number /= 1000
-  return "" if not number else f"{number:.1f}{unit}" if unit else f"{number:.0f}"
+  return text.scaled(cost.flops).rstrip() if cost is not None and cost.flops else ""

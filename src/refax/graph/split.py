@@ -355,11 +355,12 @@ def _added_since(node: Any, filters: tuple) -> list[tuple[Path, Any, Variable]] 
     return None
   watch, _, paths = kept
   added = watch.additions()
-  variables = [x for _, _, x in added or () if isinstance(x, Variable)]
-  if added is None or len(set(map(identity, variables))) < len(added):
+  known = [(owner, x) for owner, _, x in added or () if isinstance(x, Variable)]
+  known = {identity(x) for owner, x in known if id(owner) in paths}
+  if added is None or len(known) < len(added):
     node._pytree.popped = None
     return None
-  return [((*paths[id(owner)], key), owner, x) for owner, key, x in added if id(owner) in paths]
+  return [((*paths[id(owner)], key), owner, x) for owner, key, x in added]
 
 
 def _remember(node: Any, filters: tuple) -> None:

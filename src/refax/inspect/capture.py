@@ -13,13 +13,13 @@ import jax
 
 from refax import _jax
 from refax.core import calls
-from refax.core.calls import Call
+from refax.core.calls import Call, Observer
 from refax.core.filters import Filter
 from refax.core.node import Node
 from refax.core.variable import Intermediate, Variable
 from refax.errors import CaptureError
 from refax.graph.state import State, from_flat_state, to_flat_state
-from refax.inspect.choice import Choice, check_there
+from refax.inspect.choice import Choice, Presence
 from refax.inspect.target import Arguments, Compiled, like, owner_and_function
 from refax.transforms.jit import jit
 from refax.transforms.lift import Inputs
@@ -78,10 +78,10 @@ def capture(
   observer = _Taps(choice, methods_of, inputs, gradients, method_outputs or Intermediate)
   owner, function = owner_and_function(fn)
   added = {} if init is None else {path: x.get_value() for path, x in to_flat_state(init)}
-  compiled = Compiled()
+  presence, compiled = Presence(which, is_root=bool(owner)), Compiled()
 
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    check_there(which, owner or (*args, *kwargs.values()), is_root=bool(owner))
+    presence.check(owner or (*args, *kwargs.values()))
     arguments = Arguments.of((*owner, *args), kwargs)
     complete, is_eager = arguments.completing(function), _jax.no_trace_active()
     run = functools.partial(_captured, complete, observer, bool(owner), is_eager)
@@ -103,7 +103,7 @@ class _Key(NamedTuple):
   tree: Any
 
 
-class _Taps:
+class _Taps(Observer):
   """Taps what chosen methods are given and return, and what is sown.
 
   Args:
@@ -122,13 +122,13 @@ class _Taps:
     gradients: bool,
     kind: type[Variable],
   ):
+    super().__init__(("capture", choice, methods, inputs, gradients, kind))
     self._choice, self._methods, self._kind = choice, methods, kind
     self._inputs, self._gradients = inputs, gradients
     self.tapped: set[tuple[Path, type[Variable]]] = set()
     """What was tapped in the trace of now."""
     self.added: dict[Path, Any] = {}
     """What is added to the values that Modules perturb, in the trace of now."""
-    self.key = ("capture", choice, methods, inputs, gradients, kind)
     self.types = tuple(dict.fromkeys((*choice.types, *([kind] if choice.has_modules else []))))
 
   def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from refax.core.calls import path_of
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import walk_nodes
+from refax.core.flatten import flatten, walk_nodes
 from refax.core.module import Module
 from refax.core.variable import Variable
 from refax.errors import FilterError
@@ -88,25 +88,32 @@ def _step(pattern: str) -> str:
   return "[^/]*".join(map(re.escape, pattern.split("*")))
 
 
-def check_there(filters: Iterable[Filter], given: Iterable[Any], *, is_root: bool) -> None:
-  """Raise FilterError if a path leads to none of the Modules in the arguments of a function.
+class Presence:
+  """Whether the paths among some filters lead to Modules in the arguments of a function.
 
   Args:
     filters: those of the user; only paths are looked at.
-    given: the arguments. If there is no Module among them, nothing is known.
     is_root: whether paths count from the argument itself.
   """
-  patterns = [f for f in filters if isinstance(f, str)]
-  roots = [x for x in given if isinstance(x, Module)] if patterns else []
-  if not roots:
-    return
-  above = [() if is_root else path_of(root) for root in roots]
-  paths = [
-    (*start, *path)
-    for start, root in zip(above, roots, strict=True)
-    for path, node in walk_nodes(root)
-    if isinstance(node, Module)
-  ]
-  for pattern in patterns:
-    if not any(map(matcher(pattern), paths)):
-      raise FilterError.no_module(pattern, ["/".join(map(str, p)) for p in paths])
+
+  def __init__(self, filters: Iterable[Filter], *, is_root: bool):
+    self._patterns = [f for f in filters if isinstance(f, str)]
+    self._is_root = is_root
+    self._seen: list[tuple[Path, Any]] = []
+
+  def check(self, given: Iterable[Any]) -> None:
+    """Raise FilterError if a path leads nowhere; without a Module among them, nothing is known."""
+    roots = [x for x in given if isinstance(x, Module)] if self._patterns else []
+    seen = [(() if self._is_root else path_of(x), flatten(x).graphdef) for x in roots]
+    if seen == self._seen:  # a loop hands over the same model in each step
+      return
+    paths = [
+      (*start, *path)
+      for root, (start, _) in zip(roots, seen, strict=True)
+      for path, node in walk_nodes(root)
+      if isinstance(node, Module)
+    ]
+    for pattern in self._patterns if roots else ():
+      if not any(map(matcher(pattern), paths)):
+        raise FilterError.no_module(pattern, ["/".join(map(str, p)) for p in paths])
+    self._seen = seen

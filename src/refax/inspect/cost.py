@@ -58,7 +58,7 @@ def operations(
   for eqn in jaxpr.eqns:
     stack = eqn.source_info.name_stack
     inside = (*scopes, *scopes_of(stack))
-    is_backward = backward or "transpose" in str(stack)
+    is_backward = backward or is_backward_name(str(stack))
     times = count * eqn.params["length"] if eqn.primitive.name == "scan" else count
     lots = [
       list(operations(inner, inside, times, backward=is_backward)) for inner in inner_jaxprs(eqn)
@@ -69,6 +69,11 @@ def operations(
       yield Operation(inside, is_backward, count, eqn, cost_of(eqn).times(count))
     for lot in lots:
       yield from lot
+
+
+def is_backward_name(name: str) -> bool:
+  """Whether the names around an operation say that it belongs to the computation of gradients."""
+  return "transpose(" in name
 
 
 def scopes_of(stack: Any) -> list[str]:

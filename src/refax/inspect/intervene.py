@@ -4,12 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from refax.core import calls
-from refax.core.calls import Call
+from refax.core.calls import Call, Observer
 from refax.core.filters import Filter
-from refax.core.watch import MISSING
-from refax.inspect.choice import Choice, check_there
+from refax.inspect.choice import Choice, Presence
 from refax.inspect.target import like, owner_and_function
-from refax.typing import Path
 
 
 def intervene(
@@ -44,24 +42,22 @@ def intervene(
   """
   observer = _Changes([(Choice.of([which]), change) for which, change in changes.items()], method)
   owner, function = owner_and_function(fn)
+  presence = Presence(changes, is_root=bool(owner))
 
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    check_there(changes, owner or (*args, *kwargs.values()), is_root=bool(owner))
+    presence.check(owner or (*args, *kwargs.values()))
     with calls.observing(observer, *owner):
       return function(*owner, *args, **kwargs)
 
   return like(fn, wrapper)
 
 
-class _Changes:
+class _Changes(Observer):
   """Replaces what chosen Modules return."""
 
   def __init__(self, changes: list[tuple[Choice, Callable[[Any], Any]]], method: str):
+    super().__init__(("intervene", tuple(changes), method))
     self._changes, self._method = changes, method
-    self.key = ("intervene", tuple(changes), method)
-
-  def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return args, kwargs
 
   def leave(self, call: Call, result: Any) -> Any:
     if call.method == self._method:
@@ -69,9 +65,3 @@ class _Changes:
         if choice.has(call.path, call.module):
           result = change(result)
     return result
-
-  def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
-    return False
-
-  def perturb(self, path: Path, variable_type: type, name: str, value: Any) -> Any:
-    return MISSING

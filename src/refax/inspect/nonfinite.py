@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refax import _jax
 from refax.core.calls import path_of
 from refax.core.module import Module
 from refax.core.variable import Variable
-from refax.inspect.cost import scopes_of
+from refax.inspect.cost import is_backward_name, layer_of, scopes_of
+from refax.inspect.numbers import Numbers
 from refax.inspect.target import Arguments, like, owner_and_function
 from refax.transforms.jit import leaf_name
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of
-from refax.transforms.taps import Found, Look, evaluate, inner_jaxprs, is_sliced, opened
+from refax.transforms.taps import Found, Look, evaluate, inner_jaxprs, opened
 from refax.typing import Path
 
 
@@ -41,11 +43,9 @@ class Statistics(NamedTuple):
   def of(cls, x: Any) -> "Statistics":
     """The statistics of an array."""
     x = np.asarray(x)
-    wide = x.astype(np.complex128 if np.iscomplexobj(x) else np.float64).real
-    finite = wide[np.isfinite(wide)]
-    numbers = (finite.min(), finite.max(), finite.mean()) if finite.size else (np.nan,) * 3
-    nans, infinities = int(np.isnan(wide).sum()), int(np.isinf(wide).sum())
-    return cls(x.shape, str(x.dtype), nans, infinities, *map(float, numbers))
+    n = Numbers.of(x.real)
+    extremes = (n.min, n.max) if n.low_to_high else (np.nan, np.nan)
+    return cls(x.shape, str(x.dtype), n.nan, n.inf, *extremes, n.mean)
 
   def __str__(self) -> str:
     bad = [f"{n:,} {what}" for n, what in ((self.nans, "NaN"), (self.infinities, "inf")) if n]
@@ -143,7 +143,7 @@ def found_in(staged: Staged, name: Callable[[Path], str]) -> NonFinite | None:
 
   values, results, given = jax.device_get(jax.jit(flags)(flat))
   table = {_place(k): v for k, v in zip(keys, values, strict=True)}
-  jaxpr = opened(closed)[0]
+  jaxpr = opened(closed)
   known = dict(zip(jaxpr.invars, given, strict=True))
   bad = [v for v, flags in zip(jaxpr.outvars, results, strict=True) if flags.any()]
   wanted = {v for v in bad if not _is_literal(v)}
@@ -274,9 +274,8 @@ class _Search:
     self, eqn: Any, jaxpr: Any, inner: tuple, index: tuple[int, ...], given: dict[Any, Any]
   ) -> _Place | None:
     """The operation in the first step that returned what is not finite."""
-    carry = [not is_sliced(*pair) for pair in zip(eqn.outvars, jaxpr.outvars, strict=True)]
-    plain = sum(not is_sliced(*pair) for pair in zip(eqn.invars, jaxpr.invars, strict=True))
-    states = jaxpr.invars[plain - sum(carry) : plain]
+    start, count = _jax.scan_counts(eqn)
+    states = jaxpr.invars[start : start + count]
     steps = range(eqn.params["length"])
     for step in reversed(steps) if eqn.params["reverse"] else steps:
       at = (*index, step)
@@ -284,7 +283,7 @@ class _Search:
       bad = {v for v in jaxpr.outvars if not _is_literal(v) and flags(v).any()}
       if bad and (found := self.first(jaxpr, inner, at, bad, given)) is not None:
         return found
-      given = given | dict(zip(states, map(flags, jaxpr.outvars[: sum(carry)]), strict=True))
+      given = given | dict(zip(states, map(flags, jaxpr.outvars[:count]), strict=True))
     return None
 
 
@@ -318,7 +317,7 @@ def _is_only_for_gradients(place: _Place, top: Any) -> bool:
 
 
 def _is_backward(eqn: Any) -> bool:
-  return "transpose" in str(eqn.source_info.name_stack)
+  return is_backward_name(str(eqn.source_info.name_stack))
 
 
 def _report(place: _Place, closed: Any, flat: list[Any], paths: set[str]) -> NonFinite:
@@ -338,7 +337,7 @@ def _report(place: _Place, closed: Any, flat: list[Any], paths: set[str]) -> Non
   args, results = numbers_of(args), numbers_of(results)
   output = next((x for x in results if not np.isfinite(x).all()), results[0])
   eqns = [*(e for e, _ in place.within), place.eqn]
-  backward = any(map(_is_backward, eqns)) or _is_only_for_gradients(place, opened(closed)[0])
+  backward = any(map(_is_backward, eqns)) or _is_only_for_gradients(place, opened(closed))
   return NonFinite(
     _module([e.source_info.name_stack for e in eqns], paths),
     _line(place.eqn),
@@ -384,12 +383,9 @@ def _line(eqn: Any) -> str:
 
 
 def _module(stacks: list[Any], paths: set[str]) -> str:
-  """The layer in the names of nested operations: the longest beginning that is a path."""
-  steps = [step for stack in stacks for step in scopes_of(stack)]
-  if not paths:
-    return "/".join(steps)
-  known = ["/".join(steps[:i]) for i in range(len(steps), 0, -1)]
-  return next((p for p in known if p in paths), "")
+  """The layer in the names of nested operations; all of the names if no layer is known."""
+  steps = tuple(step for stack in stacks for step in scopes_of(stack))
+  return layer_of(steps, paths) if paths else "/".join(steps)
 
 
 def _paths(inputs: Inputs) -> set[str]:

@@ -17,13 +17,12 @@ import numpy as np
 
 from refax import _jax
 from refax.core import calls
-from refax.core.calls import Call
+from refax.core.calls import Call, Observer
 from refax.core.variable import Variable
-from refax.core.watch import MISSING
 from refax.errors import InvalidArgumentError
 from refax.inspect import timing
-from refax.inspect.cost import Cost, Operation, by_path, operations
-from refax.inspect.program import Program, is_backward_name, layer_of_name
+from refax.inspect.cost import Cost, Operation, by_path, is_backward_name, operations
+from refax.inspect.program import Program, layer_of_name
 from refax.inspect.report import Buffer, Memory, Part, Profile
 from refax.inspect.summary import type_of
 from refax.inspect.target import Arguments, like, owner_and_function
@@ -95,27 +94,17 @@ def profile(fn: Callable, *, measure: bool = False, runs: int = 5) -> Callable[.
   return like(fn, wrapper)
 
 
-class _Paths:
+class _Paths(Observer):
   """Notes the paths of the Modules that are called, in order."""
 
-  key = "profile"
-
   def __init__(self):
+    super().__init__()
     self.found: dict[str, None] = {}
 
   def enter(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if call.path and call.module._altered_by_key:
+    if call.path and not call.module._is_container:
       self.found.setdefault("/".join(map(str, call.path)))
     return args, kwargs
-
-  def leave(self, call: Call, result: Any) -> Any:
-    return result
-
-  def sow(self, path: Path, variable_type: type, name: str, value: Any) -> bool:
-    return False
-
-  def perturb(self, path: Path, variable_type: type, name: str, value: Any) -> Any:
-    return MISSING
 
 
 def _are_values(values: Sequence[Any]) -> bool:
@@ -126,7 +115,7 @@ def _are_values(values: Sequence[Any]) -> bool:
 def _profiled(
   staged: Staged, values: list[Any], order: list[str], name: Callable[[Path], str], runs: int
 ) -> Profile:
-  found = list(operations(opened(staged.pure)[0]))
+  found = list(operations(opened(staged.pure)))
   paths = set(order)
   costs = by_path(found, paths, lambda x: "backward" if x.is_backward else "forward")
   closures = {k: jax.ShapeDtypeStruct(r.shape, r.dtype) for k, r in staged.closures.items()}

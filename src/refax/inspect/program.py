@@ -206,8 +206,3 @@ def _without(opening: re.Pattern[str], text: str, *, keeps_inside: bool) -> str:
     after = text[match.end() + len(inside) + 1 :]
     text = text[: match.start()] + (inside if keeps_inside else "") + after
   return text
-
-
-def is_backward_name(op_name: str) -> bool:
-  """Whether an instruction belongs to the computation of gradients."""
-  return "transpose(" in op_name

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from refax.core.text import scaled
 from refax.errors import InvalidArgumentError
 from refax.inspect import flame
 from refax.inspect.cost import Cost
@@ -145,7 +146,7 @@ class Profile:
       boxes = [flame.Box(x.path, x.seconds or 0.0) for x in self.parts]
       return flame.draw(boxes, "time of one run", _seconds)
     boxes = [flame.Box(x.path, x.flops, x.backward.flops) for x in self.parts]
-    return flame.draw(boxes, "operations", lambda n: f"{_units(n)}FLOPs")
+    return flame.draw(boxes, "operations", lambda n: f"{scaled(n)}FLOPs")
 
   def _table(self) -> list[str]:
     whole = self.total
@@ -168,7 +169,7 @@ class Profile:
 
   def _cells(self, name: str, part: Part, whole: Part) -> list[str]:
     cells = [name, f"{part.flops:,.0f}", f"{part.backward.flops:,.0f}"]
-    cells += [_share(part.flops, whole.flops), f"{_units(part.nbytes)}B"]
+    cells += [_share(part.flops, whole.flops), f"{scaled(part.nbytes)}B"]
     if self.wall is not None:
       mine = part.seconds or 0.0
       cells += [_seconds(mine), _share(mine, whole.seconds or 0.0)]
@@ -182,7 +183,7 @@ class Profile:
     m = self.memory
     if m is None:
       return lines
-    size = lambda n: f"{_units(n)}B"
+    size = lambda n: f"{scaled(n)}B"
     lines.append(
       f"memory: {size(m.total)} = arguments {size(m.arguments)} + outputs {size(m.outputs)} "
       f"+ temporaries {size(m.temporaries)} - written in place {size(m.in_place)}"
@@ -212,15 +213,6 @@ def _weight(part: Part, whole: Part) -> float:
 
 def _share(part: float, whole: float) -> str:
   return f"{100 * part / whole if whole else 0.0:.1f}%"
-
-
-def _units(n: float) -> str:
-  """`1234567` as `1.2 M`."""
-  for unit in ("", "K", "M", "G", "T"):
-    if n < 1000 or unit == "T":
-      break
-    n /= 1000
-  return f"{n:.0f} " if not unit else f"{n:.1f} {unit}"
 
 
 def _seconds(t: float) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from refax import _jax
 from refax.core import calls
-from refax.core.calls import Call
+from refax.core.calls import Call, Observer
 from refax.core.flatten import walk_graph
 from refax.core.module import Module
 from refax.core.node import Node
@@ -72,7 +72,7 @@ def layers_of(
   if (args or kwargs) and hasattr(type(model), method):
     forward = lambda model, *a, **k: _arrays_of(getattr(model, method)(*a, **k))
     staged = _staged(forward, model, args, kwargs, seen)
-    paths = {"/".join(map(str, path)) for path in seen.first}
+    paths = {"/".join(map(str, path)) for path in seen.inputs}
     if flops[0]:
       costs[0] = _costs(staged, paths)
     if flops[1]:
@@ -80,13 +80,14 @@ def layers_of(
   return _rows(model, seen, *costs)
 
 
-class _Calls:
+class _Calls(Observer):
   """Sees what each Module is given and returns."""
 
   def __init__(self, method: str):
-    self.key = object()  # what JAX has traced for another table told nothing to this one
+    super().__init__()
     self._methods = {"__call__", method}
-    self.first: dict[Path, tuple[Any, Any]] = {}
+    self.inputs: dict[Path, Any] = {}
+    self.outputs: dict[Path, Any] = {}
     self.other: dict[Path, str] = {}
     """The first other method of a Module that was called."""
     self.count: dict[Path, int] = {}
@@ -97,14 +98,13 @@ class _Calls:
     if self._is_shown(call):
       self.count[call.path] = self.count.get(call.path, 0) + 1
       options = {k: x for k, x in kwargs.items() if x is not None}
-      self.first.setdefault(call.path, (_types(args), _types(options)))
+      given = (*args, options) if options else args
+      self.inputs.setdefault(call.path, _types(given[0] if len(given) == 1 else given))
     return args, kwargs
 
   def leave(self, call: Call, result: Any) -> Any:
-    if self._is_shown(call) and len(self.first[call.path]) == 2:
-      (args, kwargs) = self.first[call.path]
-      given = (*args, kwargs) if kwargs else args
-      self.first[call.path] = (given[0] if len(given) == 1 else given, _types(result), ())  # pyright: ignore[reportArgumentType]
+    if self._is_shown(call):
+      self.outputs.setdefault(call.path, _types(result))
     return result
 
   def _is_shown(self, call: Call) -> bool:
@@ -206,7 +206,7 @@ def _backward(
 def _costs(staged: Staged | None, paths: set[str]) -> dict[str, Cost] | None:
   if staged is None:
     return None
-  found = by_path(operations(opened(staged.pure)[0]), paths)
+  found = by_path(operations(opened(staged.pure)), paths)
   return with_all_below({path: cost for (path, _), cost in found.items()})
 
 
@@ -228,7 +228,6 @@ def _rows(
   taken: set[int] = set()
   rows = []
   for path, node, same_as in sorted(nodes, key=lambda row: order(row[0])):
-    inputs, outputs = (*seen.first.get(path, ((), ())), ())[:2]
     name = "/".join(map(str, path))
     own = tuple((p, v) for p, v in _variables(node) if len(p) == 1 and not _is_taken(v, taken))
     below = tuple(v for _, v in _variables(node))
@@ -240,8 +239,8 @@ def _rows(
         level=sum(path[:i] in place_of for i in range(len(path))),
         type=type(node).__name__,
         same_as=same_as,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=seen.inputs.get(path, ()),
+        outputs=seen.outputs.get(path, ()),
         calls=seen.count.get(path, 0),
         variables=own,
         below=below,
@@ -259,7 +258,7 @@ def _modules(model: Any) -> list[tuple[Path, Any, Path | None]]:
   open_: list[tuple[Path, Any]] = [((), model)]
   while open_:
     path, node = open_.pop()
-    if isinstance(node, Module) and (not path or node._altered_by_key):
+    if isinstance(node, Module) and not (path and node._is_container):
       found.append((path, node, owners.get(id(node))))
     if id(node) in owners:
       continue

@@ -22,7 +22,7 @@ from refax.errors import (
 )
 from refax.graph.split import state, variables
 from refax.graph.state import to_flat_state
-from refax.inspect.choice import Choice, check_there
+from refax.inspect.choice import Choice, Presence
 from refax.nn import check
 from refax.nn.stack import Stack
 from refax.train import metric
@@ -238,7 +238,7 @@ def _of_parameters(model: Any, wrt: Filter) -> Layout:
 
 
 def _of_modules(model: Any, which: Filter) -> Layout:
-  check_there([which], [model], is_root=True)
+  Presence([which], is_root=True).check([model])
   modules, choice = dict(_modules(model)), Choice.of([which])
   chosen = [path for path, module in modules.items() if choice.has(path, module)]
   layers = tuple(_named(path, modules) for path in chosen)
@@ -248,7 +248,7 @@ def _of_modules(model: Any, which: Filter) -> Layout:
 
 def _modules(model: Any) -> Iterator[tuple[Path, Module]]:
   """All Modules but containers, those around others first."""
-  found = [(p, x) for p, x in walk_nodes(model) if isinstance(x, Module) and x._altered_by_key]
+  found = [(p, x) for p, x in walk_nodes(model) if isinstance(x, Module) and not x._is_container]
   return reversed(found)
 
 

@@ -131,10 +131,7 @@ class Dependence:
     return [old] * len(eqn.outvars)
 
   def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
-    counts = _jax.scan_counts(eqn)
-    if counts is None:
-      return self._other(eqn, values)
-    consts, carries = counts
+    consts, carries = _jax.scan_counts(eqn)
     fixed, carry = values[:consts], values[consts : consts + carries]
     body, xs, outs = eqn.params["jaxpr"], values[consts + carries :], []
     for _ in range(len(carry) + 2):

@@ -113,30 +113,27 @@ def evaluate(
   Returns:
     The results, and what was found, in the order of the program.
   """
-  jaxpr, consts = opened(closed)
-  env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-  env |= zip(jaxpr.invars, args, strict=True)
-  read = lambda v: v.val if hasattr(v, "val") else env[v]
   found: list[Found] = []
-  for eqn in jaxpr.eqns:
-    values = list(map(read, eqn.invars))
+
+  def results_of(eqn: Any, values: list[Any]) -> list[Any]:
     rule = _RULES.get(eqn.primitive.name)
     if rule is not None and _is_wanted_inside(eqn, look):
       results, inside = rule(_Nested(eqn, values, look, again))
-      found += inside
+      found.extend(inside)
     else:
       results = _jax.evaluate(eqn, values)
     if look.is_wanted(eqn) and not (again and _is_value(eqn)):
-      found += look.find(eqn, values, results)
-    env |= zip(eqn.outvars, results, strict=True)
-  return list(map(read, jaxpr.outvars)), found
+      found.extend(look.find(eqn, values, results))
+    return results
+
+  return _jax.interpret(closed, args, results_of), found
 
 
 def unreached(closed: Any, look: Look) -> list[str]:
   """The primitives inside which something is wanted that `evaluate` cannot hand out."""
   names: list[str] = []
   anywhere = look._replace(enters_custom=True)
-  for eqn in opened(closed)[0].eqns:
+  for eqn in opened(closed).eqns:
     if not _is_wanted_inside(eqn, anywhere):
       continue
     is_custom = eqn.primitive.name.startswith("custom_")
@@ -152,14 +149,14 @@ def _is_value(eqn: Any) -> bool:
   return is_tap(eqn) and eqn.params["label"].kind != "gradient"
 
 
-def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
-  """A jaxpr and its constants."""
-  return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+def opened(closed: Any) -> Any:
+  """A jaxpr without its constants."""
+  return getattr(closed, "jaxpr", closed)
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
   """The jaxprs inside an equation, without their constants."""
-  return [getattr(j, "jaxpr", j) for j in _jax.inner_jaxprs(eqn)]
+  return list(map(opened, _jax.inner_jaxprs(eqn)))
 
 
 def _is_wanted_inside(eqn: Any, look: Look) -> bool:
@@ -227,18 +224,10 @@ def _checkpoint(nested: _Nested) -> Outcome:
   return results, _pairs(keys, values)
 
 
-def is_sliced(outer: Any, inner: Any) -> bool:
-  """Whether a variable outside of a loop has the steps as an axis that it lacks inside."""
-  return len(outer.aval.shape) > len(inner.aval.shape)
-
-
 def _scan(nested: _Nested) -> Outcome:
-  params, body = nested.params, inner_jaxprs(nested.eqn)[0]
-  carries = [not is_sliced(*pair) for pair in zip(nested.eqn.outvars, body.outvars, strict=True)]
-  plain = [not is_sliced(*pair) for pair in zip(nested.eqn.invars, body.invars, strict=True)]
-  carry_count = sum(carries)
+  params, (start, carry_count) = nested.params, _jax.scan_counts(nested.eqn)
+  end = start + carry_count
   keys: list[Found] = []
-  start, end = sum(plain) - carry_count, sum(plain)
   consts, init, xs = nested.args[:start], nested.args[start:end], nested.args[end:]
 
   def step(carry, x):
@@ -254,11 +243,8 @@ def _while(nested: _Nested) -> Outcome:
   """Of a loop of unknown length the last step is handed out; zeros if there was none."""
   params = nested.params
   first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-  cond_consts, consts, init = (
-    nested.args[:first],
-    nested.args[first:second],
-    nested.args[second:],
-  )
+  args = nested.args
+  cond_consts, consts, init = args[:first], args[first:second], args[second:]
   keys: list[Found] = []
 
   def step(state):

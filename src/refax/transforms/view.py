@@ -60,13 +60,7 @@ _SAME = frozenset(("copy", "copy_p", "refax_guard", "stop_gradient"))
 
 def evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
   """Run a closed jaxpr on arrays and views; results may be views."""
-  jaxpr = closed.jaxpr
-  env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  env |= zip(jaxpr.invars, args, strict=True)
-  read = lambda v: v.val if hasattr(v, "val") else env[v]
-  for eqn in jaxpr.eqns:
-    env |= zip(eqn.outvars, _results(eqn, list(map(read, eqn.invars))), strict=True)
-  return list(map(read, jaxpr.outvars))
+  return _jax.interpret(closed, args, _results)
 
 
 def _results(eqn: Any, args: list[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ from benchmarks import (
   eager,
   files,
   generation,
+  inside,
   mlp,
   patterns,
   process,
@@ -54,6 +55,8 @@ CASES: dict[str, Case] = {
     for depth in (8, 32)
   },
   "first call, depth 8": Case(partial(tracing.first_call, 8), "trace and compile", rounds=3),
+  "checked step, depth 32": Case(partial(inside.checked_step, 32), "inside"),
+  "names of layers, depth 8": Case(partial(inside.names, 8), "inside", rounds=7),
   "pytree in, 10 Variables": Case(partial(pytrees.read, 10), "pytrees"),
   "pytree in, 100 Variables": Case(partial(pytrees.read, 100), "pytrees"),
   "pytree in and out, 100 Variables": Case(partial(pytrees.update, 100), "pytrees"),

@@ -25,11 +25,11 @@ def lower(depth: int) -> Steps:
   state, hand = equinox_trained(depth), _by_hand(depth)
   equinox = lambda: eqx.filter_jit(equinox_step).lower((x, y), state)
   return {
-    BASE: _afresh(lambda: jax.jit(_step).lower(hand, x, y)),
-    "Refax nnx.jit": _afresh(lambda: nnx.jit(train_step(nnx)).lower(*ours, x, y)),
-    "Refax, jax.jit": _afresh(lambda: jax.jit(train_step(nnx)).lower(*ours, x, y)),
-    "Flax nnx.jit": _afresh(lambda: flax.jit(train_step(flax)).lower(*theirs, x, y)),
-    "Equinox filter_jit": _afresh(equinox),
+    BASE: afresh(lambda: jax.jit(_step).lower(hand, x, y)),
+    "Refax nnx.jit": afresh(lambda: nnx.jit(train_step(nnx)).lower(*ours, x, y)),
+    "Refax, jax.jit": afresh(lambda: jax.jit(train_step(nnx)).lower(*ours, x, y)),
+    "Flax nnx.jit": afresh(lambda: flax.jit(train_step(flax)).lower(*theirs, x, y)),
+    "Equinox filter_jit": afresh(equinox),
   }
 
 
@@ -39,15 +39,15 @@ def first_call(depth: int) -> Steps:
   ours, theirs = (trained(lib, lambda lib: mlp(lib, depth)) for lib in (nnx, flax))
   state, hand = equinox_trained(depth), _by_hand(depth)
   return {
-    BASE: _afresh(lambda: jax.jit(_step)(hand, x, y)),
-    "Refax nnx.jit": _afresh(lambda: nnx.jit(train_step(nnx))(*ours, x, y)),
-    "Refax, jax.jit": _afresh(lambda: jax.jit(train_step(nnx))(*ours, x, y)),
-    "Flax nnx.jit": _afresh(lambda: flax.jit(train_step(flax))(*theirs, x, y)),
-    "Equinox filter_jit": _afresh(lambda: eqx.filter_jit(equinox_step)((x, y), state)),
+    BASE: afresh(lambda: jax.jit(_step)(hand, x, y)),
+    "Refax nnx.jit": afresh(lambda: nnx.jit(train_step(nnx))(*ours, x, y)),
+    "Refax, jax.jit": afresh(lambda: jax.jit(train_step(nnx))(*ours, x, y)),
+    "Flax nnx.jit": afresh(lambda: flax.jit(train_step(flax))(*theirs, x, y)),
+    "Equinox filter_jit": afresh(lambda: eqx.filter_jit(equinox_step)((x, y), state)),
   }
 
 
-def _afresh(do: Callable[[], Any]) -> Callable[[], Any]:
+def afresh(do: Callable[[], Any]) -> Callable[[], Any]:
   """The same from empty caches."""
 
   def call():

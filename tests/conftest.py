@@ -1,4 +1,41 @@
-"""What tests have to say beyond pass or fail, at the end of the run."""
+"""How tests run: what they print at the end, checked shapes if asked for, time that is saved."""
+
+import os
+import threading
+
+if os.environ.get("REFAX_CHECK_SHAPES"):
+  # Before the first import of refax: from here on, beartype compares what layers get and return
+  # with the shapes that their signatures say. For tests of valid input: it raises before we do.
+  from jaxtyping import install_import_hook
+
+  install_import_hook("refax.nn", "beartype.beartype")
+
+
+def reuse_ir_contexts(times: int = 10) -> None:
+  """Let JAX before 0.12 use an MLIR context for several programs, as later releases do.
+
+  A test run lowers many thousands of small programs, and making a context for each was a sixth of
+  its time (4 ms each). Nothing happens where JAX has no such function, or reuses contexts itself.
+  """
+  from jax._src.interpreters import mlir
+
+  make = getattr(mlir, "make_ir_context", None)
+  if make is None or hasattr(mlir, "_thread_local_context"):
+    return
+  own = threading.local()
+
+  def reused():
+    if mlir.ir.Context.current is not None:  # a program is lowered just now, and needs this one
+      return make()
+    if getattr(own, "left", 0) == 0:
+      own.context, own.left = make(), times
+    own.left -= 1
+    return own.context
+
+  mlir.make_ir_context = reused
+
+
+reuse_ir_contexts()
 
 
 def pytest_terminal_summary(terminalreporter):

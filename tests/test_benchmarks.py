@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from benchmarks import report
+from benchmarks import home, report
 from benchmarks.measure import BASE, Case, ratios, rounds_of
 
 
@@ -73,3 +73,13 @@ def test_the_chart_is_a_picture(tmp_path):
   results = {"call": {BASE: [1.0, 1.0, 1.0], "ours": [2.0, 2.0, 2.0]}}
   report.chart(results, "a machine", tmp_path / "chart.png")
   assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_chart_of_the_first_page_says_what_the_table_says(tmp_path):
+  numbers = home.multiples(home.PAGE.read_text())
+  assert list(numbers) == list(home.ROWS)
+  for row, ways in numbers.items():
+    line = next(x for x in home.PAGE.read_text().splitlines() if x.startswith(f"| {row} |"))
+    assert ways and all(f"| {multiple:.2f} (" in line for multiple in ways.values())
+  home.draw(numbers, tmp_path / "chart.png")
+  assert (tmp_path / "chart.png").stat().st_size > 10_000

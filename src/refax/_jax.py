@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 from jax.interpreters import ad, batching, mlir
 
@@ -143,6 +144,30 @@ def _trace_check(core: Any) -> Callable[[], bool]:
   return clean if answers[0] == answers[1] and answers[2] == answers[3] else core.trace_state_clean
 
 
+def put(x: Any, sharding: Any) -> Any:
+  """`jax.device_put`, also where the sharding has devices of other processes than `x` does.
+
+  JAX refuses an array that is committed to a device, as the buffer of every Ref is, for devices of
+  other processes, and compares others with those of the other processes, one at a time. Here the
+  array of each process is taken to be the same one, and no process waits for another;
+  `refax.core.processes` compares all arrays at once. What each process has a whole copy of can go
+  back to devices of this one.
+  """
+  here = is_tracer(x) or getattr(x, "is_fully_addressable", True)
+  if here == getattr(sharding, "is_fully_addressable", True):
+    return jax.device_put(x, sharding)
+  if not here:
+    return jax.device_put(x.addressable_data(0) if x.is_fully_replicated else x, sharding)
+  if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(sharding, jax.sharding.NamedSharding):  # JAX compares the text of a spec
+      sharding = sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec, None))
+    return jax.random.wrap_key_data(
+      put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+    )
+  host = np.asarray(x)
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 def _committed(x: jax.Array) -> jax.Array:
   """JAX >= 0.12 replaces a Ref's buffer only by one that is committed like it."""
   return x if getattr(x, "committed", True) else jax.device_put(x, x.sharding)
@@ -174,7 +199,7 @@ def copied_for_cell(x: jax.Array) -> jax.Array:
   if mesh is not None and _sits_on_one(bits(x).sharding, mesh):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.ensure_compile_time_eval():
-      x = jax.device_put(x, everywhere)  # it may share the memory of `x`
+      x = put(x, everywhere)  # it may share the memory of `x`
     return copied(x)
   if getattr(x, "committed", True) or not no_trace_active():
     return copied(x)
@@ -270,6 +295,15 @@ def wide_mesh() -> jax.sharding.Mesh | None:
   """
   mesh = _mesh_of_now()()
   return mesh if mesh.size > 1 and isinstance(mesh, jax.sharding.Mesh) else None
+
+
+def varying(x: Any) -> frozenset[str]:
+  """The axes of `jax.shard_map` along which the values of an array differ, as its type says.
+
+  Private: `ShapedArray.mat`, which the errors of `jax.lax.scan` show. Falls back to none: a carry
+  of a scan then keeps its type, and JAX says which one it should have.
+  """
+  return getattr(getattr(jax.typeof(x), "mat", None), "varying", frozenset())
 
 
 def is_outside(ref: Any, mesh: jax.sharding.Mesh) -> bool:
@@ -395,9 +429,7 @@ def write_cell(ref: jax.Ref, value: jax.Array) -> None:
     return
   impl: Any = ref._refs  # pyright: ignore[reportAttributeAccessIssue]
   old = impl._buf
-  impl._buf = _committed(
-    value if value.sharding == old.sharding else jax.device_put(value, old.sharding)
-  )
+  impl._buf = _committed(value if value.sharding == old.sharding else put(value, old.sharding))
 
 
 def move_cell(ref: jax.Ref, value: jax.Array) -> jax.Ref:
@@ -424,7 +456,7 @@ def write_copy(ref: jax.Ref, value: jax.Array) -> None:
   sharding = impl._buf.sharding
   same = value.sharding is sharding or value.sharding == sharding
   copy = _copy if same and value.committed else _copy_onto(sharding)
-  impl._buf = copy(value if same else jax.device_put(value, sharding))
+  impl._buf = copy(value if same else put(value, sharding))
 
 
 def bits(x: Any) -> Any:

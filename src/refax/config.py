@@ -23,6 +23,8 @@ _LOCAL = "local"
 """The setting while a function is differentiated; see `local_variables`."""
 
 
+_eager_sharding = jax.make_user_context(default_value=True)
+
 _named_scopes = jax.make_user_context(default_value=_is_on("REFAX_NAMED_SCOPES"))
 
 
@@ -106,6 +108,34 @@ class use_named_scopes(_Switch):
   """
 
   _context = _named_scopes
+
+
+class use_eager_sharding(_Switch):
+  """Set whether a Variable with `out_sharding` is laid out on the mesh when it is made.
+
+  The default is True: in `jax.set_mesh(mesh)` a new Variable lies where its metadata says. With
+  False, it lies where JAX put the value, and the metadata is kept for `nnx.shard` and
+  `nnx.get_partition_spec`.
+
+  Args:
+    value: whether new Variables are laid out.
+
+  >>> from refax import nnx
+  >>> with nnx.use_eager_sharding(False):
+  ...   nnx.using_eager_sharding()
+  False
+  """
+
+  _context = _eager_sharding
+
+
+def using_eager_sharding() -> bool:
+  """Whether new Variables with `out_sharding` are laid out on the mesh, in this thread.
+
+  >>> using_eager_sharding()
+  True
+  """
+  return _eager_sharding.value
 
 
 def using_named_scopes() -> bool:

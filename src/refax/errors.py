@@ -8,17 +8,26 @@ RefaxError
 ├── TraceContextError         (RuntimeError) a write from inside a transform that would leak
 ├── SharedWriteError          (RuntimeError) a write under vmap to a Variable it does not map
 ├── DifferentiatedWriteError  (TypeError)    a write whose gradient would be lost
+├── UnwantedWriteError        (RuntimeError) a function that must not write state would write it
 ├── RefArgumentError          (TypeError)    a function of JAX for arrays was given Refs
 ├── ReturnedRefError          (ValueError)   a function that JAX traces returned Refs
 ├── GradientOutputError       (TypeError)    a function with a gradient that returns no scalar
+├── MissingRuleError          (AttributeError) a custom derivative that was announced and not given
 ├── AliasError                (ValueError)   one cell in two places that must be apart
+├── ShardingError             (ValueError)   a Variable that cannot be divided as was asked for
+├── ExplicitAxesError         (NotImplementedError) what explicit axes of a mesh do not allow
+├── NonFiniteError            (ArithmeticError) a value that must be finite and is not
 ├── MissingRngError           (AttributeError, KeyError)  a random stream that does not exist
 ├── MissingHyperparamError    (KeyError)     a hyper-parameter that an optimizer does not keep
 ├── RngKeyError               (ValueError)   neither a seed nor a PRNG key
 ├── MissingArgumentError      (TypeError)    a layer that was not told what it needs
+├── ProcessMismatchError      (ValueError)   processes that should have the same values do not
 ├── CheckpointFormatError     (ValueError)   a file that breaks the rules of its format
 ├── CheckpointWriteError      (OSError)      a checkpoint that could not be written
+├── CheckpointLockedError     (OSError)      another process writes to the same folder
+├── MissingCheckpointError    (LookupError)  there is no such checkpoint
 ├── CheckpointMismatchError   (ValueError)   a file that does not fit the model
+├── ExportError               (ValueError)   a function that cannot be exported, or called so
 ├── ArgumentError             (TypeError)    an argument of a compiled function that is no array
 ├── CaptureError              (ValueError)   a value that a function cannot hand out
 ├── KeywordError              (TypeError)    a keyword that a constructor does not take
@@ -39,6 +48,9 @@ from refax.typing import describe
 class RefaxError(Exception):
   """The base of all errors that Refax raises itself.
 
+  `str(error)` ends with the command that explains the error; `error.args[0]` is the message without
+  that line.
+
   Args:
     what: one line, what is wrong.
     at: where, as a path in the model.
@@ -52,7 +64,18 @@ class RefaxError(Exception):
     super().__init__("\n".join(lines))
 
   def __str__(self) -> str:
-    return self.args[0]
+    return f"{message(self)}\n{_see(type(self))}"
+
+
+def message(error: BaseException) -> str:
+  """What an error says, for the text of another error: without the line that says where to read."""
+  return str(error.args[0] if isinstance(error, RefaxError) and error.args else error)
+
+
+def _see(kind: type[BaseException]) -> str:
+  """The last line of a message; a subclass that a user wrote is explained by the class above it."""
+  name = next(base.__name__ for base in kind.__mro__ if base.__module__ == __name__)
+  return f"  see: python -m refax.explain {name}"
 
 
 class StructureWarning(UserWarning):
@@ -70,7 +93,7 @@ class StructureWarning(UserWarning):
     return (
       f"{at} is lost: it was added inside a plain JAX transform, which rebuilds its arguments and "
       "drops them afterwards.\n  fix: use nnx.jit (nnx.grad, nnx.vmap, ...), which hands it out; "
-      "return it; or keep it in a Variable that is there before"
+      f"return it; or keep it in a Variable that is there before\n{_see(cls)}"
     )
 
   @classmethod
@@ -78,7 +101,7 @@ class StructureWarning(UserWarning):
     return (
       f"{kind} changes its structure, and a function that read it by closure at {place} is "
       "compiled already: plain jax.jit goes on with the old structure.\n  fix: use nnx.jit, which "
-      "sees it, or pass the object as an argument"
+      f"sees it, or pass the object as an argument\n{_see(cls)}"
     )
 
 
@@ -90,9 +113,9 @@ class RetraceWarning(UserWarning):
   True
   """
 
-  @staticmethod
-  def again(name: str, count: int, reason: str) -> str:
-    return f"{name} is traced for the {_ordinal(count)} time: {reason}"
+  @classmethod
+  def again(cls, name: str, count: int, reason: str) -> str:
+    return f"{name} is traced for the {_ordinal(count)} time: {reason}\n{_see(cls)}"
 
 
 def _ordinal(n: int) -> str:
@@ -528,6 +551,105 @@ class DifferentiatedWriteError(RefaxError, TypeError):
     )
 
 
+class ShardingError(RefaxError, ValueError):
+  """A Variable cannot be divided over the devices of a mesh in the way that was asked for."""
+
+  @classmethod
+  def rules(cls, at: Any, name: str, first: Any, second: Any):
+    return cls(
+      f"two rules give the logical axis {name!r} different axes of the mesh",
+      at=at,
+      got=f"({name!r}, {first!r}) and ({name!r}, {second!r})",
+      fix="give one name one meaning, or name this axis of the Variable differently",
+    )
+
+  @classmethod
+  def names(cls, at: Any, axes: Any, part: Any):
+    return cls(
+      "out_sharding names axes, by a string, a tuple of strings or None for each axis of the array",
+      at=at,
+      got=f"{part!r} in {axes!r}",
+      fix="write the name of an axis of the mesh, or of a logical axis",
+    )
+
+  @classmethod
+  def rank(cls, at: Any, spec: Any, shape: tuple[int, ...]):
+    return cls(
+      f"an array has {len(shape)} axes and its sharding names {len(spec)}",
+      at=at,
+      got=f"{spec} for the shape {shape}",
+      fix="name each axis of the array, with None for one that is not divided",
+    )
+
+  @classmethod
+  def unknown(cls, at: Any, spec: Any, axis: str, sizes: dict[str, int]):
+    return cls(
+      f"the mesh has no axis {axis!r}",
+      at=at,
+      got=f"{spec} on a mesh with the axes {sizes}",
+      fix=f"make a mesh with this axis, or translate it: nnx.logical_axis_rules([({axis!r}, "
+      f"{next(iter(sizes), None)!r})]), with None for not to divide it",
+    )
+
+  @classmethod
+  def twice(cls, at: Any, spec: Any, axis: str):
+    return cls(
+      f"two axes of an array are divided over the same axis {axis!r} of the mesh",
+      at=at,
+      got=f"{spec}",
+      fix="let one of them be None, or divided over another axis of the mesh",
+    )
+
+  @classmethod
+  def uneven(cls, at: Any, spec: Any, shape: tuple[int, ...], dimension: int, count: int):
+    return cls(
+      f"an axis of size {shape[dimension]} cannot be divided evenly over {count} devices",
+      at=at,
+      got=f"{spec} for the shape {shape}, axis {dimension}",
+      fix=f"make its size a multiple of {count}, or do not divide this axis (None)",
+    )
+
+  @classmethod
+  def no_mesh(cls, function: str):
+    return cls(
+      f"{function} lays a model out over a mesh, and there is none",
+      got="no mesh, outside of jax.set_mesh",
+      fix="pass it, mesh=jax.make_mesh((8,), ('data',)), or set it: with jax.set_mesh(mesh)",
+    )
+
+  @classmethod
+  def plan(cls, at: Any, first: Any, second: Any, shape: tuple[int, ...]):
+    return cls(
+      "two plans divide a Variable in ways that exclude each other",
+      at=at,
+      got=f"{first} and {second} for the shape {shape}",
+      fix="give the plans different axes of the mesh, or say what this Variable gets: "
+      "plan & nnx.Plan({path: spec}) decides",
+    )
+
+  @classmethod
+  def no_match(cls, pattern: str, paths: list[str]):
+    shown = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "")
+    return cls(
+      f"a plan has an entry {pattern!r} that no Variable matches",
+      got=f"Variables at {shown or 'no path'}",
+      fix="correct the pattern: it is compared with the whole path, and * stands for any part",
+    )
+
+
+class ExplicitAxesError(RefaxError, NotImplementedError):
+  """What cannot be done where an axis of the mesh is explicit."""
+
+  @classmethod
+  def look(cls, function: str, mesh: Any):
+    return cls(
+      f"{function} cannot look into layers where axes of the mesh are explicit",
+      got=f"{mesh}",
+      fix="make the mesh with axis_types=(jax.sharding.AxisType.Auto,) for each axis, and search "
+      "again: the numbers are the same",
+    )
+
+
 class RefArgumentError(RefaxError, TypeError):
   """A function of JAX that takes arrays only was given Variables that are Refs."""
 
@@ -687,6 +809,15 @@ class MissingRngError(RefaxError, AttributeError, KeyError, ValueError):
       fix=f"build it with rngs=nnx.Rngs({name}=0), call it with rngs=, or model.eval()",
     )
 
+  @classmethod
+  def tag(cls, name: str, known: list[str]):
+    fix = "build the model with rngs" if not known else f"nnx.reseed(model, {known[0]}=0)"
+    return cls(
+      f"nnx.reseed found no random stream {name!r}",
+      got=f"an object with the streams {', '.join(known) or '(none)'}",
+      fix=f"{fix}; a stream that fell back to `default` has that name",
+    )
+
 
 class MissingHyperparamError(RefaxError, KeyError):
   """A hyper-parameter that an optimizer does not keep in its state."""
@@ -806,13 +937,37 @@ class MissingArgumentError(RefaxError, TypeError):
     )
 
 
+class ProcessMismatchError(RefaxError, ValueError):
+  """The processes of one program do not have the same values, where there is to be one value."""
+
+  @classmethod
+  def values(cls, function: str, names: list[str], processes: list[int]):
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return cls(
+      f"{function} takes a value that each process has for one and the same",
+      at=", ".join(names[:8]) + more,
+      got=f"other values in process {', '.join(map(str, processes))} than in process 0",
+      fix="make it in the same way in each process (the same seed, the same checkpoint); "
+      "parts that differ become one array by jax.make_array_from_process_local_data",
+    )
+
+  @classmethod
+  def names(cls, function: str, counts: list[int]):
+    return cls(
+      f"{function} takes objects that are alike in each process",
+      got=f"arrays of other names or numbers; there are {', '.join(map(str, counts))}, "
+      "process by process",
+      fix="call it in each process, in the same order, with the same objects",
+    )
+
+
 class CheckpointFormatError(RefaxError, ValueError):
   """A file of tensors that breaks the rules of its format."""
 
   @classmethod
-  def file(cls, path: Any, problem: str):
+  def file(cls, path: Any, problem: str, kind: str = "safetensors file"):
     return cls(
-      "this is no safetensors file, or it is damaged",
+      f"this is no {kind}, or it is damaged",
       at=path,
       got=problem,
       fix="download or save it again; nothing has been loaded",
@@ -872,7 +1027,7 @@ class CheckpointWriteError(RefaxError, OSError):
       "a checkpoint could not be written; those that were complete are still there",
       at=folder,
       got=f"{'' if step is None else f'step {step}, '}{type(error).__name__} "
-      f"({' '.join(str(error).split())[:300]})",
+      f"({' '.join(message(error).split())[:300]})",
       fix=f"mend the cause (a full disk, a folder that was removed) and save again; "
       f"the latest that is complete is {there}",
     )

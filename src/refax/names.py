@@ -39,13 +39,25 @@ SAME = frozenset(
   relu6 remat replace_by_pure_dict reseed scan selu set_metadata shard_map sigmoid silu soft_sign
   softmax softplus split split_rngs split_state standardize state static swish switch tabulate tanh
   to_flat_state to_pure_dict update value_and_grad variables view view_info vjp vmap while_loop
-  with_attributes
+  with_attributes PARTITION_NAME get_abstract_model get_named_sharding get_partition_spec
+  logical_axis_rules transform_metadata use_eager_sharding using_eager_sharding with_metadata
+  with_partitioning
   """.split()  # noqa: SIM905 - words in lines are read faster
 )
 
 # Public in Refax's `nnx`, and in Flax in a submodule or in another release only.
 BEYOND = frozenset(
-  {"Filter", "PathIn", "RoPE", "dot_product_attention_weights", "dot_product_attention_with_rope"}
+  {
+    "add_axis",
+    "get_logical_axis_rules",
+    "get_var_pspec",
+    "remove_axis",
+    "Filter",
+    "PathIn",
+    "RoPE",
+    "dot_product_attention_weights",
+    "dot_product_attention_with_rope",
+  }
 )
 
 # Modules of Flax whose names are all names of `nnx` in Refax: `nnx.statelib.State` is `nnx.State`.
@@ -87,15 +99,15 @@ _CONTEXT = (
   "`nnx.split` and `nnx.merge` cut objects by hand"
 )
 _MODE = "leave it out: Refax has one mode, so drop the switch"
-_MESH = "a sharding of your own by `nnx.device_put(model, ...)`"
+_MESH = "a plan, `nnx.shard(model, mesh, nnx.Plan({...}))`, or `nnx.StateAxes` for `nnx.jit`"
 _NAMES = "leave it out: collections have no names here, so use the Variable's type"
-_METADATA = "keywords of the layer or the Variable: `nnx.Linear(..., kernel_metadata={...})`"
 _TYPEVAR = "a `typing.TypeVar` of your own"
 _OWN = "leave it out: it is Flax's own machinery"
 _BRIDGE = "`from refax.compat import nnx`, whose `nnx.bridge` holds Linen modules"
 
 # What to write where no name means the same: behind "write ", or a sentence that begins "leave".
 INSTEAD = {
+  "abstract_with_sharding": "`nnx.as_abstract`",
   "A": _TYPEVAR,
   "GraphState": "`tuple[nnx.GraphDef, nnx.State]`",
   "M": _TYPEVAR,
@@ -107,14 +119,12 @@ INSTEAD = {
   "Object": "`nnx.Pytree`, with `pytree=False` behind it in the class line",
   "OptArray": "`nnx.OptState`",
   "OptVariable": "`nnx.OptState`",
-  "PARTITION_NAME": 'the string `"partition_name"`',
   "PureState": "`tuple[nnx.GraphDef, nnx.State]`",
   "SplitContext": _CONTEXT,
   "StateSharding": _MESH,
   "TrainState": "a Module that holds the model, `nnx.Optimizer` and what else is trained",
   "UpdateContext": _CONTEXT,
   "VariableMetadata": "`nnx.Param(value, name=...)`: keywords of a Variable are its metadata",
-  "abstract_with_sharding": "`nnx.eval_shape`, then `nnx.device_put` of what was made",
   "bridge": _BRIDGE,
   "cached_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
   "call": "`graphdef.apply(state)(...)`, or call `nnx.merge(graphdef, state)`",
@@ -126,16 +136,12 @@ INSTEAD = {
   "filterlib": "the filters of `nnx`: `nnx.Filter`, `nnx.OfType`, `nnx.PathContains`",
   "flatten": "`nnx.split(node)`",
   "from_tree": _CONTEXT,
-  "get_abstract_model": "`nnx.eval_shape(lambda: Model(...))`",
-  "get_named_sharding": _MESH,
-  "get_partition_spec": _MESH,
   "graph": "names of `nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
   "graphlib": "names of `nnx` itself: `nnx.split`, `nnx.merge`, `nnx.GraphDef`",
   "has_data": "`any(map(nnx.is_data, jax.tree.leaves(value)))`",
   "helpers": "names of `nnx` itself: `nnx.Dict`, `nnx.List`, `nnx.Sequential`",
   "iter_module_children": "`nnx.iter_children(module)`",
   "jit_partial": "`nnx.jit(f)` and pass the arguments at each call; a call costs little here",
-  "logical_axis_rules": _MESH,
   "merge_context": _CONTEXT,
   "module": "names of `nnx` itself: `nnx.Module`, `nnx.iter_modules`",
   "nn": "names of `nnx` itself: `nnx.Linear`, `nnx.relu`, `nnx.initializers`",
@@ -152,28 +158,22 @@ INSTEAD = {
   "set_graph_mode": _MODE,
   "set_graph_updates": _MODE,
   "split_context": _CONTEXT,
-  "spmd": _MESH,
   "statelib": "names of `nnx` itself: `nnx.State`, `nnx.to_flat_state`",
   "summary": "`print(model)`",
   "to_tree": _CONTEXT,
   "tracers": _OWN,
   "training": "names of `nnx` itself: `nnx.Optimizer`, `nnx.metrics`",
-  "transform_metadata": "leave it out: transforms leave a Variable's metadata as it is",
   "transforms": "names of `nnx` itself: `nnx.jit`, `nnx.grad`, `nnx.scan`",
   "traversals": "`nnx.to_flat_state(state)` and `nnx.from_flat_state(flat)`",
   "unflatten": "`nnx.merge(graphdef, state)`",
   "unpack": "`nnx.split(node)`",
   "update_context": _CONTEXT,
-  "use_eager_sharding": _MESH,
-  "using_eager_sharding": _MESH,
   "var_defaults": "`nnx.using_hijax()` to read the mode, `nnx.use_hijax(True)` to set it",
   "variable_name_from_type": _NAMES,
   "variable_type_from_name": _NAMES,
   "variablelib": "names of `nnx` itself: `nnx.Variable`, `nnx.Param`",
   "vars_as": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
   "visualization": "`nnx.display(model)`",
-  "with_metadata": _METADATA,
-  "with_partitioning": _METADATA,
   "with_rngs": "`nnx.split_rngs(model, splits=n, only=...)` or `nnx.fork_rngs(model)`",
   "with_vars": "`nnx.to_hijax(model)` or `nnx.to_lojax(model)`",
   "wrappers": _BRIDGE,

@@ -340,6 +340,10 @@ def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | 
       not; by default the key is split to that shape.
     **streams: a seed, key or stream for each tag.
 
+  Raises:
+    MissingRngError: there is no stream of a tag. Nothing has changed.
+    RngKeyError: something is neither a seed nor a key nor a stream. Nothing has changed.
+
   >>> from refax import nnx
   >>> model = nnx.Sequential(*(nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0)) for _ in range(2)))
   >>> nnx.reseed(model, dropout=42)
@@ -347,9 +351,17 @@ def reseed(node: Any, /, policy: Callable | None = None, **streams: ArrayLike | 
   Array(False, dtype=bool)
   """
   found = [(path, x) for path, x in walk_nodes(node) if isinstance(x, RngStream)]
+  tags = sorted({stream.tag for _, stream in found})
+  for tag in streams:
+    if tag not in tags:
+      raise MissingRngError.tag(tag, tags)
+  roots = {
+    tag: None if isinstance(source, RngStream) else _as_key(source, tag)
+    for tag, source in streams.items()
+  }
   for tag, source in streams.items():
     mine = [(path, stream) for path, stream in found if stream.tag == tag]
-    root = None if isinstance(source, RngStream) else _as_key(source, tag)
+    root = roots[tag]
     for (path, stream), lineage in zip(mine, _lineages([x for _, x in mine]), strict=True):
       key = source() if root is None else functools.reduce(lambda k, s: s.key(k), lineage, root)
       if key.shape != stream.key.shape:

@@ -5,13 +5,15 @@ import re
 
 import pytest
 
+from tests import pages
+
 pytest.importorskip("libcst")
 
 PAGE = pathlib.Path(__file__).parent.parent.parent / "docs" / "flax.md"
 
 
 def test_the_python_of_the_page_runs():
-  blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+  blocks = pages.python_blocks(PAGE)
   namespace = {"__name__": "__main__"}
   for block in blocks:
     exec(compile(block, str(PAGE), "exec"), namespace)

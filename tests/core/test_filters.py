@@ -110,7 +110,7 @@ def translate(filter, flax):
 def test_what_is_no_filter_is_refused(bad):
   with pytest.raises(FilterError) as error:
     nnx.state(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), bad)
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "this is not a filter\n"
     f"  got: {type(bad).__name__} ({bad!r})\n"
     "  fix: use a Variable type, a tag as a string, `...`, a predicate(path, value), "

@@ -340,7 +340,7 @@ def test_an_object_returned_where_jax_lets_none_out_is_an_error_with_a_fix(where
   with pytest.raises(ValueError) as info:  # as JAX's own error is
     call(m, RETURNED[what])
   assert type(info.value) is ReturnedRefError
-  text = str(info.value)
+  text = info.value.args[0]
   assert "returned a mutable array reference of type Ref{float32[3]}" in text
   assert "\n  at:  " in text and "v" in text.split("at:")[1].split("\n")[0]
   assert "fix: return arrays: nnx.pure(" in text and function in text.split("fix:")[1]

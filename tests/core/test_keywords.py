@@ -37,7 +37,7 @@ def test_a_foreign_keyword_is_refused_with_the_one_that_was_meant(build, kind, n
   with pytest.raises(TypeError) as info:
     build()
   assert type(info.value) is KeywordError
-  text = str(info.value)
+  text = info.value.args[0]
   assert text.startswith(f"{kind} has no argument {name}\n  got: {name}=")
   assert f"\n  fix: did you mean {meant} {kind} takes " in text
 
@@ -64,11 +64,11 @@ def test_classes_of_users_are_checked_by_their_own_constructor():
   assert Net(3, depth=4, use_norm=False).depth == 4 and Deeper(3, depth=5).depth == 5
   assert Other(size=3).width == 3
   for cls in (Net, Deeper):
-    with pytest.raises(KeywordError, match=r"did you mean use_norm=\? \w+ takes depth, use_norm$"):
+    with pytest.raises(KeywordError, match=r"did you mean use_norm=\? \w+ takes depth, use_norm\n"):
       cls(3, use_nrom=False)
     with pytest.raises(KeywordError, match="has no argument width"):
       cls(width=3)
-  with pytest.raises(KeywordError, match=r"fix: Other takes size$"):
+  with pytest.raises(KeywordError, match=r"fix: Other takes size\n  see: "):
     Other(xyz=3)
 
 
@@ -79,7 +79,7 @@ def test_dataclasses_partials_and_late_constructors_are_seen():
     rate: float = 0.5
 
   assert Config(size=1).rate == 0.5
-  with pytest.raises(KeywordError, match=r"did you mean size=\? Config takes size, rate$"):
+  with pytest.raises(KeywordError, match=r"did you mean size=\? Config takes size, rate\n  see: "):
     Config(sise=1)
   with pytest.raises(KeywordError):
     functools.partial(Config, p=1)(sise=2)

@@ -158,7 +158,7 @@ def test_a_write_under_vmap_to_a_variable_that_is_not_mapped_is_refused(jit):
 
   with pytest.raises(SharedWriteError) as error:
     f(jnp.arange(3.0))
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "jax.vmap cannot write one Variable for all elements of the batch\n"
     "  at:  (a Variable outside any Module)  (Variable, created at test_storage.py:"
     f"{v._def.origin.line})\n"

@@ -211,7 +211,7 @@ def test_an_attribute_of_a_variable_is_no_metadata():
 # conversions
 def test_a_write_of_no_key_to_a_variable_of_keys_names_no_cast():
   v = nnx.Variable(jax.random.key(0))
-  with pytest.raises(ShapeMismatchError, match=r"fix: assign a new nnx\.Variable$"):
+  with pytest.raises(ShapeMismatchError, match=r"fix: assign a new nnx\.Variable\n  see: "):
     v[...] = jnp.zeros(())
 
 
@@ -353,7 +353,7 @@ def test_a_write_of_another_shape_is_refused_and_leaves_the_cell(name, hijax):
   with pytest.raises(ShapeMismatchError) as error:
     v[...] = value
   line = v._def.origin.line
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "a Variable keeps its shape and dtype\n"
     f"  at:  (a Variable outside any Module)  (Param, created at test_variable.py:{line})\n"
     f"  got: {got}, the Variable holds {want}\n"
@@ -384,7 +384,7 @@ def test_a_write_of_another_dtype_is_refused_and_leaves_the_cell(dtype, value, g
   with pytest.raises(ShapeMismatchError) as error:
     v[...] = value
   line = v._def.origin.line
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "a Variable keeps its shape and dtype\n"
     f"  at:  (a Variable outside any Module)  (Param, created at test_variable.py:{line})\n"
     f"  got: {got}, the Variable holds {dtype}[2]\n"
@@ -431,7 +431,7 @@ def test_an_indexed_write_that_does_not_fit_is_refused_and_leaves_the_cell(hijax
   with pytest.raises(ShapeMismatchError) as error:
     v[0] = jnp.ones(2)
   line = v._def.origin.line
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "the value does not fit the indexed part of the Variable\n"
     f"  at:  (a Variable outside any Module)  (Param, created at test_variable.py:{line})\n"
     "  got: float32[2] for [0] of float32[2,3]\n"
@@ -506,7 +506,7 @@ def test_a_variable_of_a_variable_has_a_cell_of_its_own():
 def test_a_ref_as_the_value_is_refused():
   with pytest.raises(StaticAttributeError) as error:
     nnx.Variable(jax.new_ref(jnp.ones(2)))
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "a Variable makes its own Ref\n"
     "  got: a jax.Ref as the value\n"
     "  fix: pass the array: nnx.Variable(ref[...])"
@@ -663,7 +663,7 @@ def test_metadata_is_part_of_the_structure():
 def test_metadata_that_cannot_be_hashed_is_refused():
   with pytest.raises(StaticAttributeError) as error:
     nnx.Param(1.0, axes=[1, 2])
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "metadata of a Variable must be hashable, for it is part of what jax.jit compiles for\n"
     "  at:  axes\n"
     "  got: list ([1, 2])\n"
@@ -785,7 +785,7 @@ def test_a_write_of_a_differentiated_value_is_refused_and_says_what_to_do():
   with pytest.raises(DifferentiatedWriteError) as error:
     nnx.grad(loss)(nnx.Param(2.0))
   line = memory._def.origin.line
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "a value that is being differentiated was written to a Variable, its gradient would be lost\n"
     f"  at:  (a Variable outside any Module)  (Variable, created at test_variable.py:{line})\n"
     "  got: a value that depends on what jax.grad differentiates\n"
@@ -806,7 +806,7 @@ def test_a_lojax_variable_by_closure_is_not_written_inside_a_transform():
   with pytest.raises(TraceContextError) as error:
     step(1.0)
   line = v._def.origin.line
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "a lojax Variable from outside a transform cannot be written inside it\n"
     f"  at:  (a Variable outside any Module)  (Variable, created at test_variable.py:{line})\n"
     "  got: a write from another trace than the one where the Variable was made\n"
@@ -822,10 +822,6 @@ def test_a_lojax_variable_by_closure_is_not_written_inside_a_transform():
     "mutable",
     "ref",
     "use_ref",
-    "out_sharding",
-    "sharding",
-    "sharding_names",
-    "mesh",
     "dtype",
   ],
 )

@@ -227,7 +227,7 @@ def test_without_treescope_the_text_is_printed_and_a_page_is_refused(monkeypatch
   assert "pip install 'refax[display]'" in out and "Variable( # 1 (4 B)" in out
   with pytest.raises(MissingPackageError) as caught:
     nnx.display(net(), save=tmp_path / "page.html")
-  assert str(caught.value) == (
+  assert caught.value.args[0] == (
     "nnx.display(save=...) needs treescope\n"
     "  got: an environment without that package\n"
     "  fix: pip install 'refax[display]'"

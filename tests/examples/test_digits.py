@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.digits import __main__ as program
+
 pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +68,17 @@ main(["--out", {str(tmp_path / "part")!r}, *{options!r}])
   assert other.returncode != 0 and "had other settings" in other.stderr
 
 
+@pytest.mark.parametrize("default, status", [(2, 0), (1, 1)])
+def test_below_the_goal_a_run_fails_unless_it_is_shorter_than_the_default(
+  default, status, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(program, "EPOCHS", default)
+  options = ["--epochs", "1", "--lr", "0", "--out", str(tmp_path)]
+  assert program.run(program.parse_options(options), []) == status
+  shown = capsys.readouterr()
+  assert "below the goal of 98%" in (shown.err if status else shown.out)
+
+
 @pytest.mark.slow
 def test_it_learns_to_read_digits(tmp_path):
   done = train(tmp_path)
@@ -74,3 +87,6 @@ def test_it_learns_to_read_digits(tmp_path):
   assert accuracy >= 98.0
   for name in ("learning_curve.png", "misread.png"):
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+  table = done.stdout.split("Total Parameters")[0]
+  assert "CNN Summary" in table and "conv2" in table and "float32[64,8,8,64]" in table
+  assert "conv2" in (tmp_path / "model.html").read_text()

@@ -63,7 +63,7 @@ def value(state, *path):
 
 def assert_kept(state, want, *, like=lambda x: x):
   for path, x in want.items():
-    np.testing.assert_allclose(value(state, *path, "__call__"), like(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(value(state, *path, "__call__"), like(x), rtol=1e-5, atol=1e-5)
 
 
 CALLS = {

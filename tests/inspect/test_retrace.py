@@ -35,7 +35,8 @@ def explained(f, *calls, jit=nnx.jit, between=lambda: None, **options):
         between()
       step(*args, **kwargs)
   own = [w for w in caught if issubclass(w.category, nnx.RetraceWarning)]
-  assert [str(w.message).partition(" time: ")[2] for w in own] == inner.reasons
+  see = "\n  see: python -m refax.explain RetraceWarning"
+  assert [str(w.message).partition(" time: ")[2] for w in own] == [r + see for r in inner.reasons]
   assert all(w.filename == __file__ for w in own)
   return inner
 

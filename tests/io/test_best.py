@@ -39,7 +39,7 @@ def test_nan_is_no_best_even_where_there_is_no_other(tmp_path):
   with nnx.Checkpointer(tmp_path, best="loss") as checkpoints:
     with pytest.raises(MissingCheckpointError) as error:
       _ = checkpoints.best_step
-    assert str(error.value).split("\n")[0] == "no checkpoint has a number as 'loss'"
+    assert error.value.args[0].split("\n")[0] == "no checkpoint has a number as 'loss'"
     assert "got: the steps 2, and the metric is missing or NaN in all" in str(error.value)
 
 

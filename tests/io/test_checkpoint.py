@@ -161,7 +161,7 @@ def test_the_state_of_iterators(tmp_path):
 def message(error, run):
   with pytest.raises(error) as info:
     run()
-  return str(info.value)
+  return info.value.args[0]
 
 
 def test_a_mismatch_is_a_table_and_nothing_changes(tmp_path):

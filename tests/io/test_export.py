@@ -153,7 +153,7 @@ def test_what_wrote_it_is_written_beside_it(tmp_path):
 def message(run):
   with pytest.raises(ExportError) as info:
     run()
-  return str(info.value)
+  return info.value.args[0]
 
 
 def test_an_argument_is_state_or_arrays():

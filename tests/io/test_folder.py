@@ -161,7 +161,8 @@ def test_two_threads_and_two_writers_of_one_process(tmp_path):
 
 
 INTERRUPTED = """
-import os, random, signal, sys, time
+import faulthandler, os, random, signal, sys, time
+faulthandler.dump_traceback_later(280, exit=True)  # a run that hangs says where
 import jax, jax.numpy as jnp
 from refax import nnx
 folder, seed, asynchronous = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "async"

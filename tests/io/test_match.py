@@ -39,7 +39,7 @@ def restored(folder, objects, **options):
 def refusal(folder, objects, **options):
   with pytest.raises(CheckpointMismatchError) as error:
     restored(folder, objects, **options)
-  return str(error.value)
+  return error.value.args[0]
 
 
 @pytest.mark.parametrize("hijax", [True, False])

@@ -116,7 +116,7 @@ def test_a_single_hijax_variable_is_refused_with_what_to_write(tmp_path):
   for name, saver in (("s", ocp.StandardCheckpointer()), ("p", ocp.PyTreeCheckpointer())):
     with pytest.raises(RefArgumentError) as error:
       saver.save(tmp_path / name, {"step": nnx.Variable(1)})
-    lines = str(error.value).split("\n")
+    lines = error.value.args[0].split("\n")
     assert lines[0] == "orbax saves arrays, and a hijax Variable is a jax.Ref"
     assert lines[1].startswith("  at:  (a Variable outside any Module)")
     assert lines[2:] == [

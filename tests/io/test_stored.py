@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from refax import nnx
+from refax.core.processes import flat_bytes
 from refax.errors import InvalidArgumentError
-from refax.io.stored import as_bytes, flat_bytes, from_bytes
+from refax.io.stored import as_bytes, from_bytes
 
 pytest.importorskip("orbax.checkpoint", reason="checkpoints are written by orbax-checkpoint")
 

@@ -57,4 +57,4 @@ def test_what_is_not_read_changes_nothing(transforms):
 @pytest.mark.slow
 @pytest.mark.parametrize("transforms", ["plain", "nnx", "mixed"])
 def test_what_is_not_read_changes_nothing_in_many_programs(transforms):
-  law(60, 3, transforms)
+  law(30, 3, transforms)

@@ -246,7 +246,7 @@ def test_a_stateful_program_equals_its_functional_twin(name, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_many_stateful_programs_equal_their_functional_twins(name, record_property):
-  run(name, 40, record_property)
+  run(name, 15, record_property)
 
 
 @pytest.mark.parametrize("name", ["cond", "switch"])

@@ -50,9 +50,7 @@ def test_what_is_certain_is_written(old, new):
     ("nnx.Nonsense(m)", "no such name"),
     ("with nnx.set_graph_mode(True):\n  pass", "Refax has one mode"),
     ("nnx.merge(g, s, copy=True)", "`copy=` of `nnx.merge`"),
-    ("nnx.vmap(f, transform_metadata={1: 2})", "metadata"),
     ("nnx.Param(x, hijax=True, ref=True)", "one `is_hijax=`"),
-    ("nnx.Param(x, eager_sharding=False)", "eager_sharding"),
     ("nnx.custom_vjp(nondiff_argnums=(0,))", "functools.partial"),
     ("nnx.Optimizer(model, tx)", "wrt=nnx.Param"),
     (

@@ -1,4 +1,5 @@
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ def test_the_initializers_are_those_of_jax(name, dtype):
   shape = (3, 5, 6) if name == "delta_orthogonal" else (17, 3)  # XLA rounds in its own way here
   got, want = ours(KEY, shape, dtype), theirs(KEY, shape, dtype)
   assert got.dtype == want.dtype and got.weak_type == want.weak_type
-  np.testing.assert_array_equal(got, want)
-  compiled = jax.jit(lambda key: 1 * ours(key, shape, dtype))
-  np.testing.assert_array_equal(compiled(KEY), want)
+  # Compiled together with other operations, XLA may round otherwise.
+  close = partial(np.testing.assert_allclose, desired=want, rtol=jnp.finfo(want.dtype).eps * 4)
+  close(got)
+  close(jax.jit(lambda key: 1 * ours(key, shape, dtype))(KEY))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("ones", "zeros")])

@@ -38,7 +38,7 @@ def convolutions(draw):
   }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(convolutions())
 def test_conv_equals_linen(case):
   compare(normal(1, case.pop("shape")), case.pop("features"), case.pop("kernel_size"), **case)

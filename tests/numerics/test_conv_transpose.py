@@ -34,7 +34,7 @@ def convolutions(draw):
   }
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(convolutions())
 def test_conv_transpose_equals_linen(case):
   compare(normal(1, case.pop("shape")), case.pop("features"), case.pop("kernel_size"), **case)

@@ -19,7 +19,7 @@ def value_and_gradients(attend, inputs):
   return y, gradients
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
   batch=st.sampled_from(((), (2,), (2, 3))),
   sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),

@@ -13,7 +13,7 @@ ZEROS = {"kernel_init": nnx.initializers.zeros, "rngs": nnx.Rngs(0)}
 DTYPES = (None, jnp.float32, jnp.bfloat16)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   batch=st.lists(st.integers(1, 3), max_size=2),
   sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -47,7 +47,7 @@ GENERAL = (
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   case=st.sampled_from(GENERAL),
   use_bias=st.booleans(),
@@ -72,7 +72,7 @@ EINSUMS = (
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   case=st.sampled_from(EINSUMS),
   use_bias=st.booleans(),

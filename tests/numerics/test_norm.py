@@ -24,7 +24,7 @@ def offset(seed, shape, dtype=jnp.float32):
   return 1 + 2 * normal(seed, shape, dtype)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axis=st.integers(-2, 1),
@@ -85,7 +85,7 @@ def test_batch_norm_over_a_mapped_axis_equals_linen():
     assert_close(own, new["batch_stats"][name])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axes=st.sampled_from((-1, -2, 0, (-1,), (-2, -1), (0, 1), (0, -1))),
@@ -103,7 +103,7 @@ def test_layer_norm_equals_linen(shape, axes, feature_axes, input_dtype, options
   assert_twins(model, layer, share_weights(model, layer, x), x)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
   shape=st.sampled_from(((4, 3), (2, 3, 4), (2, 3, 2, 3))),
   axes=st.sampled_from((-1, -2, 0, (-2, -1), (0, -1))),
@@ -121,7 +121,7 @@ def test_rms_norm_equals_linen(shape, axes, feature_axes, input_dtype, options):
   assert_twins(model, layer, share_weights(model, layer, x), x)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
   shape=st.sampled_from(((2, 6), (2, 3, 6), (2, 2, 3, 6))),
   groups=st.sampled_from((1, 2, 3, 6)),
@@ -139,7 +139,7 @@ def test_group_norm_equals_linen(shape, groups, by_size, axes, input_dtype, opti
   assert_twins(model, layer, share_weights(model, layer, x), x)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
   shape=st.sampled_from(((2, 5, 3), (2, 3, 4, 2))),
   feature_axes=st.sampled_from((-1, 1, (1, -1))),

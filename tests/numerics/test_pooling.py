@@ -48,7 +48,7 @@ def windows(draw):
   }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(case=windows(), name=st.sampled_from(("avg_pool", "max_pool", "min_pool")))
 def test_pooling_equals_linen(case, name):
   shape, options = case

@@ -16,6 +16,8 @@ LAYERS = [
   "SpectralNorm", "WeightNorm",
 ]  # fmt: skip
 MORE = {
+  ("LoRA", "alpha"): "the scale that published adapters are trained with",
+  ("MultiHeadAttention", "sliding_window"): "how far a position sees",
   ("MultiHeadAttention", "rope"): "positions, rotated inside",
   ("MultiHeadAttention", "implementation"): "which kernel of JAX computes it",
   ("MultiHeadAttention", "num_key_value_heads"): "another name, that of published configurations",

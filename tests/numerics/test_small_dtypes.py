@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
-from refax.nn.recurrent import flip_sequences
+from refax.nn.recurrent.rnn import flip_sequences
 
 INTEGERS = [jnp.int4, jnp.uint4, jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.uint32]
 HALVES = [jnp.float16, jnp.bfloat16]

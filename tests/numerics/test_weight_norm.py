@@ -83,7 +83,7 @@ def assert_wrappers_equal(model, layer, variables, x, tolerance=None, **kwargs):
   return {**variables, **new}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   kind=st.sampled_from(sorted(LAYERS)),
   feature_axes=st.sampled_from((-1, 0, (0, -1), None)),
@@ -102,7 +102,7 @@ def test_weight_norm_equals_linen(kind, feature_axes, use_scale, weight_dtype, o
   assert_wrappers_equal(model, layer, shared(model, layer, x), x, tolerance)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   kind=st.sampled_from(sorted(LAYERS)),
   n_steps=st.integers(1, 3),

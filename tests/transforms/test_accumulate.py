@@ -94,7 +94,7 @@ def test_a_batch_that_does_not_divide(batch, got):
   m = Net()
   with pytest.raises(TreeMismatchError) as caught:
     nnx.accumulate_grads(lambda m, x: m(x).mean(), steps=3)(m, batch)
-  assert str(caught.value) == (
+  assert caught.value.args[0] == (
     "the batch does not divide into microbatches\n"
     f"  got: {got}, and steps=3\n"
     "  fix: choose steps that divide the first axis of every array of the batch"

@@ -200,7 +200,7 @@ def test_a_variable_in_two_differentiated_arguments_is_refused():
   m = Node(w=v)
   with pytest.raises(AliasError) as error:
     nnx.grad(lambda a, b: (a.w * b).sum(), argnums=(0, 1))(m, v)
-  assert str(error.value) == (
+  assert error.value.args[0] == (
     "one Variable is in two differentiated arguments\n"
     f"  at:  Node.w  (Param, created at test_autodiff.py:{v._def.origin.line})\n"
     "  got: the same Variable in argument 0 and in argument 1\n"
@@ -278,7 +278,7 @@ def test_a_write_to_what_is_differentiated_is_refused(hijax):
   for how in hows:
     with pytest.raises(DifferentiatedWriteError) as error:
       nnx.grad(loss)(m, how)
-    assert str(error.value) == (
+    assert error.value.args[0] == (
       "a Variable cannot be written while it is differentiated\n"
       f"  at:  Node.w  (Param, created at test_autodiff.py:{m.w._def.origin.line})\n"
       "  got: a write inside a function whose gradient is taken with respect to it\n"

@@ -378,7 +378,7 @@ def message(exception, f):
   """The whole text of an error, without line numbers."""
   with pytest.raises(exception) as caught:
     f()
-  return re.sub(r"\.py:\d+", ".py:N", str(caught.value))
+  return re.sub(r"\.py:\d+", ".py:N", caught.value.args[0])
 
 
 class Net(nnx.Module):

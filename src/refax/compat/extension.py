@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from refax import config
-from refax.compat import capture, objects, sharding, variables
+from refax.compat import capture, objects, variables
 from refax.compat.flags import without_flags
 from refax.core import definition
 from refax.core.graphdef import GraphDef
@@ -66,7 +66,7 @@ _ATTRIBUTES: dict[type, dict[str, Any]] = {
 }
 
 # Metadata that Refax itself refuses, for it would do nothing there.
-_METADATA = (*sharding.NAMES, *variables.STORAGE, "eager_sharding")
+_METADATA = variables.STORAGE
 
 _before: list[tuple[type, str, Any]] = []
 _refused: dict[str, Any] = {}

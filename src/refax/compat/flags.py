@@ -86,21 +86,3 @@ class set_graph_updates(_Switch):
   >>> set_graph_updates.current_value()
   True
   """
-
-
-class use_eager_sharding(_Switch):
-  """Whether a Variable with the metadata `out_sharding` is laid out on the mesh when it is made.
-
-  >>> with use_eager_sharding(False):
-  ...   using_eager_sharding()
-  False
-  """
-
-
-def using_eager_sharding() -> bool:
-  """Whether new Variables are laid out on the mesh.
-
-  >>> using_eager_sharding()
-  True
-  """
-  return use_eager_sharding.current_value()

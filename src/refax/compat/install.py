@@ -18,7 +18,7 @@ def install_as_flax() -> None:
   >>> import refax.compat
   >>> refax.compat.install_as_flax()                                  # doctest: +SKIP
   >>> from flax import nnx; nnx.Linear.__module__                     # doctest: +SKIP
-  'refax.nn.linear'
+  'refax.nn.linear.linear'
   """
   nnx = importlib.import_module("refax.compat.nnx")
   loaded = sys.modules.get("flax.nnx")

@@ -7,8 +7,10 @@ import jax
 from flax import struct
 from flax.core import FrozenDict, meta
 
-from refax.compat import sharding
+from refax.core.annotation import PARTITION_NAME, named, spec_of
+from refax.core.definition import Origin, VariableDef
 from refax.core.variable import Variable
+from refax.transforms.axis_names import add_axis, remove_axis
 
 
 class NNXMeta(struct.PyTreeNode, meta.AxisMetadata):
@@ -36,21 +38,23 @@ class NNXMeta(struct.PyTreeNode, meta.AxisMetadata):
     return self.replace(value=val)
 
   def add_axis(self, index: int, params: dict[Any, Any]) -> "NNXMeta":
-    return self._with_axis(sharding.add_axis, index, params)
+    return self._with_axis(add_axis, index, params)
 
   def remove_axis(self, index: int, params: dict[Any, Any]) -> "NNXMeta":
-    return self._with_axis(sharding.remove_axis, index, params)
+    return self._with_axis(remove_axis, index, params)
 
   def _with_axis(self, change: Any, index: int, params: dict[Any, Any]) -> "NNXMeta":
-    if sharding.PARTITION_NAME not in params or not self.metadata.get("out_sharding"):
+    if PARTITION_NAME not in params or not self.metadata.get("out_sharding"):
       return self
-    variable = self.var_type._handle(self.value, self.to_nnx_variable()._def)
+    # Not by a Variable of this value: it may have the axis already that the names lack.
+    definition = VariableDef(named(self.metadata), Origin(self.var_type.__name__))
+    variable = self.var_type._handle(self.value, definition)
     change(variable, index, params)
     return self.of(self.var_type, self.value, variable._def.metadata)
 
   def get_partition_spec(self) -> jax.sharding.PartitionSpec:
     """The PartitionSpec that the metadata says."""
-    return sharding.spec_of(self.metadata) or jax.sharding.PartitionSpec()
+    return spec_of(self.metadata) or jax.sharding.PartitionSpec()
 
   def to_nnx_variable(self) -> Variable:
     """The Variable that is in the box."""

@@ -19,7 +19,7 @@ from refax.compat import (
   display,
   flags,
   interop,
-  metadata,
+  mapping,
   numbers,
   objects,
   rngs,
@@ -49,7 +49,7 @@ _ADAPTORS = (
   contexts,
   display,
   flags,
-  metadata,
+  mapping,
   objects,
   rngs,
   sharding,
@@ -72,7 +72,7 @@ def names() -> dict[str, Any]:
     found[name] = flags.without_flags(found[name], *_DROPPED.get(name, ()))
   found["vmap"] = numbers.with_numbers(found["vmap"])
   for name in ("vmap", "scan"):
-    found[name] = metadata.with_names(signature.with_positions(found[name]))
+    found[name] = signature.with_positions(found[name])
   for module in _ADAPTORS:
     own = {
       k: v
@@ -84,7 +84,6 @@ def names() -> dict[str, Any]:
     "A": objects.A,
     "M": objects.M,
     "Initializer": clean.initializers.Initializer,
-    "PARTITION_NAME": sharding.PARTITION_NAME,
     "PureState": tuple,
     "VariableState": clean.Variable,
     "abstract_with_sharding": found["as_abstract"],
@@ -97,11 +96,7 @@ def names() -> dict[str, Any]:
     "without_flags",
     "extend",
     "accept",
-    "laid_out",
-    "named",
-    "spec_of",
     "transplant",
-    "with_names",
     "differentiable",
     "is_tree_mode",
   ):

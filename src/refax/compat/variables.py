@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from refax import config
-from refax.compat import sharding
-from refax.compat.flags import using_eager_sharding
+from refax.core.annotation import named
 from refax.core.definition import Origin, VariableDef
 from refax.core.variable import (
   BatchStat,
@@ -136,8 +135,7 @@ def accept(
   storage = [x for x in storage if x is not None]
   if is_hijax is None and storage:
     is_hijax = any(storage)
-  eager = metadata.pop("eager_sharding", None)
-  metadata = sharding.named(metadata)
+  metadata = named(metadata)
   cls = type(variable)
   metadata |= {
     name: getattr(cls, name) for name in HOOKS if name not in metadata and hasattr(cls, name)
@@ -149,8 +147,6 @@ def accept(
     value = _through(variable, "on_create_value", value)
     if hasattr(cls, "create_value"):
       value = cls.create_value(variable, value)  # pyright: ignore[reportAttributeAccessIssue]
-  if using_eager_sharding() if eager is None else eager:
-    value = sharding.laid_out(value, metadata)
   return value, is_hijax, metadata
 
 
@@ -300,7 +296,7 @@ def _set_metadata(self: Variable, *args: Any, **metadata: Any) -> None:
   given = dict(args[0]) if len(args) == 1 else {args[0]: args[1]} if args else metadata
   for name in (*STORAGE, "eager_sharding"):
     given.pop(name, None)
-  _plain_set_metadata(self, **sharding.named(given))
+  _plain_set_metadata(self, **given)
 
 
 def _del_metadata(self: Variable, name: str) -> None:
@@ -346,7 +342,6 @@ ADDED = {
   "raw_value": property(lambda self: self.get_raw_value(), lambda self, x: self.set_raw_value(x)),
   "type": property(type),
   "var_type": property(type),
-  "sharding_names": property(lambda self: _plain_get_metadata(self, "out_sharding", None)),
   "set_value": _set_value,
   "get_metadata": _get_metadata,
   "set_metadata": _set_metadata,

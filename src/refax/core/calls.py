@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from refax import _jax, config
+from refax.core.gather import in_call
 from refax.core.node import Node
 from refax.core.watch import MISSING
 from refax.typing import Path
@@ -92,7 +93,8 @@ def _named(method: FunctionType, name: str) -> Callable:
   def call(self, /, *args, **kwargs):
     if _jax.no_trace_active() and not _local.observers:
       return method(self, *args, **kwargs)
-    return _run(method, name, self, args, kwargs)
+    with in_call():
+      return _run(method, name, self, args, kwargs)
 
   call._is_named = True  # pyright: ignore[reportAttributeAccessIssue]
   return call

@@ -6,6 +6,7 @@ import sys
 import weakref
 from typing import Any
 
+from refax.core.gather import GATHERED
 from refax.errors import StaticAttributeError
 from refax.typing import path_str
 
@@ -96,11 +97,6 @@ ELSEWHERE = {
   "use_ref": "is_hijax=True or False chooses the storage",
   "use_hijax": "is_hijax=True or False chooses the storage",
   "mutable": "is_hijax=True or False chooses the storage",
-  "out_sharding": "lay the array out first: jax.device_put(x, sharding)",
-  "sharding": "lay the array out first: jax.device_put(x, sharding)",
-  "sharding_names": "lay the array out first: jax.device_put(x, sharding)",
-  "eager_sharding": "lay the array out first: jax.device_put(x, sharding)",
-  "mesh": "lay the array out first: jax.device_put(x, sharding)",
   "dtype": "convert the array first: x.astype(dtype)",
 }
 """Keywords that do something elsewhere; as metadata, they would do nothing and say nothing."""
@@ -115,7 +111,16 @@ class VariableDef:
   that the Variable holds a gradient, and `hijax`, the storage that an abstract Variable will have.
   """
 
-  __slots__ = ("_hash", "hijax", "is_gradient", "items", "metadata", "origin", "selected")
+  __slots__ = (
+    "_hash",
+    "gathered",
+    "hijax",
+    "is_gradient",
+    "items",
+    "metadata",
+    "origin",
+    "selected",
+  )
 
   def __init__(self, metadata: dict[str, Any], origin: Origin):
     for name, value in metadata.items():
@@ -128,6 +133,7 @@ class VariableDef:
     self.metadata = metadata
     self.items = tuple((k, kind(v), v) for k, v in sorted(metadata.items()))
     self._hash = hash(self.items)
+    self.gathered: Any = metadata.get(GATHERED)
     self.origin = origin
     self.selected: Any = False
     self.is_gradient = False
@@ -137,7 +143,7 @@ class VariableDef:
     new = object.__new__(VariableDef)
     new.metadata, new.items, new._hash = self.metadata, self.items, self._hash
     new.origin, new.selected, new.is_gradient = origin, False, self.is_gradient
-    new.hijax = self.hijax
+    new.hijax, new.gathered = self.hijax, self.gathered
     return new
 
   def with_metadata(self, metadata: dict[str, Any]) -> "VariableDef":

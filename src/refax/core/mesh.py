@@ -69,7 +69,7 @@ def _move(refs: list[jax.Ref], sharding: NamedSharding) -> None:
   held = list(map(_jax.peek_cell, refs))
   try:
     with jax.ensure_compile_time_eval():  # a function that is traced may find them by closure
-      moved = [jax.device_put(x, sharding) for x in held]
+      moved = [_jax.put(x, sharding) for x in held]
       jax.block_until_ready(moved)
   except Exception:
     if any(_jax.peek_cell(ref) is not x for ref, x in zip(refs, held, strict=True)):

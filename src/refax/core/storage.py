@@ -177,7 +177,7 @@ def settled(ref: jax.Ref, value: jax.Array, *, copy: bool) -> jax.Array:
   same = new.sharding is old.sharding or new.sharding == old.sharding
   if same and getattr(new, "committed", True):
     return value
-  return jax.device_put(value, _jax.peek_cell(ref).sharding)
+  return _jax.put(value, _jax.peek_cell(ref).sharding)
 
 
 def write_ref(ref: jax.Ref, value: jax.Array, given: Any, origin: Any) -> None:

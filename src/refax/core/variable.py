@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax, config
-from refax.core import storage, text
+from refax.core import annotation, storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
+from refax.core.gather import GATHERED, gathered
 from refax.core.mesh import enter_mesh, objects_enter_mesh
 from refax.core.observe import before_write, is_read_without_tangent, note
 from refax.errors import (
@@ -51,10 +52,13 @@ class Variable(ArrayProtocol, Generic[A]):
     value: a number, a NumPy or JAX array, or a pytree of these; copied into the cell.
     is_hijax: True for a `jax.Ref` cell that JAX transforms update in place, False for a plain
       array; by default what `nnx.use_hijax` says.
-    **metadata: hashable facts about the Variable (a `tag`, a sharding); read as attributes.
+    **metadata: hashable facts about the Variable; read as attributes. `out_sharding` names, for
+      each axis of the array, the axis of the mesh that divides it (or a logical axis, see
+      `nnx.logical_axis_rules`; or None); in a mesh the Variable is laid out so when it is made.
 
   Raises:
     StaticAttributeError: a value in the metadata is not hashable, or `value` is a `jax.Ref`.
+    ShardingError: `out_sharding` fits neither the array nor the mesh.
 
   >>> from refax import nnx; import jax
   >>> count = nnx.Variable(0)
@@ -84,10 +88,15 @@ class Variable(ArrayProtocol, Generic[A]):
   def __init__(self, value: A, *, is_hijax: bool | None = None, **metadata: Any):
     if Variable.accept is not None:
       value, is_hijax, metadata = Variable.accept(self, value, is_hijax, metadata)
+    if isinstance(value, annotation.Annotated):
+      value, metadata = value.value, {**value.metadata, **metadata}
     value = cast(A, unwrap(value))
     if any(_jax.is_ref(leaf) for leaf in jax.tree.leaves(value)):
       raise StaticAttributeError.ref()
-    definition = VariableDef(metadata, Origin(type(self).__name__))
+    origin = Origin(type(self).__name__)
+    if not annotation.NAMES.isdisjoint(metadata):
+      value, metadata = annotation.applied(value, metadata, origin)
+    definition = VariableDef(metadata, origin)
     if is_hijax is not None:
       self._make(value, is_hijax, definition)
     elif _is_local(value):
@@ -199,6 +208,9 @@ class Variable(ArrayProtocol, Generic[A]):
       value = cell
     else:
       value = jax.tree.map(self._read_part, cell)
+    how = self._def.gathered
+    if how is not None and not self._def.is_gradient:
+      value = jax.tree.map(lambda x: gathered(x, how), value)
     return value if index is ... else value[unwrap(index)]
 
   @property
@@ -370,6 +382,11 @@ class Variable(ArrayProtocol, Generic[A]):
     """How the array is laid out over devices."""
     return self._aval().sharding
 
+  @property
+  def sharding_names(self) -> Any:
+    """The names of the axes in the metadata `out_sharding`; None without."""
+    return self._def.metadata.get("out_sharding")
+
   # metadata
   def get_metadata(self, name: str | None = None, default: Any = None) -> Any:
     """The metadata as a dict, or one entry of it."""
@@ -380,6 +397,8 @@ class Variable(ArrayProtocol, Generic[A]):
     """Add to the metadata, or change it."""
     self._check_writable()
     epoch.bump()  # metadata is part of what jax.jit compiles for
+    if not annotation.NAMES.isdisjoint(metadata):
+      metadata = annotation.named(metadata)
     self._def = self._def.with_metadata(self._def.metadata | metadata)
 
   def has_metadata(self, name: str) -> bool:
@@ -448,7 +467,8 @@ class Variable(ArrayProtocol, Generic[A]):
 
   def __getstate__(self) -> dict[str, Any]:
     value = jax.tree.map(lambda x: _PickledKey(x) if _is_key(x) else x, self.get_value())
-    return {"value": value, "is_hijax": self.is_hijax, "metadata": self._def.metadata}
+    metadata = {k: x for k, x in self._def.metadata.items() if k != GATHERED}  # it has a mesh
+    return {"value": value, "is_hijax": self.is_hijax, "metadata": metadata}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     is_key = lambda x: isinstance(x, _PickledKey)

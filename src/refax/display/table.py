@@ -1,6 +1,7 @@
 """nnx.tabulate: a model as a table, a row for each layer."""
 
 import io
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -69,7 +70,7 @@ def tabulate(
   root = layers[0]
   totals = [_size(v for v in root.below if type(v).__name__ == t) for t in types]
   table.add_row("Total", "", "", *totals, *_costs(root, layers), style="bold")
-  everything = f"Total Parameters: {_size(root.below) or '0'}"
+  everything = f"Total Parameters: {_size(root.below) or '0'}{_on_a_device(root.below)}"
   return f"{_text(table, width)}{everything:^{width}}".rstrip() + "\n"
 
 
@@ -133,7 +134,8 @@ def _cells(layer: Layer, types: Sequence[str], is_collapsed: bool) -> list[str]:
   own = [] if is_collapsed else list(layer.variables)
   cells = []
   for t in types:
-    lines = [f"{'/'.join(map(str, p))}: {shape_text(v)}" for p, v in own if type(v).__name__ == t]
+    of_own = [(p, v) for p, v in own if type(v).__name__ == t]
+    lines = [f"{'/'.join(map(str, p))}: {shape_text(v)}{_layout(v)}" for p, v in of_own]
     of_type = layer.below if is_collapsed else [v for _, v in own]
     size = _size(v for v in of_type if type(v).__name__ == t)
     cells.append("\n".join([*lines, *([size] if size else [])]))
@@ -171,6 +173,25 @@ def _size(variables: Iterable[Variable]) -> str:
   distinct = {identity(v): v.get_raw_value() for v in variables}
   count, nbytes = text.size(list(distinct.values()))
   return text.count(count, nbytes) if count else ""
+
+
+def _layout(variable: Variable) -> str:
+  """Over which axes of a mesh a Variable is divided."""
+  spec = getattr(getattr(variable.get_raw_value(), "sharding", None), "spec", None)
+  return f" {spec}" if spec is not None and any(spec) else ""
+
+
+def _on_a_device(variables: Iterable[Variable]) -> str:
+  """How much of the Variables is on one device, if some are on several."""
+  total, is_wide = 0, False
+  for x in jax.tree.leaves(list({identity(v): v.get_raw_value() for v in variables}.values())):
+    sharding = getattr(x, "sharding", None)
+    if sharding is None or not hasattr(x, "dtype"):
+      continue
+    is_wide |= len(sharding.device_set) > 1
+    count = math.prod(sharding.shard_shape(x.shape))
+    total += count * getattr(x.dtype, "itemsize", 0)
+  return f", on each device {text.scaled(total)}B" if is_wide else ""
 
 
 def _cost_columns(layers: Sequence[Layer]) -> list[str]:

@@ -1,6 +1,6 @@
 """device_put: an object moves to other devices, in place."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,14 @@ from jax.sharding import SingleDeviceSharding
 from refax import _jax
 from refax.core.epoch import epoch
 from refax.core.flatten import Walk, region_items, resolver
+from refax.core.gather import GATHERED
 from refax.core.graphdef import LEAF, REGION
 from refax.core.interrupt import uninterrupted
 from refax.core.node import Node, set_attribute
+from refax.core.processes import check_same, checksum
 from refax.core.variable import Variable
 from refax.errors import RefArgumentError, TraceContextError
+from refax.typing import Path, path_str
 
 
 def device_put(tree: Any, device: Any, /) -> Any:
@@ -25,6 +28,9 @@ def device_put(tree: Any, device: Any, /) -> Any:
 
   What was made before `jax.set_mesh` and is used in the mesh needs no call: it moves to all devices
   of the mesh, undivided, when it is used first, and stays there.
+
+  With several processes (`jax.distributed`), every process calls this with an equal object; the
+  values are compared. What was made in one process is then one object of all.
 
   Parts are laid out in their own way by one call each: `nnx.device_put(model.kernel, sharding)`.
 
@@ -39,12 +45,25 @@ def device_put(tree: Any, device: Any, /) -> Any:
   Raises:
     RefArgumentError: a hijax Variable is moved inside a transform.
     TraceContextError: an object from outside a transform is moved inside it.
+    ProcessMismatchError: a process has other values than the others; nothing has moved.
     ValueError: the sharding does not fit an array; nothing has moved.
 
   >>> from refax import nnx; import jax
   >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
   >>> nnx.device_put(model, jax.devices()[0]) is model
   True
+  """
+  if isinstance(device, jax.Device):  # given the device, JAX leaves the axes of a mesh in the type
+    device = SingleDeviceSharding(device)
+  return put(tree, lambda path, leaf: device)
+
+
+def put(tree: Any, where: Callable[[Path, Any], Any]) -> Any:
+  """Move each Variable and array of an object to a place of its own; see `device_put`.
+
+  Args:
+    tree: a Module, Variable, State, or any pytree of these.
+    where: from a path, and the Variable or array there, to a sharding.
   """
   walk = Walk()
   root = walk.entry(tree)
@@ -57,9 +76,9 @@ def device_put(tree: Any, device: Any, /) -> Any:
     if _holds_arrays(entry, walk.leaves)
   ]
   _check_movable(variables, [node for node, _, _ in nodes])
-  if isinstance(device, jax.Device):  # given the device, JAX leaves the axes of a mesh in the type
-    device = SingleDeviceSharding(device)
-  moved = [_moved(x, device) for x in walk.leaves]
+  places = [where(path, x) for path, x in zip(graphdef.paths, walk.leaves, strict=True)]
+  _check_same(places, graphdef.paths, walk.leaves)
+  moved = list(map(_moved, walk.leaves, places))
   jax.block_until_ready([x for x in moved if x is not None])  # what can fail has failed then
   cells = [(x, new) for x, new in zip(walk.leaves, moved, strict=True) if isinstance(x, Variable)]
   mixed = [x if isinstance(x, Variable) else y for x, y in zip(walk.leaves, moved, strict=True)]
@@ -103,6 +122,28 @@ def _check_movable(variables: list[Variable], nodes: list[Node]) -> None:
       raise TraceContextError.attribute(type(node).__name__)
 
 
+def _check_same(places: list[Any], paths: Sequence[Path], leaves: list[Any]) -> None:
+  """Raise ProcessMismatchError if what is to be on devices of all processes differs in some."""
+  if jax.process_count() == 1:
+    return
+  here = {}
+  for place, path, leaf in zip(places, paths, leaves, strict=True):
+    if not _is_of_all_processes(place):
+      continue  # the others need not be here
+    for i, cell in enumerate(jax.tree.leaves(getattr(leaf, "_cell", leaf))):
+      x = _jax.peek_cell(cell) if _jax.is_ref(cell) else cell
+      if isinstance(x, jax.Array) and x.is_fully_addressable:
+        here[f"{path_str(path)}[{i}]".removesuffix("[0]").lstrip(".")] = checksum(x)
+  if any(map(_is_of_all_processes, places)):
+    check_same("nnx.device_put", here)
+
+
+def _is_of_all_processes(place: Any) -> bool:
+  if getattr(place, "is_fully_addressable", True):
+    return False
+  return len({x.process_index for x in place.device_set}) == jax.process_count()
+
+
 def _is_traced(variable: Variable) -> bool:
   return any(map(_jax.is_tracer, jax.tree.leaves(variable.get_raw_value())))
 
@@ -112,8 +153,8 @@ def _moved(leaf: Any, device: Any) -> Any:
   if isinstance(leaf, Variable):
     return jax.tree.map(lambda cell: _moved(cell, device), leaf.get_raw_value())
   if _jax.is_ref(leaf):
-    return jax.device_put(_jax.peek_cell(leaf), device)
-  return jax.device_put(leaf, device) if _is_array(leaf) else leaf
+    return _jax.put(_jax.peek_cell(leaf), device)
+  return _jax.put(leaf, device) if _is_array(leaf) else leaf
 
 
 def _install(cells: list[tuple[Variable, Any]]) -> dict[int, tuple[Any, Any]]:
@@ -134,6 +175,9 @@ def _install(cells: list[tuple[Variable, Any]]) -> dict[int, tuple[Any, Any]]:
     return ref
 
   for variable, new in cells:
+    if variable._def.gathered is not None:  # of a plan that does not hold any more
+      rest = {k: x for k, x in variable._def.metadata.items() if k != GATHERED}
+      variable._def = variable._def.with_metadata(rest)
     cell = variable.get_raw_value()
     if _jax.is_ref(cell) or isinstance(cell, jax.Array):
       variable._cell = cell_of(cell, new)

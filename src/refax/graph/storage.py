@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from refax.core.annotation import mesh_of, spec_of
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import Walk, unflatten
+from refax.core.gather import as_kept
 from refax.core.variable import Variable
 
 
@@ -60,7 +62,8 @@ def pure(tree: Any, /) -> Any:
   """
   walk = Walk()
   graphdef = walk.graphdef(walk.entry(tree))
-  values = [x.get_value() if isinstance(x, Variable) else x for x in walk.leaves]
+  with as_kept():
+    values = [x.get_value() if isinstance(x, Variable) else x for x in walk.leaves]
   return unflatten(graphdef, values)[0]
 
 
@@ -87,15 +90,15 @@ def as_abstract(tree: Any, /) -> Any:
 
 
 def _abstract(v: Variable) -> Variable:
-  names = v.get_metadata("out_sharding")
-  mesh = v.get_metadata("mesh") or jax.sharding.get_abstract_mesh()
+  spec = spec_of(v._def.metadata, v._def.origin)
+  mesh = None if spec is None else mesh_of(v._def.metadata)
 
   def struct(x: Any) -> Any:
     if not isinstance(x, jax.Array | jax.Ref | jax.ShapeDtypeStruct):
       return x
     sharding = x.sharding
-    if names is not None and not mesh.empty:
-      sharding = NamedSharding(mesh, PartitionSpec(*names))
+    if spec is not None and mesh is not None:
+      sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   return v._handle(jax.tree.map(struct, v.get_raw_value()), v._def.elsewhere(v.is_hijax))

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
-from refax.errors import NonFiniteError
+from refax.core.array_protocol import unwrap
+from refax.core.variable import is_variable
+from refax.errors import ExplicitAxesError, NonFiniteError, message
 from refax.inspect.nonfinite import find_nonfinite
 from refax.inspect.target import Arguments, Compiled, like, owner_and_function
 from refax.train.finite import all_finite
@@ -61,7 +63,11 @@ def check(fn: Callable) -> Callable:
       return step(given.args, given.kwargs)
     except _NotFiniteError:
       pass
-    raise NonFiniteError.found(find_nonfinite(fn)(*args, **kwargs))
+    try:
+      found: Any = find_nonfinite(fn)(*args, **kwargs)
+    except ExplicitAxesError as error:
+      found = f"a result or the new state is not finite; {message(error)}"
+    raise NonFiniteError.found(found)
 
   return like(fn, wrapper)
 
@@ -112,14 +118,29 @@ class _Guarded:
     outputs, spec = result.outputs, result.outputs.spec
     if spec.redefined or spec.graphdef.nodes[: len(inputs.objects)] != inputs.graphdef.nodes:
       self._on_structure()
-    ok = all_finite((outputs.written, outputs.fresh, result.closures))
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    old = [before[i] for i in spec.written]
-    written = [
-      keep(new, x) if _alike(new, x) else new for new, x in zip(outputs.written, old, strict=True)
-    ]
-    write_closures(refs, {key: keep(x, closures[key]) for key, x in result.closures.items()})
-    return inputs.commit(Outputs(written, outputs.fresh, spec)), ok
+    ok = all_finite(_joined((outputs.written, outputs.fresh, result.closures)))
+    old = [before[i] for i in spec.written], {key: closures[key] for key in result.closures}
+    new = list(outputs.written), result.closures
+    if _alike(new, old):
+      new = jax.lax.cond(ok, lambda new, _: new, lambda _, old: old, new, old)
+    write_closures(refs, new[1])
+    return inputs.commit(Outputs(new[0], outputs.fresh, spec)), ok
+
+
+SMALL = 1 << 14  # elements
+"""A look at an array takes a kernel of its own: of 400 small ones, half as long as their step."""
+
+
+def _joined(tree: Any) -> list[Any]:
+  """The arrays of a tree, small ones of one dtype as one array; not where they are sharded."""
+  leaves = jax.tree.leaves(jax.tree.map(unwrap, tree, is_leaf=is_variable))
+  small: dict[Any, list[Any]] = {}
+  for x in leaves if _jax.wide_mesh() is None else ():
+    if isinstance(x, jax.Array) and x.size <= SMALL and jnp.issubdtype(x.dtype, jnp.inexact):
+      small.setdefault(x.dtype, []).append(x)
+  joined = {id(x) for lot in small.values() for x in lot}
+  rest = [x for x in leaves if id(x) not in joined]
+  return rest + [jnp.concatenate([x.ravel() for x in lot]) for lot in small.values()]
 
 
 def _alike(a: Any, b: Any) -> bool:

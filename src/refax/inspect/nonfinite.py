@@ -17,6 +17,7 @@ from refax import _jax
 from refax.core.calls import path_of
 from refax.core.module import Module
 from refax.core.variable import Variable
+from refax.errors import ExplicitAxesError
 from refax.inspect.cost import is_backward_name, layer_of, scopes_of
 from refax.inspect.numbers import Numbers
 from refax.inspect.target import Arguments, like, owner_and_function
@@ -112,6 +113,9 @@ def find_nonfinite(fn: Callable) -> Callable[..., NonFinite | None]:
     A function with the arguments of `fn` that returns a `NonFinite`, which prints what happened;
     None if all is finite.
 
+  Raises:
+    ExplicitAxesError: layers compute in a mesh with explicit axes.
+
   >>> from refax import nnx; import jax.numpy as jnp
   >>> model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), jnp.log)
   >>> found = nnx.find_nonfinite(lambda model, x: model(x).sum())(model, jnp.zeros((1, 2)))
@@ -168,6 +172,11 @@ def _flag(x: Any) -> jax.Array:
   """Whether there is a NaN, and whether there is an infinity."""
   if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
     return jnp.zeros(2, bool)
+  aval: Any = jax.typeof(x)
+  mesh, now = aval.sharding.mesh, jax.sharding.get_abstract_mesh()
+  # Layers compute in `jax.sharding.auto_axes`, and JAX takes nothing of it where axes are explicit.
+  if not mesh.empty and not now.empty and mesh != now:
+    raise ExplicitAxesError.look("nnx.find_nonfinite", now)
   return jnp.stack([jnp.isnan(x).any(), jnp.isinf(x).any()])
 
 

@@ -23,6 +23,16 @@ class Instruction(NamedTuple):
   op_name: str
   """The scopes and the primitive that it comes from; empty if XLA does not say."""
   is_root: bool
+  type: str = ""
+  """Of the result, as XLA writes it: `f32[4,8]{1,0}`."""
+  attributes: str = ""
+  """All that stands behind the opcode."""
+
+  @property
+  def trip_count(self) -> int:
+    """How often a loop runs, if XLA knows; else 1."""
+    found = re.search(r"known_trip_count\W+n\W+(\d+)", self.attributes)
+    return int(found[1]) if found else 1
 
 
 class Program(NamedTuple):
@@ -122,9 +132,10 @@ def _instruction(match: re.Match[str]) -> Instruction:
   found = _CALLED.findall(rest)
   called = [c.strip().lstrip("%") for one, many in found for c in (one or many).split(",")]
   op_name = re.search(r'op_name="([^"]*)"', rest)
-  size = _nbytes(type_)
+  size = sum(nbytes_of(type_))
   named = op_name[1] if op_name else ""
-  return Instruction(name, opcode, size, tuple(operands), tuple(called), named, bool(root))
+  used, of = tuple(operands), tuple(called)
+  return Instruction(name, opcode, size, used, of, named, bool(root), type_, rest)
 
 
 def _inside_parentheses(text: str) -> str:
@@ -137,15 +148,20 @@ def _inside_parentheses(text: str) -> str:
   return text
 
 
-def _nbytes(type_: str) -> int:
-  total = 0.0
+def nbytes_of(type_: str) -> list[int]:
+  """The bytes of each array in a type.
+
+  >>> nbytes_of("(f32[4,8]{1,0}, pred[3])")
+  [128, 3]
+  """
+  found = []
   for kind, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,<=]*)\]", type_):
     width = 8 if kind == "pred" else int((re.search(r"\d+", kind) or ["0"])[0])
     size = 1
     for n in dims.replace("<=", "").split(","):
       size *= int(n) if n else 1
-    total += size * width / 8
-  return int(total)
+    found.append(int(size * width / 8))
+  return found
 
 
 def _buffers(code: list[Instruction]) -> dict[str, set[int]]:
@@ -197,6 +213,20 @@ def layer_of_name(op_name: str, paths: set[str]) -> str:
       path = further
     longest = path if path in paths else longest
   return longest
+
+
+def scopes(op_name: str) -> str:
+  """The named scopes of an instruction, without what JAX writes around and between them.
+
+  >>> scopes("jit(f)/transpose(jvp(net))/while/body/layers/dot_general")
+  'net/layers'
+  """
+  text = _without(_COMPILED, op_name, keeps_inside=False)
+  text = _without(_TRANSFORMED, text, keeps_inside=True)
+  merged = "/(" in f"/{text}"  # of several operations: `layers/(key/dot_general:out/reduce_sum)`
+  steps = text.partition("(")[0].split("/")[:-1]
+  path = "/".join(s for s in steps if s and not _BETWEEN.fullmatch(s) and s != "refax_call")
+  return f"{path}/..." if merged else path
 
 
 def _without(opening: re.Pattern[str], text: str, *, keeps_inside: bool) -> str:

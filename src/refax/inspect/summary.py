@@ -229,7 +229,9 @@ def _rows(
   rows = []
   for path, node, same_as in sorted(nodes, key=lambda row: order(row[0])):
     name = "/".join(map(str, path))
-    own = tuple((p, v) for p, v in _variables(node) if len(p) == 1 and not _is_taken(v, taken))
+    # In an object that is no Module, as a quantized weight is, they belong to the layer.
+    is_own = lambda p, path=path: not any((*path, *p[:i]) in place_of for i in range(1, len(p)))
+    own = tuple((p, v) for p, v in _variables(node) if is_own(p) and not _is_taken(v, taken))
     below = tuple(v for _, v in _variables(node))
     cost = lambda lot, name=name: None if lot is None else lot.get(name, Cost())
     rows.append(

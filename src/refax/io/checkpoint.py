@@ -23,12 +23,14 @@ import numpy as np
 from refax import _jax
 from refax.core.filters import Filter
 from refax.core.owned import Owned
+from refax.core.processes import check_same
 from refax.core.variable import Variable
 from refax.errors import (
   CheckpointFormatError,
   CheckpointMismatchError,
   InvalidArgumentError,
   MissingCheckpointError,
+  message,
 )
 from refax.io.best import Preserve, Ranking
 from refax.io.folder import complete_steps
@@ -37,7 +39,7 @@ from refax.io.match import Saved, matched
 from refax.io.notes import decoded, encoded
 from refax.io.origin import written_by
 from refax.io.parts import part as parted_of
-from refax.io.parts import state_from, state_of
+from refax.io.parts import state_from, states_of
 from refax.io.slots import (
   Slot,
   Slots,
@@ -48,7 +50,7 @@ from refax.io.slots import (
   on_one_device,
   slots_of,
 )
-from refax.io.snapshot import snapshot
+from refax.io.snapshot import of_this_process, snapshot
 from refax.io.stored import UNKNOWN_TO_ORBAX, checksums, from_bytes
 from refax.io.undo import undo_on_error
 from refax.io.writer import Writer, orbax
@@ -77,6 +79,10 @@ class Checkpointer:
 
   A checkpoint appears when it is complete: one that a kill has interrupted is not there. Writing
   goes on in the background while training continues; the state is that of the call.
+
+  With several processes (`jax.distributed`), all of them use it in the same way, on a folder that
+  all of them see. Each writes its parts of what lies over their devices; other arrays have to be
+  the same in each. Iterators may each have a state of their own.
 
   Args:
     folder: where to keep them; it is made if it does not exist.
@@ -171,6 +177,7 @@ class Checkpointer:
     Raises:
       InvalidArgumentError: the step is not greater, `objects` or `user` hold what cannot be saved
         or restored, or the metric of `best` is missing. Nothing has been written.
+      ProcessMismatchError: a value that all processes have is another one in some of them.
       CheckpointLockedError: another process writes to this folder.
       CheckpointWriteError: an OSError. An earlier checkpoint could not be written in the
         background, or this one. Those that were complete are still there.
@@ -229,13 +236,14 @@ class Checkpointer:
         for slot in slots.selected
         if math.prod(saved.arrays[match.sources[slot.name]]["shape"])
       }
+      states = {name: state_from(name, saved.iterators[name]) for name in iterators or ()}
       with self._damage(path, step):
         values = self._read(step, wanted, saved)
       with undo_on_error(parted.objects, slots.selected, parted):
         _fill(parted.objects, slots, match.sources, values, saved)
         parted.hand_back()
         for name, iterator in (iterators or {}).items():
-          iterator.set_state(state_from(saved.iterators[name]))
+          iterator.set_state(states[name])
     return Restored(step, decoded(about["user"]), about["metrics"], about["written_by"])
 
   def wait(self) -> None:
@@ -306,7 +314,7 @@ class Checkpointer:
     try:
       yield
     except Exception as error:
-      problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+      problem = f"{type(error).__name__}: {' '.join(message(error).split())[:300]}"
       others = [s for s in self.steps if s != step]
       raise CheckpointFormatError.step(path, problem, others) from error
 
@@ -322,7 +330,8 @@ class Checkpointer:
       if "stored" in facts:
         values[name] = from_bytes(values[name], facts["dtype"])
     for name, found in checksums(values).items():
-      if found not in (None, saved.arrays[name]["crc32"]):
+      want = saved.arrays[name]["crc32"]  # None: no process that saved it had all of it
+      if None not in (found, want) and found != want:
         raise ValueError(f"{name} has another checksum than when it was written")
     return values
 
@@ -350,8 +359,9 @@ def _content(
   slots = slots_of(function, parted.objects, ..., ".")
   _check_fillable(function, parted.objects, slots)
   live = snapshot(function, slots.selected)
-  values = {name: as_data(x) for name, x in live.items()}
+  values = {name: of_this_process(as_data(x)) for name, x in live.items()}
   sums = checksums(values)
+  check_same(function, sums)
   about = {
     "format": FORMAT,
     "written_by": written_by("orbax-checkpoint"),
@@ -359,7 +369,7 @@ def _content(
       name: _facts(x, implementation(live[name]), sums[name]) for name, x in values.items()
     },
     "aliases": {name: slot.name for name, slot in slots.by_name.items() if name != slot.name},
-    "iterators": {name: state_of(function, name, x) for name, x in parted.iterators.items()},
+    "iterators": states_of(function, parted.iterators),
     "metrics": metrics,
     "user": notes,
   }

@@ -21,15 +21,16 @@ from refax import _jax
 from refax.core.containers import Dict
 from refax.core.module import Module
 from refax.core.node import Node
+from refax.core.processes import flat_bytes
 from refax.core.pytree import static
 from refax.core.variable import BatchStat, Cache, Intermediate, Param, Variable
-from refax.errors import CheckpointFormatError, CheckpointMismatchError, ExportError
+from refax.errors import CheckpointFormatError, CheckpointMismatchError, ExportError, message
 from refax.io.keys import as_data, as_value, implementation, is_key
 from refax.io.origin import written_by
 from refax.io.safetensors import load_safetensors, save_safetensors
-from refax.io.stored import flat_bytes, from_flat_bytes
+from refax.io.stored import from_flat_bytes
 from refax.io.tensor_file import NAMES
-from refax.nn.kv_cache import poison
+from refax.nn.attention.kv_cache import poison
 from refax.rngs import RngCount, RngKey
 from refax.train.optimizer import OptState
 from refax.transforms.commit import CompiledCommit, Outputs
@@ -251,9 +252,9 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedFunction:
   except (ExportError, ImportError):
     raise
   except (CheckpointFormatError, CheckpointMismatchError) as error:
-    raise ExportError.folder(path, f"{STATE}: {error}") from error
+    raise ExportError.folder(path, f"{STATE}: {message(error)}") from error
   except Exception as error:  # whatever damage makes of three formats
-    raise ExportError.folder(path, f"{type(error).__name__}: {error}") from error
+    raise ExportError.folder(path, f"{type(error).__name__}: {message(error)}") from error
   return function
 
 

@@ -23,16 +23,24 @@ from refax.errors import (
   CheckpointMismatchError,
   InvalidArgumentError,
   MissingCheckpointError,
+  message,
 )
 from refax.io.keys import implementation
+from refax.io.load import LoadReport, report
 from refax.io.parts import Parted
-from refax.io.plan import Checkpoint, absent, array_for, contradictions, holds, mismatches, plan_for
-from refax.io.rename import Rename, Target, renamer
-from refax.io.safetensors import LoadReport
+from refax.io.plan import (
+  Checkpoint,
+  absent,
+  contradictions,
+  mismatches,
+  missing_parts,
+  plan_for,
+  read_slot,
+)
+from refax.io.rename import Rename, renamer
 from refax.io.slots import Slot, Slots, fill, slots_of
 from refax.io.undo import undo_on_error
 from refax.io.writer import orbax
-from refax.typing import describe
 
 FUNCTION = "load_flax_checkpoint"
 _TREE = "_METADATA"  # the file by which orbax knows a tree
@@ -98,33 +106,21 @@ def load_flax_checkpoint(
   for name, sources in plan.sources.items():
     for source in sources:
       file.take_for_keys(source.name, slots.by_name[name])
-  missing = [slot.name for slot in slots.selected if slot.name not in plan.sources]
+  missing = missing_parts(slots, plan)
   rows = mismatches(tree, file, slots, plan, cast)
   if strict:
-    rows += absent(file, slots, missing, plan.unexpected)
+    rows += absent(file, missing, plan.unexpected)
   if not rows:
     file.fetch([source.name for sources in plan.sources.values() for source in sources])
     rows = contradictions(file, slots, plan, cast)
   if rows:
     raise CheckpointMismatchError.table(path, rows)
   found = slots._replace(selected=[s for s in slots.selected if s.name in plan.sources])
-  new = {s.name: _converted(file, s, *plan.sources[s.name][0], cast) for s in found.selected}
+  new = {s.name: read_slot(file, s, plan.sources[s.name], cast) for s in found.selected}
   with undo_on_error(tree, found.selected, Parted(tree, {}, [])):
     for mine in found.by_leaf():
       fill(tree, mine, [new.pop(slot.name) for slot in mine])
-  loaded = {name: sources[0].name for name, sources in plan.sources.items()}
-  shared = {n: s for n, s in slots.by_name.items() if n != s.name and s.name in loaded}
-  aliases = {name: loaded[slot.name] for name, slot in shared.items()}
-  return LoadReport(loaded, tuple(missing), tuple(plan.unexpected), aliases, {})
-
-
-def _converted(file: "_Saved", slot: Slot, name: str, target: Target, cast: bool) -> Any:
-  """An array as it goes into its slot."""
-  x = array_for(slot, target, file.read(name), cast)
-  if tuple(x.shape) != tuple(slot.shape) or x.dtype != slot.dtype:
-    want = f"a function that gives {holds(slot)} for each {describe(file.zeros(name))}"
-    raise InvalidArgumentError.value(FUNCTION, f"function for {name}", x, want)
-  return x
+  return report(slots, plan, missing, {})
 
 
 # where it is
@@ -235,11 +231,11 @@ class _Saved(Checkpoint):
 
   def spell(self, slots: Slots, rename: Rename | None) -> None:
     """Name each array as the model does, as far as its name says what it is."""
-    target_of = renamer(rename, FUNCTION)
+    targets_of = renamer(rename, FUNCTION)
 
     def is_known(name: str) -> bool:
-      target = target_of(name)
-      return target is not None and (target.name in slots.by_name or target.name in slots.others)
+      names = [target.name for target in targets_of(name)]
+      return any(name in slots.by_name or name in slots.others for name in names)
 
     for steps, entry in self._steps.items():
       name = _name(steps, is_known)
@@ -339,4 +335,4 @@ def _implementations(folder: str) -> dict[str, str]:
 
 
 def _text(error: Exception) -> str:
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+  return f"{type(error).__name__}: {' '.join(message(error).split())[:300]}"

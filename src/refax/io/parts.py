@@ -1,7 +1,11 @@
 """What a user saves: objects with arrays, and iterators, which have a state of their own making."""
 
+import json
 from typing import Any, NamedTuple
 
+import jax
+
+from refax.core.processes import gathered_bytes
 from refax.errors import InvalidArgumentError
 from refax.io.notes import decoded, encoded
 from refax.typing import path_str
@@ -63,7 +67,23 @@ def _is_iterator(x: Any) -> bool:
   return all(callable(getattr(type(x), name, None)) for name in methods)
 
 
-def state_of(function: str, name: str, iterator: Any) -> Any:
+def states_of(function: str, iterators: dict[str, Any]) -> dict[str, Any]:
+  """The states of iterators as JSON, by name: one for all processes, or that of each."""
+  states = {name: _state_of(function, name, x) for name, x in iterators.items()}
+  if jax.process_count() == 1 or not states:
+    return states
+  everywhere = [json.loads(x) for x in gathered_bytes(json.dumps(states).encode())]
+  return {
+    name: mine if all(x.get(name) == mine for x in everywhere) else _each(name, everywhere)
+    for name, mine in states.items()
+  }
+
+
+def _each(name: str, everywhere: list[dict[str, Any]]) -> dict[str, Any]:
+  return {"processes": [states.get(name) for states in everywhere]}
+
+
+def _state_of(function: str, name: str, iterator: Any) -> Any:
   """The state of an iterator as JSON."""
   state = iterator.get_state()
   if isinstance(state, bytes):
@@ -71,6 +91,19 @@ def state_of(function: str, name: str, iterator: Any) -> Any:
   return {"json": encoded(function, f"state of the iterator {name}".rstrip(), state)}
 
 
-def state_from(kept: dict[str, Any]) -> Any:
-  """What `state_of` was given."""
+def state_from(name: str, kept: dict[str, Any]) -> Any:
+  """What the iterator of this process had said.
+
+  Raises:
+    InvalidArgumentError: each process had a place of its own, and there were not as many.
+  """
+  if "processes" in kept:
+    states = kept["processes"]
+    if len(states) != jax.process_count():
+      want = (
+        f"{len(states)} processes, as when it was saved; each had its own state of the iterator"
+      )
+      got = f"{jax.process_count()} processes"
+      raise InvalidArgumentError.value("Checkpointer.restore", f"iterator {name}", got, want)
+    kept = states[jax.process_index()]
   return bytes.fromhex(kept["bytes"]) if "bytes" in kept else decoded(kept["json"])

@@ -1,48 +1,32 @@
 """save_safetensors and load_safetensors: the arrays of an object in one file, by name.
 
 The format is that of the `safetensors` package, which torch, NumPy and others read and write; the
-file itself is the business of `tensor_file.py`, the names that of `slots.py` and `rename.py`, what
-fits that of `plan.py`. What the format cannot say is in the metadata of the file: which tensors are
-PRNG keys, and which names stand for a tensor that has another one.
-
-Loading has two halves. The first compares what the header says with the model, functions of
-`rename` included, which are tried on zeros. The second reads one tensor after the other into the
-model: beside it, there is at most one on the host and one on the device.
+file itself is the business of `tensor_file.py`, several files that of `shards.py`; names are that
+of `slots.py` and `rename.py`, what fits that of `plan.py`, reading that of `load.py`. What the
+format cannot say is in the metadata of the file: which tensors are PRNG keys, and which names stand
+for a tensor that has another one.
 """
 
 import json
 import operator
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from refax import _jax
 from refax.core.filters import Filter
-from refax.errors import CheckpointFormatError, CheckpointMismatchError, InvalidArgumentError
+from refax.errors import InvalidArgumentError
 from refax.io.keys import as_data, implementation, is_key
-from refax.io.plan import (
-  ALIASES,
-  KEYS,
-  Checkpoint,
-  Plan,
-  Source,
-  absent,
-  array_for,
-  contradictions,
-  goes_as_it_is,
-  holds,
-  mismatches,
-  on_host,
-  plan_for,
-)
+from refax.io.load import LoadReport, Progress, load
+from refax.io.plan import ALIASES, KEYS, on_host
 from refax.io.rename import Rename
-from refax.io.slots import Slot, Slots, copy_in, fill, on_one_device, slots_of
+from refax.io.shards import reading_all
+from refax.io.slots import Slot, slots_of
 from refax.io.snapshot import snapshot
-from refax.io.tensor_file import NAMES, Scratch, order, reading, write
-from refax.typing import describe
+from refax.io.tensor_file import NAMES, order, write
 
 
 def save_safetensors(
@@ -181,34 +165,6 @@ def _texts(metadata: Any, aliases: dict[str, str], keys: dict[str, str]) -> dict
   return dict(metadata) | {name: json.dumps(value) for name, value in own.items() if value}
 
 
-class LoadReport(NamedTuple):
-  """What `nnx.load_safetensors` or `nnx.load_flax_checkpoint` did.
-
-  Attributes:
-    loaded: the name in the file of what went to each name in the model.
-    missing: names in the model that the file has nothing for.
-    unexpected: names in the file that the model has no place for.
-    aliases: further names of what was loaded, or stored, once: name in the model to name in the
-      file.
-    metadata: what the file says about itself.
-  """
-
-  loaded: dict[str, str]
-  missing: tuple[str, ...]
-  unexpected: tuple[str, ...]
-  aliases: dict[str, str]
-  metadata: dict[str, str]
-
-  def __repr__(self) -> str:
-    lines = [f"{len(self.loaded)} loaded"]
-    for what in ("missing", "unexpected", "aliases"):
-      names = list(getattr(self, what))
-      if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        lines.append(f"{len(names)} {what}: {', '.join(names[:5])}{more}")
-    return f"LoadReport({'; '.join(lines)})"
-
-
 def load_safetensors(
   tree: Any,
   path: str | os.PathLike[str],
@@ -218,34 +174,41 @@ def load_safetensors(
   strict: bool = True,
   cast: bool = False,
   sep: str = ".",
+  progress: Progress | None = None,
 ) -> LoadReport:
-  r"""Read a safetensors file into a live model: its Variables are written, in place.
+  r"""Read safetensors, in one file or several, into a live model: Variables are written, in place.
 
   Each Variable keeps its identity, sharing, kind of storage and sharding. Everything is checked
   before the first write: a file that is damaged, or that does not fit, leaves the model as it was.
   (What cannot be checked before is a disk that fails while it is read, or a function in `rename`
   that is right for zeros only; `with nnx.transaction(model):` undoes that too, for twice the
-  memory.) Beside the model, there is at most one tensor on the host and one on the device. An
+  memory.) Beside the model, there is at most one Variable on the host and one on the device. An
   abstract model of `nnx.eval_shape` gets lojax Variables.
+
+  A name in the model may have an index behind it: `blocks.layers.kernel[3]` is what the Variable of
+  a `nnx.Stack` holds of layer 3. So a file with one tensor for each layer fills a Stack.
 
   Args:
     tree: a Module, State, or any pytree of Variables, arrays and numbers.
-    path: the file.
+    path: the file; or a folder with `model.safetensors`, or with several files and
+      `model.safetensors.index.json`, which says what is in which; or such an index.
     rename: from names in the file to names in the model. A dict of regular expressions, each for a
       whole name, to replacements; they are applied in order, one to the result of the other. Or a
-      function of a name. Either gives a name, or `(name, function of the array)`, or None for what
-      is not wanted. A function is called twice, first with zeros.
+      function of a name. Either gives a name, or `(name, function of the array)`, or a list of
+      these for what goes to several places, or None for what is not wanted. A function is called
+      twice, first with zeros. `nnx.torch_layout` makes the `rename` for models of torch.
     only: which Variables to load; what the file has for others is passed over.
     strict: whether missing and unexpected names are errors.
     cast: whether floats become the floats of the Variable: float32 to bfloat16, for example.
     sep: what stands between the steps of a path.
+    progress: what goes through the list of what is read and shows how far it is: `tqdm.tqdm`.
 
   Returns:
     A report with `loaded`, `missing`, `unexpected`, `aliases` and `metadata`.
 
   Raises:
     CheckpointMismatchError: names, shapes or dtypes differ; a table says which.
-    CheckpointFormatError: the file is damaged.
+    CheckpointFormatError: a file is damaged, or the index contradicts the files.
     InvalidArgumentError: `rename` makes no sense, or two Variables have one name.
 
   torch's linear layers hold `weight` as [out, in]; an attention projection here maps to [heads,
@@ -269,53 +232,15 @@ def load_safetensors(
   ...   r"(.*)\.weight": (r"\1.kernel", np.transpose)})
   LoadReport(4 loaded)
   """
-  slots = slots_of("load_safetensors", tree, only, sep)
-  with reading(path) as reader:
-    file = Checkpoint(reader)
-    plan = plan_for(file, slots, rename)
-    missing = [slot.name for slot in slots.selected if slot.name not in plan.sources]
-    rows = mismatches(tree, file, slots, plan, cast)
-    if strict:
-      rows += absent(file, slots, missing, plan.unexpected)
-    rows = rows or contradictions(file, slots, plan, cast)
-    if rows:
-      raise CheckpointMismatchError.table(os.fspath(path), rows)
-    _load(tree, file, slots, plan, cast)
-  loaded = {name: sources[0].name for name, sources in plan.sources.items()}
-  shared = {n: s for n, s in slots.by_name.items() if n != s.name and s.name in loaded}
-  aliases = plan.aliases | {name: loaded[slot.name] for name, slot in shared.items()}
-  return LoadReport(loaded, tuple(missing), tuple(plan.unexpected), aliases, file.metadata)
-
-
-def _load(tree: Any, file: Checkpoint, slots: Slots, plan: Plan, cast: bool) -> None:
-  """Read what is planned, one Variable after the other."""
-  found = slots._replace(selected=[s for s in slots.selected if s.name in plan.sources])
-  done, scratch = 0, Scratch()
-  for parts in found.by_leaf():
-    try:
-      _load_leaf(tree, file, parts, plan, cast, scratch)
-    except Exception as error:
-      if not done:
-        raise
-      problem = f"{type(error).__name__}: {error}"
-      raise CheckpointFormatError.midway(file.reader.path, problem, done) from error
-    done += len(parts)
-
-
-def _load_leaf(
-  tree: Any, file: Checkpoint, parts: list[Slot], plan: Plan, cast: bool, scratch: Scratch
-) -> None:
-  """A function of its own, so that what was read is freed before the next is."""
-  slot, source = parts[0], plan.sources[parts[0].name][0]
-  if goes_as_it_is(file, slot, source) and on_one_device(slot):
-    copy_in(slot, file.read(source.name, scratch))
-  else:  # a function of `rename` may keep what it is given
-    fill(tree, parts, [_read(file, slot, plan.sources[slot.name][0], cast) for slot in parts])
-
-
-def _read(file: Checkpoint, slot: Slot, source: Source, cast: bool) -> Any:
-  x = array_for(slot, source.target, file.read(source.name), cast)
-  if tuple(x.shape) != tuple(slot.shape) or x.dtype != slot.dtype:
-    want = f"a function that gives {holds(slot)} for each {describe(file.zeros(source.name))}"
-    raise InvalidArgumentError.value("load_safetensors", f"function for {source.name}", x, want)
-  return x
+  with reading_all(path) as reader:
+    return load(
+      "load_safetensors",
+      tree,
+      reader,
+      rename=rename,
+      only=only,
+      strict=strict,
+      cast=cast,
+      sep=sep,
+      progress=progress,
+    )

@@ -107,7 +107,7 @@ def slots_of(function: str, tree: Any, only: Filter, sep: str) -> Slots:
 
 def _one_name(function: str, name: str, sep: str) -> InvalidArgumentError:
   """The error for two arrays that would have one name."""
-  has_sep = function.endswith("safetensors")
+  has_sep = function.endswith(("safetensors", "gguf"))
   fix = "a string that no key contains" if has_sep else "keys without dots"
   want = f"{fix}; the name {name!r} stands for two arrays"
   what, got = ("sep", sep) if has_sep else ("name", name)
@@ -214,7 +214,7 @@ def on_one_device(slot: Slot) -> bool:
 def hand_over(slot: Slot, x: Any) -> None:
   """Let a slot `is_ref_slot` have an array that nobody else has; NumPy's, if `on_one_device`."""
   if isinstance(x, np.ndarray):
-    x = jax.device_put(x, _jax.peek_cell(slot.cell).sharding)
+    x = _jax.put(x, _jax.peek_cell(slot.cell).sharding)
   write((slot.holder, x), fresh=True)
   jax.block_until_ready(x)
 
@@ -233,7 +233,7 @@ def _like(old: Any, x: Any) -> Any:
     return x[()] if isinstance(old, np.generic) else x.item()
   sharding = getattr(old, "sharding", None)
   if sharding is not None and len(sharding.device_set) > 1:
-    return jax.device_put(x, sharding)  # at once: it may be too large for one of them
+    return _jax.put(x, sharding)  # at once: it may be too large for one of them
   if _jax.is_ref(old):
     return x  # the write copies it there
   x = x if isinstance(x, jax.Array) else jnp.array(x)

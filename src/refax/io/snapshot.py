@@ -31,6 +31,12 @@ def snapshot(function: str, slots: list[Slot]) -> dict[str, Any]:
   return {s.name: next(of_refs) if _jax.is_ref(s.cell) else _kept(s.cell) for s in slots}
 
 
+def of_this_process(x: Any) -> Any:
+  """An array of this process as NumPy's, where there are several: orbax takes no other of these."""
+  several = jax.process_count() > 1 and isinstance(x, jax.Array)
+  return np.asarray(x) if several and x.is_fully_addressable else x
+
+
 def _kept(cell: Any) -> Any:
   """A copy of an array of the user, who may change or donate it; a number as an array."""
   return _jax.copied(cell) if isinstance(cell, jax.Array) else np.array(cell, native(cell))

@@ -2,13 +2,14 @@
 
 import concurrent.futures
 import os
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from refax.core.processes import checksum
 
 UNKNOWN_TO_ORBAX = frozenset(("uint2", "uint4", "float8_e4m3"))
 """Dtypes that tensorstore, by which orbax writes, does not have. All have less than 9 bits."""
@@ -42,22 +43,13 @@ def _bits(x: jax.Array, dtype: Any) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, dtype)
 
 
-def flat_bytes(x: Any) -> np.ndarray:
-  """The bytes of an array of any dtype, on the host, as a vector.
-
-  >>> flat_bytes(np.array([[1, 2]], np.int16)).tolist()
-  [1, 0, 2, 0]
-  """
-  return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.uint8)
-
-
 def from_flat_bytes(x: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
   """What `flat_bytes` was given."""
   return np.asarray(x).view(jnp.dtype(dtype)).reshape(shape)
 
 
 def checksums(arrays: Mapping[str, Any]) -> dict[str, int | None]:
-  """The CRC-32 of the bytes of each array; None where this process does not have them all.
+  """The CRC-32 of the bytes of each array; None where this process has a part of it only.
 
   Every core takes a part: on one, the checksums take half as long as it takes to read the arrays.
 
@@ -66,12 +58,6 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, int | None]:
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   if cores == 1 or sum(x.nbytes for x in arrays.values()) < 2**20:
-    return {name: _checksum(x) for name, x in arrays.items()}
+    return {name: checksum(x) for name, x in arrays.items()}
   with concurrent.futures.ThreadPoolExecutor(min(cores, 8)) as pool:
-    return dict(zip(arrays, pool.map(_checksum, arrays.values()), strict=True))
-
-
-def _checksum(x: Any) -> int | None:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return None
-  return zlib.crc32(flat_bytes(x).data)
+    return dict(zip(arrays, pool.map(checksum, arrays.values()), strict=True))

@@ -85,7 +85,7 @@ class Reader(NamedTuple):
     """
     entry = self.entries[name]
     size = entry.end - entry.begin
-    buffer = _buffer(size) if scratch is None else scratch.take(size)
+    buffer = memory(size) if scratch is None else scratch.take(size)
     self.file.seek(entry.begin)
     if self.file.readinto(buffer.data) != buffer.size:  # pyright: ignore[reportAttributeAccessIssue]
       raise self.refusal(f"the tensor {name!r} ends early: the file changes while it is read")
@@ -94,7 +94,7 @@ class Reader(NamedTuple):
     return buffer.view(entry.dtype).reshape(entry.shape)
 
 
-def _buffer(size: int) -> np.ndarray:
+def memory(size: int) -> np.ndarray:
   """Bytes that go back to the system when they are dropped.
 
   Those of `np.empty` stay in the heap between JAX's buffers, which do not fit into the gaps: a
@@ -112,13 +112,13 @@ class Scratch:
   """
 
   def __init__(self):
-    self._buffer = _buffer(0)
+    self._buffer = memory(0)
 
   def take(self, size: int) -> np.ndarray:
     """This many bytes; they hold what was in them."""
     if size > self._buffer.size:
-      self._buffer = _buffer(0)  # the smaller ones go back first
-      self._buffer = _buffer(max(size, 2**16))
+      self._buffer = memory(0)  # the smaller ones go back first
+      self._buffer = memory(max(size, 2**16))
     return self._buffer[:size]
 
 
@@ -166,7 +166,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
       if name in found:
-        raise _FormatError(f"the name {_quoted(name)} twice in the header")
+        raise _FormatError(f"the name {quoted(name)} twice in the header")
       found[name] = value
     return found
 
@@ -184,19 +184,20 @@ def _is_text(value: Any) -> bool:
   return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+  """A name for a message, cut if it is long."""
   return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 def _entry(name: str, value: Any, data: int) -> Entry:
   """The checked entry of one tensor; `data` is where the data begins."""
-  what = f"the tensor {_quoted(name)}"
+  what = f"the tensor {quoted(name)}"
   fields = ("dtype", "shape", "data_offsets")
   if not isinstance(value, dict) or not all(field in value for field in fields):
     raise _FormatError(f"{what} without a dtype, shape or data_offsets")
   dtype, shape, offsets = (value[field] for field in fields)
   if not isinstance(dtype, str) or dtype not in DTYPES:
-    raise _FormatError(f"{what} of the unknown dtype {_quoted(str(dtype))}")
+    raise _FormatError(f"{what} of the unknown dtype {quoted(str(dtype))}")
   if not _are_sizes(shape):
     raise _FormatError(f"{what} with a shape that is no list of sizes")
   if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -225,7 +226,7 @@ def _check_layout(entries: Mapping[str, Entry], start: int, size: int) -> None:
   for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
     if entry.begin != position:
       problem = "overlaps another" if entry.begin < position else "leaves a gap before it"
-      raise _FormatError(f"the tensor {_quoted(name)} {problem}")
+      raise _FormatError(f"the tensor {quoted(name)} {problem}")
     position = entry.end
   if position != size:
     raise _FormatError(f"a file of {size} bytes whose header describes {position}")

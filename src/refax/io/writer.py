@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from refax.errors import CheckpointWriteError, InvalidArgumentError
+from refax.core.processes import gathered
+from refax.errors import CheckpointLockedError, CheckpointWriteError, InvalidArgumentError
 from refax.io.best import Preserve, Ranking
 from refax.io.folder import complete_steps, lock, remove_unfinished, unlock
 from refax.io.stored import UNKNOWN_TO_ORBAX, as_bytes
@@ -51,6 +52,7 @@ class Writer:
     )
     self._worker = Worker()
     self._lock: Any = None
+    self._may_write = False
     self._writing: int | None = None
     self._failure: CheckpointWriteError | None = None
 
@@ -63,12 +65,24 @@ class Writer:
     """
     if self._worker.is_closed:
       raise CheckpointWriteError.closed(self.folder)
-    if self._lock is not None:
+    if self._may_write:
       return
-    self._lock = lock(self.folder)
+    self._lock = self._locked()
+    self._may_write = True
     if self._lock is not None:
       remove_unfinished(self.folder)
     self._worker.run(self.manager.reload)  # another process may have written
+
+  def _locked(self) -> Any:
+    """The lock, which the first process holds for all: without it, none of them may go on."""
+    lock_file = refusal = None
+    try:
+      lock_file = lock(self.folder)
+    except CheckpointLockedError as error:
+      refusal = error
+    if any(gathered(np.array([refusal is not None]))):
+      raise refusal or CheckpointLockedError.writer(self.folder, "another program")
+    return lock_file
 
   def write(self, step: int, values: Mapping[str, Any], about: dict[str, Any]) -> None:
     """Hand everything to orbax, which writes no empty arrays, and no item without an array."""
@@ -137,7 +151,7 @@ class Writer:
     finally:
       self._worker.close()
       unlock(self._lock)
-      self._lock = None
+      self._lock, self._may_write = None, False
     self.wait()
 
   def _failed(self, error: Exception) -> CheckpointWriteError:

@@ -24,7 +24,6 @@ STORAGE = frozenset({"hijax", "ref", "mutable"})
 # Dropped where the value is Flax's default, listed otherwise.
 DEFAULTS = {
   "reduce_axes": "()",
-  "transform_metadata": "{}",
   "_split_transpose": "False",
   "recreate_variables": "True",
   "device": "None",
@@ -32,7 +31,6 @@ DEFAULTS = {
   "axis_names": "set()",
 }
 
-_METADATA = "Refax's transforms leave metadata as it is: leave it out"
 _DEVICE = "put the arguments there with `jax.device_put`"
 _COPIES = "`nnx.merge` always makes new Variables: leave it out"
 
@@ -51,11 +49,9 @@ LISTED = {
   ("merge", "recreate_variables"): _COPIES,
   ("merge_state", "cls"): "leave it out; the result is an `nnx.State`",
   ("scan", "_split_transpose"): "leave it out",
-  ("scan", "transform_metadata"): _METADATA,
   ("shard_map", "axis_names"): "a mesh with these axes only",
   ("value_and_grad", "reduce_axes"): "`jax.lax.psum` of the gradients, inside the function",
   ("vjp", "reduce_axes"): "`jax.lax.psum` of the gradients, inside the function",
-  ("vmap", "transform_metadata"): _METADATA,
 }
 
 # Methods and attributes of Flax's objects that Refax's do not have, with names of their own.
@@ -65,7 +61,6 @@ METHODS = {
   "iter_children": "`nnx.iter_children(module)`",
   "iter_modules": "`nnx.iter_modules(module)`",
   "raw_value": "`variable.get_raw_value()`",
-  "sharding_names": '`variable.get_metadata("out_sharding", None)`',
   "to_nested_state": "`nnx.from_flat_state(flat)`",
   "update_from_state": "`variable[...] = other[...]`",
   "var_type": "`type(variable)`",

@@ -191,10 +191,6 @@ def _storage(source: Source, node: cst.Call) -> Iterator[Finding]:
     yield Finding("write", source.span(found[0])[0], text)
   elif found and found[0].keyword:
     yield from _changed(source, node, set(), [Edit(*source.span(found[0].keyword), "is_hijax")])
-  for arg in node.args:
-    if arg.keyword and arg.keyword.value == "eager_sharding":
-      text = "`eager_sharding=` of a Variable: leave it out, and place arrays with `nnx.device_put`"
-      yield Finding("write", source.span(arg)[0], text)
 
 
 def _mode_switch(source: Source, node: cst.Call) -> Iterator[Finding]:

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Shaped
 
 from refax.core.module import Module
 from refax.errors import InvalidArgumentError, MissingArgumentError, MissingRngError
-from refax.nn import check, dtypes
+from refax.nn import check, dtypes, explicit
 from refax.rngs import Rngs, RngStream
 from refax.typing import ArrayLike
 
@@ -79,11 +80,11 @@ class Dropout(Module):
 
   def __call__(
     self,
-    inputs: ArrayLike,
+    inputs: Shaped[ArrayLike, "*shape"],
     *,
     deterministic: bool | None = None,
     rngs: Rngs | RngStream | jax.Array | None = None,
-  ) -> jax.Array:
+  ) -> Shaped[jax.Array, "*shape"]:
     """Drop elements.
 
     Args:
@@ -110,7 +111,8 @@ class Dropout(Module):
       return jnp.zeros_like(x)
     shared = check.normalized_axes("Dropout", x, self.broadcast_dims)
     shape = tuple(1 if axis in shared else n for axis, n in enumerate(x.shape))
-    return _dropped(self._key(rngs), x, self.rate, shape)
+    drop = lambda x, key: _dropped(key, x, self.rate, shape)
+    return explicit.call_like(drop, x, self._key(rngs))
 
   def _key(self, rngs: Any) -> jax.Array:
     """A key from what came with the call, or else from the layer's own stream."""

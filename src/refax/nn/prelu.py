@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from refax.core.module import Module
 from refax.core.variable import Param
@@ -45,7 +46,7 @@ class PReLU(Module):
     self.param_dtype = param_dtype
     self.promote_dtype = promote_dtype
 
-  def __call__(self, inputs: ArrayLike) -> jax.Array:
+  def __call__(self, inputs: Shaped[ArrayLike, "*shape"]) -> Shaped[jax.Array, "*shape"]:
     """Apply the function to each element.
 
     Args:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter, to_predicate
+from refax.core.gather import as_kept
 from refax.core.pytree import Pytree
 from refax.core.variable import Variable
 from refax.core.write import write
@@ -100,7 +101,8 @@ class EMA(Pytree):
     if self.step is not None:
       step = self.step[...] + 1
       steps, rate = [(self.step, step)], self._debiased_rate(step)
-    new = [self._moved(flat[path], unwrap(x), rate) for path, x in values.items()]
+    with as_kept():
+      new = [self._moved(flat[path], unwrap(x), rate) for path, x in values.items()]
     write(*zip((flat[path] for path in values), new, strict=True), *steps)
 
   def _moved(self, average: Variable, x: Any, rate: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from refax.graph.split import state, variables
 from refax.graph.state import to_flat_state
 from refax.inspect.choice import Choice, Presence
 from refax.nn import check
-from refax.nn.stack import Stack
+from refax.nn.block.stack import Stack
 from refax.train import metric
 from refax.typing import Path, describe, path_str
 

@@ -7,10 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
+from refax import config
 from refax.core import storage
+from refax.core.annotation import check, mesh_of, spec_of
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter
+from refax.core.flatten import Walk
+from refax.core.gather import as_kept
 from refax.core.mesh import arguments_meet
 from refax.core.node import Node
 from refax.core.owned import Owned
@@ -18,11 +23,13 @@ from refax.core.pytree import Pytree, data
 from refax.core.variable import Variable, borrowed, is_variable
 from refax.core.write import write
 from refax.errors import InvalidArgumentError, MissingArgumentError, TreeMismatchError
+from refax.graph.follow import Leaders
 from refax.graph.split import state, variables
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
 from refax.train.placement import beside, is_beside, sharding_of
+from refax.transforms.layout import move
 from refax.typing import describe, path_str
 
 _REQUIRED: Any = type("_Required", (), {"__repr__": lambda _: "<required>"})()
@@ -52,7 +59,8 @@ class Optimizer(Pytree):
 
   Attributes:
     step: how many updates there were, uint32.
-    opt_state: the optax state, with a Variable for each of its arrays, sharded as its parameter is.
+    opt_state: the optax state, with a Variable for each of its arrays, sharded as its parameter is,
+      or as the parameter's metadata `opt_sharding` says.
     skipped: how many updates were skipped, uint32; None without `skip_nonfinite`.
 
   >>> from refax import nnx; import jax, jax.numpy as jnp, optax
@@ -97,6 +105,7 @@ class Optimizer(Pytree):
       take = owned(i) and is_beside(leaves[i], devices)
       leaves[i] = OptState._taking(leaves[i]) if take else OptState(beside(leaves[i], devices))
     self.opt_state = data(treedef.unflatten(leaves))
+    _annotate(self.opt_state, params)
 
   @property
   def hyperparams(self) -> Hyperparams:
@@ -174,9 +183,33 @@ class Optimizer(Pytree):
     return from_flat_state(by_path)
 
 
+def _annotate(opt_state: Any, params: State) -> None:
+  """Let what is kept for a parameter name its axes as that does, or as its `opt_sharding` says."""
+  found = {}
+  for path, x in to_flat_state(params):
+    metadata = x.get_metadata()
+    axes = metadata.get("opt_sharding", metadata.get("out_sharding"))
+    known = {k: metadata[k] for k in ("mesh", "sharding_rules") if k in metadata}
+    found[path, x.shape] = () if axes is None else tuple({"out_sharding": axes, **known}.items())
+  if not any(found.values()):
+    return
+  leaders = Leaders(found)
+  walk = Walk()
+  paths = walk.graphdef(walk.entry(opt_state)).paths
+  for path, x in zip(paths, walk.leaves, strict=True):
+    metadata = dict(leaders.of(path, x.shape) or ())
+    if metadata:
+      x.set_metadata(**metadata)
+      spec, mesh = spec_of(metadata, x._def.origin), mesh_of(metadata)
+      if spec is not None and mesh is not None and config.using_eager_sharding():
+        check(spec, mesh, x.shape, x._def.origin)
+        move(x, NamedSharding(mesh, spec))
+
+
 def _arrays(state: State) -> State:
   """A State of plain arrays: what optax sees."""
-  return from_flat_state((path, unwrap(x)) for path, x in to_flat_state(state))
+  with as_kept():
+    return from_flat_state((path, unwrap(x)) for path, x in to_flat_state(state))
 
 
 def _new_if(condition: jax.Array, variable: Variable, new: Any) -> jax.Array:

@@ -55,4 +55,4 @@ def beside(x: Any, sharding: Sharding | None) -> Any:
     return x
   if isinstance(sharding, NamedSharding):
     sharding = NamedSharding(sharding.mesh, PartitionSpec())
-  return jax.device_put(x, sharding) if sharding.is_fully_replicated else x
+  return _jax.put(x, sharding) if sharding.is_fully_replicated else x

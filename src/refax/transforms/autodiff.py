@@ -15,6 +15,7 @@ from refax import _jax, config
 from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
+from refax.core.gather import as_kept
 from refax.core.graphdef import LEAF, NODE
 from refax.core.observe import differentiated, undo_on_error
 from refax.core.variable import Param, Variable
@@ -233,8 +234,9 @@ class Differentiated:
         if owners.setdefault(index, argnum) != argnum:
           raise AliasError.gradient(self.inputs.leaves[index]._def.origin, owners[index], argnum)
       self._forms.append(form)
-    self.values = {i: unwrap(self.inputs.leaves[i]) for i in owners}
-    self._local = self._locals(to_predicate(through))
+    with as_kept():
+      self.values = {i: unwrap(self.inputs.leaves[i]) for i in owners}
+      self._local = self._locals(to_predicate(through))
 
   def _locals(self, through: Predicate) -> dict[int, Entered]:
     """State that gradients flow through: differentiable arrays inside, written back at the end."""

@@ -8,7 +8,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from refax import _jax
+from refax.core import annotation
 from refax.core.flatten import flatten
+from refax.core.gather import as_kept
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.errors import TreeMismatchError
@@ -66,15 +68,16 @@ def _place_leaf(sharding: Any, x: Any) -> Any:
     flat = flatten(x)
     for path, leaf in zip(flat.graphdef.paths, flat.leaves, strict=True):
       if isinstance(leaf, Variable):
-        _move(leaf, sharding.axis(path, leaf) if isinstance(sharding, StateAxes) else sharding)
+        move(leaf, sharding.axis(path, leaf) if isinstance(sharding, StateAxes) else sharding)
     return x
   if isinstance(x, Variable):
-    _move(x, sharding.axis((), x) if isinstance(sharding, StateAxes) else sharding)
+    move(x, sharding.axis((), x) if isinstance(sharding, StateAxes) else sharding)
     return x
   return _put(x, sharding)
 
 
-def _move(variable: Variable, sharding: Any) -> None:
+def move(variable: Variable, sharding: Any) -> None:
+  """Lay a Variable out in place, also while JAX traces."""
   sharding = _resolved(sharding)
   if sharding is None:
     return
@@ -82,7 +85,9 @@ def _move(variable: Variable, sharding: Any) -> None:
   if all(not _jax.is_tracer(x) and getattr(x, "sharding", None) == sharding for x in cells):
     return
   if any(map(_jax.is_tracer, cells)) or not _jax.no_trace_active():
-    variable.set_value(jax.tree.map(lambda x: _put(x, sharding), variable.get_value()))
+    with as_kept():
+      value = variable.get_value()
+    variable.set_value(jax.tree.map(lambda x: _put(x, sharding), value))
   else:
     device_put(variable, sharding)
 
@@ -94,10 +99,9 @@ def _put(x: Any, sharding: Any) -> Any:
   ):
     return x
   if _jax.no_trace_active():
-    return jax.device_put(x, sharding)
-  mesh = getattr(sharding, "mesh", None)
-  if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
-    return jax.sharding.reshard(x, sharding)
+    return _jax.put(x, sharding)
+  if isinstance(sharding, NamedSharding):
+    return annotation.constrained(x, sharding.mesh, sharding.spec)
   return jax.lax.with_sharding_constraint(x, sharding)
 
 

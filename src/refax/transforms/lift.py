@@ -22,6 +22,7 @@ from refax.core import storage
 from refax.core.calls import places_of
 from refax.core.definition import Differentiation
 from refax.core.flatten import Walk, unflatten
+from refax.core.gather import as_kept
 from refax.core.graphdef import REGION, GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.mesh import arguments_meet
@@ -160,8 +161,9 @@ class Frame:
         if isinstance(x, Variable) and x._def is not self._defs[i]
       ),
     )
-    values = [self.leaves[i].get_value() for i in written]
-    return Outputs(values, [carried_leaf(x) for x in fresh], spec)
+    with as_kept():
+      values = [self.leaves[i].get_value() for i in written]
+      return Outputs(values, [carried_leaf(x) for x in fresh], spec)
 
   def _is_written(self, index: int) -> bool:
     """A Ref that came in is written in place; one made on entering, and an array, are carried."""

@@ -6,7 +6,7 @@ outside. A scan may also give each step a slice of the state of its own (a stack
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from refax.core.graphdef import LEAF, NODE, REGION, GraphDef
 from refax.core.variable import Variable
 from refax.errors import TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, move, size_of
+from refax.transforms.axis_names import kept_up
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.stage import Result, Staged, read_closures, values_of, write_closures
 from refax.transforms.view import View, value_of
@@ -31,6 +32,7 @@ def scan(
   unroll: int | bool = 1,
   in_axes: Any = (Carry, 0),
   out_axes: Any = (Carry, 0),
+  transform_metadata: Mapping[str, Any] | None = None,
 ) -> Any:
   """Run a function step by step over an axis, as `jax.lax.scan`, with any arguments.
 
@@ -45,6 +47,8 @@ def scan(
       shared.
     out_axes: `nnx.Carry` for the part of what `f` returns that is the carry, an axis along which
       the results of all steps are stacked, or None for the result of the last step.
+    transform_metadata: `{nnx.PARTITION_NAME: name}`, the name of the axis in the `out_sharding` of
+      sliced Variables; without it, Variables that `f` makes get None, an axis that is not divided.
 
   Returns:
     A function with the arguments of `f`, that returns what `f` returns: the carry after the last
@@ -69,7 +73,8 @@ def scan(
     "out_axes": out_axes,
   }
   if f is None:
-    return lambda f: scan(f, **options)
+    return lambda f: scan(f, transform_metadata=transform_metadata, **options)
+  f = kept_up(f, transform_metadata, in_axes=in_axes, out_axes=out_axes)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:

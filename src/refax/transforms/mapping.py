@@ -27,6 +27,7 @@ from refax.transforms.axes import (
   is_prefix,
   size_of,
 )
+from refax.transforms.axis_names import kept_up
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 from refax.typing import Path, path_str
@@ -48,6 +49,7 @@ def vmap(
   axis_size: int | None = None,
   spmd_axis_name: Any = None,
   reduce: Mapping[Filter, str] | None = None,
+  transform_metadata: Mapping[str, Any] | None = None,
 ) -> Any:
   """Map a function over an axis of arrays and of Variables, as `jax.vmap`.
 
@@ -64,6 +66,8 @@ def vmap(
       differ along the axis: `"mean"`, `"sum"` or `"first"` for each filter. Without it, such a
       write is an error. And `{nnx.RngKey: "split"}`, for random streams that are shared: each
       element draws other numbers, where it would draw the same.
+    transform_metadata: `{nnx.PARTITION_NAME: name}`, the name of the axis in the `out_sharding` of
+      mapped Variables; without it, Variables that `f` makes get None, an axis that is not divided.
 
   Returns:
     A function like `f` on batches.
@@ -89,7 +93,8 @@ def vmap(
     "reduce": reduce,
   }
   if f is None:
-    return lambda f: vmap(f, **options)
+    return lambda f: vmap(f, transform_metadata=transform_metadata, **options)
+  f = kept_up(f, transform_metadata, in_axes=in_axes, out_axes=out_axes)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
+from refax.core.gather import as_kept
 from refax.core.observe import compiled_as_is, observe
 from refax.core.storage import as_array, needs_guard, write_ref
 from refax.core.variable import Variable
@@ -233,7 +234,8 @@ def entered(inputs: Inputs, values: Sequence[Any]) -> dict[int, Entered]:
 
 def values_of(inputs: Inputs) -> list[Any]:
   """The current value of each leaf of the inputs."""
-  return [x.get_value() if isinstance(x, Variable) else x for x in inputs.leaves]
+  with as_kept():
+    return [x.get_value() if isinstance(x, Variable) else x for x in inputs.leaves]
 
 
 def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Array]]:

@@ -1,0 +1,1 @@
+"""A deep Q-network balances a pole; environment, memory and learner are one object of Variables."""

@@ -1,0 +1,1 @@
+"""A network solves Burgers' equation and finds its viscosity, from a few noisy measurements."""

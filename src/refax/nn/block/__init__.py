@@ -1,0 +1,1 @@
+"""Layers made of layers: one after the other, around a sum, in a scan, and the transformer."""

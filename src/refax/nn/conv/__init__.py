@@ -1,0 +1,1 @@
+"""Convolution and pooling: layers whose window slides over spatial axes."""

@@ -1,0 +1,1 @@
+"""Linear maps, products in Einstein's notation, and tables of vectors."""

@@ -1,0 +1,1 @@
+"""Recurrent cells, and what runs them over a sequence."""

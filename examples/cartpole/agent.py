@@ -22,12 +22,12 @@ EXAM = 64  # poles that an exam balances at once
 class Settings:
   """The sizes of a run."""
 
-  steps: int = 20_000  # each plays once in all environments, and learns once
+  steps: int = 20_000  # in which exploration and learning rate fall; each plays and learns once
   environments: int = 16  # played at once by one agent
-  capacity: int = 320_000  # transitions that are remembered: all of a run of this length
+  capacity: int = 320_000  # transitions that are remembered: those of 20,000 steps
   batch: int = 128  # transitions in one gradient
   hidden: int = 64
-  lr: float = 1e-3  # at first; it falls to nothing along a cosine
+  lr: float = 1e-3  # at first; it falls to a tenth along a cosine
   discount: float = 0.98
   follow: float = 0.01  # how much of the way to the network the target goes in a step
   explore: float = 0.3  # the share of the steps in which random actions become rare
@@ -80,7 +80,7 @@ class Agent(nnx.Module):
     self.settings = nnx.static(settings)
     self.q = QNetwork(settings.hidden, rngs=rngs)
     self.target = nnx.EMA(self.q, decay=1 - settings.follow)  # a slow copy, which `learn` trusts
-    lr = optax.cosine_decay_schedule(settings.lr, settings.steps)
+    lr = optax.cosine_decay_schedule(settings.lr, settings.steps, alpha=0.1)
     self.optimizer = nnx.Optimizer(self.q, optax.adam(lr), wrt=nnx.Param)
     self.replay = Replay(settings.capacity)
     self.poles = new_poles(settings.environments, rngs)

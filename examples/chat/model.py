@@ -22,8 +22,7 @@ class SmolLM(nnx.Module):
   """Tokens to the logits of the next ones."""
 
   def __init__(self, *, rngs: nnx.Rngs):
-    zeros = nnx.initializers.zeros  # published weights take their place
-    self.tokens = nnx.Embed(VOCABULARY, FEATURES, embedding_init=zeros, rngs=rngs)
+    self.tokens = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
     self.decoder = nnx.TransformerDecoder(
       LAYERS,
       FEATURES,
@@ -35,7 +34,6 @@ class SmolLM(nnx.Module):
       norm=functools.partial(nnx.RMSNorm, epsilon=EPSILON),
       use_bias=False,
       rope=nnx.RoPE(THETA),
-      kernel_init=zeros,
       scan_layers=False,
       rngs=rngs,
     )
@@ -71,7 +69,7 @@ def load(path: str | Path | None = None, *, progress: Any = None) -> SmolLM:
     progress: what shows how far it is, such as `tqdm.tqdm`.
   """
   path = weights() if path is None else Path(path)
-  model = SmolLM(rngs=nnx.Rngs(0))
+  model = nnx.eval_shape(lambda: SmolLM(rngs=nnx.Rngs(0)))  # no memory before the weights come
   kept = kept_weights(path)
   if kept.exists() and kept.stat().st_mtime >= path.stat().st_mtime:
     nnx.load_safetensors(model, kept, only=nnx.Param, progress=progress)

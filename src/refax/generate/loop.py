@@ -22,7 +22,7 @@ from refax.errors import (
   NonFiniteError,
 )
 from refax.generate import memory, samplers
-from refax.generate.memory import Wanted
+from refax.generate.memory import Held, Wanted
 from refax.generate.prompt import Prompt, is_single, prefill, prompt_of
 from refax.generate.samplers import Sampler
 from refax.generate.speculate import Draft, logits_of, speculate
@@ -66,32 +66,38 @@ class _Options(NamedTuple):
   penalty: Any
 
 
+class _Start(NamedTuple):
+  """Where a generation begins.
+
+  Attributes:
+    last: the newest token of each sequence, which the memory does not hold yet.
+    lengths: how many tokens of each are the prompt's.
+    history: the tokens of each, -1 where there is none, `[batch, any]`; None if nobody asks.
+  """
+
+  last: jax.Array
+  lengths: jax.Array
+  history: jax.Array | None
+
+
 class _Now(Module):
   """Where a generation is, in Variables: so that each step finds it where the last has left it.
 
   Attributes:
-    last: the newest token of each sequence, which the memory does not hold yet.
-    count: how many have been generated.
+    last, lengths, history: as in `_Start`.
+    count: how many tokens have been generated.
     done: which sequences have ended.
     broken: for which sequences logits were NaN.
-    history: the tokens of each, -1 where there is none, `[batch, any]`; None if nobody asks.
-    lengths: how many of these are the prompt's.
   """
 
-  def __init__(self, prompt: Prompt, new: int, remembers: bool):
-    batch, length = prompt.tokens.shape
-    lengths = np.full(batch, length) if prompt.lengths is None else prompt.lengths
-    lengths = jnp.asarray(lengths, jnp.int32)
-    self.last = Variable(jnp.asarray(prompt.last, jnp.int32))
+  def __init__(self, start: _Start):
+    batch = start.last.shape[0]
+    self.last = Variable(start.last)
+    self.lengths = Variable(start.lengths)
+    self.history = None if start.history is None else Variable(start.history)
     self.count = Variable(jnp.zeros((), jnp.int32))
     self.done = Variable(jnp.zeros(batch, bool))
     self.broken = Variable(jnp.zeros(batch, bool))
-    self.lengths = Variable(lengths)
-    self.history: Variable | None = None
-    if remembers:
-      size = -(-(length + new) // 128) * 128
-      known = jnp.where(jnp.arange(length) < lengths[:, None], prompt.tokens, -1)
-      self.history = Variable(jnp.pad(known, ((0, 0), (0, size - length)), constant_values=-1))
 
 
 def generate(
@@ -168,25 +174,25 @@ def generate(
   if draft is not None and not (isinstance(sampler, Sampler) and repetition_penalty is None):
     want = "one of nnx.samplers, whose distribution is known, and no repetition_penalty"
     raise InvalidArgumentError.value("generate", "sampler with a draft model", sampler, want)
-  now, options = _begin(
+  start, options = _begin(
     "generate",
     [model] if draft is None else [model, draft],
     prompt,
-    lengths,
     max_new_tokens,
-    sampler,
-    rngs,
-    stop_tokens,
-    repetition_penalty,
-    max_length,
-    cache_dtype,
-    resume,
-    spare,
+    sampler=sampler,
+    rngs=rngs,
+    stop_tokens=stop_tokens,
+    repetition_penalty=repetition_penalty,
+    lengths=lengths,
+    max_length=max_length,
+    cache_dtype=cache_dtype,
+    resume=resume,
+    spare=spare,
   )
   if draft is None:
-    tokens, count, broken = _loop(model, now, options, size=max_new_tokens)
+    tokens, count, broken = _loop(model, start, options, size=max_new_tokens)
   else:
-    given = Draft(now.last[...], options.sampler, options.keys, options.stop)
+    given = Draft(start.last, options.sampler, options.keys, options.stop)
     tokens, count, broken = speculate(model, draft, given, size=max_new_tokens, ahead=draft_tokens)
   _check_finite(broken)
   return Generated(tokens[0], count[0]) if is_single(prompt) else Generated(tokens, count)
@@ -240,21 +246,21 @@ def stream(
   [3, 4, 5, 6]
   """
   max_new_tokens = check.size("stream", "max_new_tokens", max_new_tokens)
-  now, options = _begin(
+  start, options = _begin(
     "stream",
     [model],
     prompt,
-    lengths,
     max_new_tokens,
-    sampler,
-    rngs,
-    stop_tokens,
-    repetition_penalty,
-    max_length,
-    cache_dtype,
-    resume,
+    sampler=sampler,
+    rngs=rngs,
+    stop_tokens=stop_tokens,
+    repetition_penalty=repetition_penalty,
+    lengths=lengths,
+    max_length=max_length,
+    cache_dtype=cache_dtype,
+    resume=resume,
   )
-  return _tokens(model, now, options, max_new_tokens, is_single(prompt))
+  return _tokens(model, _Now(start), options, max_new_tokens, is_single(prompt))
 
 
 def _tokens(model: Any, now: Any, options: Any, count: int, single: bool) -> Iterator[Any]:
@@ -270,27 +276,29 @@ def _begin(
   function: str,
   models: list[Any],
   prompt: Any,
-  lengths: Any,
   new: int,
+  *,
   sampler: Any,
   rngs: Any,
-  stop: Any,
-  penalty: Any,
+  stop_tokens: Any,
+  repetition_penalty: Any,
+  lengths: Any,
   max_length: int | None,
-  dtype: Any,
+  cache_dtype: Any,
   resume: bool,
   spare: int = 0,
-) -> tuple[_Now, _Options]:
+) -> tuple[_Start, _Options]:
   """Check everything, make the memories ready, and decode all of the prompts but their last tokens.
 
   Raises:
     InvalidArgumentError, MissingRngError: before anything has changed.
   """
   parts = prompt_of(function, prompt, lengths)
-  stop = _checked_stop(function, stop)
+  stop = _checked_stop(function, stop_tokens)
   if not callable(sampler) or isinstance(sampler, type):
     want = "a function (logits, key) -> token, such as nnx.samplers.greedy"
     raise InvalidArgumentError.value(function, "sampler", sampler, want)
+  penalty = repetition_penalty
   if penalty is not None and not _jax.is_tracer(penalty) and not float(penalty) > 0:
     raise InvalidArgumentError.value(function, "repetition_penalty", penalty, "a number above 0")
   batch = parts.tokens.shape[0]
@@ -300,28 +308,41 @@ def _begin(
     length=_need(function, parts, new + spare, max_length),
     exact=max_length is not None,
     spare=max(spare, 0 if parts.lengths is None else parts.tokens.shape[1]),
-    dtype=dtype,
+    dtype=cache_dtype,
   )
-  for model in models:
-    memory.check(function, model, wanted, resume=resume, ragged=parts.lengths is not None)
+  held = [memory.look(model) for model in models]  # once: a walk takes as long as half a step
+  for model, has in zip(models, held, strict=True):
+    memory.check(function, model, has, wanted, resume=resume, ragged=parts.lengths is not None)
   if resume and len(models) > 1:
-    _check_equally_long(*models)
-  for model in models:
-    if not resume:
-      memory.begin(model, wanted)
+    _check_equally_long(*held)
+  if not resume:
+    held = [memory.begin(*both, wanted) for both in zip(models, held, strict=True)]
   keys = _keys_of(key, batch)
-  for model in models:
-    prefill(model, parts, can_cut=memory.remembers_by_attention(model))
+  for model, has in zip(models, held, strict=True):
+    prefill(model, has, parts)
   if not isinstance(sampler, Sampler):
     sampler = jax.tree_util.Partial(sampler)
-  return _Now(parts, new, penalty is not None), _Options(sampler, keys, stop, penalty)
+  return _start(parts, new, penalty is not None), _Options(sampler, keys, stop, penalty)
 
 
-def _check_equally_long(model: Any, draft: Any) -> None:
-  held = [memory.cache_length(m) for m in (model, draft)]
-  if not any(map(_jax.is_tracer, held)) and np.any(held[0] != held[1]):
-    want = f"a draft model that remembers {held[0]} positions as the model does, or resume=False"
-    raise InvalidArgumentError.value("generate", "draft", f"one that remembers {held[1]}", want)
+def _start(prompt: Prompt, new: int, remembers: bool) -> _Start:
+  batch, length = prompt.tokens.shape
+  lengths = np.full(batch, length) if prompt.lengths is None else prompt.lengths
+  lengths = jnp.asarray(lengths, jnp.int32)
+  history = None
+  if remembers:
+    size = -(-(length + new) // 128) * 128
+    known = jnp.where(jnp.arange(length) < lengths[:, None], prompt.tokens, -1)
+    history = jnp.pad(known, ((0, 0), (0, size - length)), constant_values=-1)
+  return _Start(jnp.asarray(prompt.last, jnp.int32), lengths, history)
+
+
+def _check_equally_long(model: Held, draft: Held) -> None:
+  lengths = [memory.length_in(held.layers[0]) for held in (model, draft)]
+  if not any(map(_jax.is_tracer, lengths)) and np.any(lengths[0] != lengths[1]):
+    want = f"a draft model that remembers {lengths[0]} positions as the model does, or resume=False"
+    got = f"one that remembers {lengths[1]}"
+    raise InvalidArgumentError.value("generate", "draft", got, want)
 
 
 def _checked_stop(function: str, stop: Any) -> np.ndarray:
@@ -411,7 +432,7 @@ _step = jit(_next)
 
 @partial(jit, static_argnames="size")
 def _loop(
-  model: Any, now: _Now, options: _Options, *, size: int
+  model: Any, start: _Start, options: _Options, *, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Steps until all sequences have ended, or have `size` tokens."""
 
@@ -424,6 +445,7 @@ def _loop(
     place = now.count[...]
     return model, now, tokens.at[:, place].set(_next(model, now, options))
 
+  now = _Now(start)
   tokens = jnp.full((now.last.shape[0], size), -1, jnp.int32)
   _, _, tokens = while_loop(more, step, (model, now, tokens))
   return tokens, (tokens >= 0).sum(-1), now.broken[...]

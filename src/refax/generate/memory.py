@@ -121,18 +121,46 @@ class Layer(NamedTuple):
     return self.memory.keys.shape[self.depth : -3]
 
 
+class Held(NamedTuple):
+  """What one walk through a model has found.
+
+  Attributes:
+    layers: every self-attention that has a memory.
+    has_attention: whether there is attention, with or without a memory.
+    nothing_else: whether all that the model remembers between steps is in the memory of attention.
+      Then positions can be decoded and taken back. A recurrent state cannot be.
+  """
+
+  layers: list[Layer]
+  has_attention: bool
+  nothing_else: bool
+
+  @property
+  def can_be_cut(self) -> bool:
+    """Whether positions that are in the memory can be taken back."""
+    return bool(self.layers) and self.nothing_else
+
+
+def look(model: Any) -> Held:
+  """What a model remembers, and where."""
+  found = list(iter_graph(model))
+  stacks = [path for path, x in found if isinstance(x, Stack)]
+  attentions = [(path, x) for path, x in found if isinstance(x, MultiHeadAttention)]
+  layers, own = [], set()
+  for path, m in attentions:
+    keys, values, used = m.cached_key, m.cached_value, m.cache_index
+    own |= {id(keys), id(values), id(used)}
+    if keys is not None and values is not None and used is not None:
+      depth = sum(path[: len(stack)] == stack for stack in stacks)
+      layers.append(Layer(m, Memory(keys, values, used, m.sliding_window), depth))
+  fixed = (Param, QuantizedParam, BatchStat, RngState)
+  others = [x for _, x in found if isinstance(x, Variable) and not isinstance(x, fixed)]
+  return Held(layers, bool(attentions), all(id(x) in own for x in others))
+
+
 def memories(model: Any) -> list[Layer]:
   """Every self-attention of a model that has a memory."""
-  modules = list(iter_modules(model))
-  stacks = [path for path, module in modules if isinstance(module, Stack)]
-  depth = lambda path: sum(path[: len(stack)] == stack for stack in stacks)
-  found = []
-  for path, m in modules:
-    if isinstance(m, MultiHeadAttention):
-      keys, values, used = m.cached_key, m.cached_value, m.cache_index
-      if keys is not None and values is not None and used is not None:
-        found.append(Layer(m, Memory(keys, values, used, m.sliding_window), depth(path)))
-  return found
+  return look(model).layers
 
 
 def cache_length(model: Any) -> Any:
@@ -154,8 +182,12 @@ def cache_length(model: Any) -> Any:
   >>> nnx.cache_length(decoder).tolist()
   [0, 0, 0]
   """
-  first = _known("cache_length", model)[0]
-  used = first.used[...][(0,) * first.depth]
+  return length_in(_known("cache_length", model)[0])
+
+
+def length_in(layer: Layer) -> Any:
+  """How many positions the memory of one layer holds, as `cache_length`."""
+  used = layer.used[...][(0,) * layer.depth]
   if _jax.is_tracer(used):
     return used
   used = np.asarray(used)
@@ -209,27 +241,6 @@ def _known(function: str, model: Any) -> list[Layer]:
   return layers
 
 
-def remembers_by_attention(model: Any) -> bool:
-  """Whether all that a model remembers between steps is in the memory of attention.
-
-  Then positions can be decoded and taken back. A recurrent state cannot be.
-  """
-  return bool(memories(model)) and _remembers_by_attention(model)
-
-
-def _remembers_by_attention(model: Any) -> bool:
-  names = ("cached_key", "cached_value", "cache_index")
-  layers = [m for _, m in iter_modules(model) if isinstance(m, MultiHeadAttention)]
-  own = {id(getattr(m, name)) for m in layers for name in names}
-  fixed = (Param, QuantizedParam, BatchStat, RngState)
-  variables = [v for _, v in iter_graph(model) if isinstance(v, Variable)]
-  return all(id(v) in own or isinstance(v, fixed) for v in variables)
-
-
-def _has_attention(model: Any) -> bool:
-  return any(isinstance(m, MultiHeadAttention) for _, m in iter_modules(model))
-
-
 class Wanted(NamedTuple):
   """The memory that a generation needs.
 
@@ -253,20 +264,20 @@ class Wanted(NamedTuple):
     return self.batch > 1
 
 
-def check(function: str, model: Any, wanted: Wanted, *, resume: bool, ragged: bool) -> None:
+def check(
+  function: str, model: Any, held: Held, wanted: Wanted, *, resume: bool, ragged: bool
+) -> None:
   """Raise InvalidArgumentError if a model cannot generate what is wanted; nothing has changed."""
-  layers = memories(model)
-  has_attention = bool(layers) or _has_attention(model)
-  if (ragged or wanted.spare) and not (has_attention and _remembers_by_attention(model)):
+  if (ragged or wanted.spare) and not (held.has_attention and held.nothing_else):
     what = "prompts of different lengths" if ragged else "a draft model"
     want = "a model whose only memory is that of nnx.MultiHeadAttention, which can be taken back"
     raise InvalidArgumentError.value(function, "model", f"{type(model).__name__}, for {what}", want)
   if not resume:
     return
-  if has_attention and not layers:
+  if held.has_attention and not held.layers:
     want = "False: the model has no memory yet, of what it would continue"
     raise InvalidArgumentError.value(function, "resume", True, want)
-  for layer in layers:
+  for layer in held.layers:
     _check_resumed(function, layer, wanted)
 
 
@@ -289,19 +300,18 @@ def _check_resumed(function: str, layer: Layer, wanted: Wanted) -> None:
     raise InvalidArgumentError.value(function, "max_new_tokens", got, want)
 
 
-def begin(model: Any, wanted: Wanted) -> None:
+def begin(model: Any, held: Held, wanted: Wanted) -> Held:
   """An empty memory for what is wanted: the one that there is, if it fits."""
-  if _can_hold(model, wanted):
+  if _can_hold(held.layers, wanted):
     cut(model, 0)
-  else:
-    length = wanted.length if wanted.exact else -(-wanted.length // 128) * 128
-    options = {"per_sequence": wanted.per_sequence, "spare": wanted.spare}
-    _make(model, wanted.batch, length, wanted.dtype, options)
+    return held
+  length = wanted.length if wanted.exact else -(-wanted.length // 128) * 128
+  options = {"per_sequence": wanted.per_sequence, "spare": wanted.spare}
+  _make(model, wanted.batch, length, wanted.dtype, options)
+  return look(model)
 
 
-def _can_hold(model: Any, wanted: Wanted) -> bool:
-  layers = memories(model)
-
+def _can_hold(layers: list[Layer], wanted: Wanted) -> bool:
   def fits(layer: Layer) -> bool:
     memory, window = layer.memory, layer.memory.window
     need = wanted.length if window is None else min(wanted.length, window + wanted.spare)

@@ -9,7 +9,7 @@ import numpy as np
 
 from refax import _jax
 from refax.errors import InvalidArgumentError
-from refax.generate.memory import cache_length, cut, memories
+from refax.generate.memory import Held, cut, length_in
 from refax.nn.attention.kv_cache import Memory
 from refax.transforms.jit import jit
 from refax.typing import describe
@@ -87,22 +87,26 @@ def _lengths(function: str, lengths: Any, tokens: Any) -> Any:
   return lengths
 
 
-def prefill(model: Any, prompt: Prompt, *, can_cut: bool) -> None:
+def prefill(model: Any, held: Held, prompt: Prompt) -> None:
   """Decode all tokens of the prompts but the last of each, in a few chunks.
+
+  Where the memory can be cut back, the last chunk is filled up, and sequences that are shorter than
+  others are cut to what they have.
 
   Args:
     model: called as `model(tokens, decode=True)`.
+    held: what it remembers.
     prompt: of `[batch, length]`.
-    can_cut: whether the memory can be cut back: then the last chunk is filled up, and sequences
-      that are shorter than others are cut to what they have.
   """
   tokens, count = prompt.tokens[:, :-1], prompt.tokens.shape[1] - 1
-  layers = memories(model) if can_cut else []
-  before = cache_length(model) if layers else 0
+  if not count and prompt.lengths is None:
+    return
+  layers = held.layers if held.can_be_cut else []
+  before = length_in(layers[0]) if layers else 0
   room = min((_room(layer.memory, before) for layer in layers), default=count)
   start = 0
   while start < count:
-    size, left = _chunk(count - start, room - start if can_cut else 0), count - start
+    size, left = _chunk(count - start, room - start if layers else 0), count - start
     part = tokens[:, start : start + size]
     if size > left:
       part = jnp.pad(part, ((0, 0), (0, size - left)))

@@ -261,25 +261,28 @@ def unflatten(graphdef: GraphDef, leaves: Iterable[Any]) -> tuple[Any, list[Node
 
 def resolver(leaves: list[Any], objects: list[Node]) -> Callable[[tuple], Any]:
   """The function from an entry to the value that it stands for."""
-  fresh: dict[int, Any] = {}
+  # Not a closure that calls itself: that is a cycle, and holds leaves until the garbage collector
+  # comes, arrays of gigabytes too.
+  return functools.partial(_value_of, leaves, objects, {})
 
-  def value(entry: tuple) -> Any:
-    sort = entry[0]
-    if sort == LEAF:
-      return leaves[entry[1]]
-    if sort == NODE:
-      return objects[entry[1]]
-    if sort == STATIC:
-      static = entry[2]
-      if type(static) is not ByValue:
-        return static
-      if id(static) not in fresh:  # one copy, where several objects share it
-        fresh[id(static)] = static.fresh()
-      return fresh[id(static)]
-    _, treedef, children = entry
-    return treedef.unflatten([leaves[e[1]] if e[0] == LEAF else value(e) for e in children])
 
-  return value
+def _value_of(leaves: list[Any], objects: list[Node], fresh: dict[int, Any], entry: tuple) -> Any:
+  sort = entry[0]
+  if sort == LEAF:
+    return leaves[entry[1]]
+  if sort == NODE:
+    return objects[entry[1]]
+  if sort == STATIC:
+    static = entry[2]
+    if type(static) is not ByValue:
+      return static
+    if id(static) not in fresh:  # one copy, where several objects share it
+      fresh[id(static)] = static.fresh()
+    return fresh[id(static)]
+  _, treedef, children = entry
+  return treedef.unflatten(
+    [leaves[e[1]] if e[0] == LEAF else _value_of(leaves, objects, fresh, e) for e in children]
+  )
 
 
 def fill(node: Node, entries: tuple, value: Callable[[tuple], Any]) -> None:

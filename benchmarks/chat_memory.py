@@ -1,8 +1,8 @@
 """What a process holds that decodes with SmolLM2-135M: `python -m benchmarks.chat_memory`.
 
 Each row is a process of its own: a library is loaded, then the weights (float32), then a prompt is
-read and four tokens are written, with a memory of 512 positions. What `malloc` keeps of freed arrays
-goes back to the system before each look; the peak is that of the whole run.
+read and four tokens are written, with a memory of 512 positions. What `malloc` keeps of freed
+arrays goes back to the system before each look; the peak is that of the whole run.
 """
 
 import ctypes

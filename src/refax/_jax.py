@@ -344,7 +344,7 @@ def trace_context() -> Any:
 
 @functools.cache
 def steady_check() -> Callable[[], bool]:
-  """`no_trace_active() and not checks_results()`, for a call that cannot afford two such calls.
+  """Whether a call runs now, compiled, and JAX does not look at its results: in one call.
 
   Private: `jax._src.config`, whose flags `jax.config` reads in 60 ns more. Falls back to that.
   """
@@ -355,12 +355,14 @@ def steady_check() -> Callable[[], bool]:
   try:
     from jax._src.config import debug_infs as infs
     from jax._src.config import debug_nans as nans
+    from jax._src.config import disable_jit as slow
 
-    if (nans.value, infs.value) != (flag("jax_debug_nans"), flag("jax_debug_infs")):
+    names = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit")
+    if [nans.value, infs.value, slow.value] != list(map(flag, names)):
       raise AttributeError
   except (ImportError, AttributeError):
-    return lambda: clean() and not checks_results()
-  return lambda: clean() and not nans.value and not infs.value
+    return lambda: clean() and not checks_results() and not flag("jax_disable_jit")
+  return lambda: clean() and not nans.value and not infs.value and not slow.value
 
 
 def new_cell(value: jax.Array) -> jax.Ref:

@@ -74,6 +74,9 @@ class Sources:
       indices = [i for _, i in direct]
       return operator.itemgetter(*indices) if len(indices) > 1 else _picker_of_few(indices)
     has_trees = self._has_trees
+    if has_trees and not variables and not attributes and {where for where, _ in direct} == {1}:
+      row = operator.itemgetter(*(i for _, i in direct), direct[0][1])
+      return lambda args: row(args[2])[:-1]  # one more: of one alone it makes no tuple
 
     def pick(args: Any) -> tuple[Any, ...]:
       parts = (args[0], args[2]) if has_trees else (args,)

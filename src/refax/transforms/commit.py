@@ -174,9 +174,10 @@ class CompiledCommit(Commit):
       trace: the trace state of now.
     """
     found = list(arrays) if self._is_as_returned else [x.make(arrays) for x in self.fresh]
-    cells = [(found[i],) for i in self._places]
+    all_are_variables = len(self._places) == len(found)
+    cells = zip(found) if all_are_variables else [(found[i],) for i in self._places]
     variables = make_variables(self._classes, cells, self._definitions, trace)
-    if len(variables) == len(found):
+    if all_are_variables:
       return variables
     for i, variable in zip(self._places, variables, strict=True):
       found[i] = variable

@@ -7,6 +7,7 @@ buffers out of the cells and makes one donated call (`refax.transforms.compiled`
 flattened first, and found by its structure.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,7 +28,6 @@ from refax.transforms.tree import Tree, is_array_of, is_like, type_of
 LIMIT = 1024  # entries of one function; more calls than that are not a steady state
 _ALIKE = 64  # entries for the same object, as for batches of many lengths
 _VERSIONS = 256  # executables of one function
-_NOT_QUICK = -1
 
 
 class Entry:
@@ -41,8 +41,8 @@ class Entry:
   """
 
   __slots__ = (
-    "__weakref__", "_cells", "_compiled", "_constants", "_count", "_distinct", "_epoch", "_names",
-    "_objects", "_slots", "_trees", "_types", "_watch", "quick", "run",
+    "__weakref__", "_cells", "_compiled", "_constants", "_count", "_epoch", "_names",
+    "_objects", "_parts", "_slots", "_types", "_watch", "quick", "run",
   )  # fmt: skip
 
   def __init__(
@@ -50,7 +50,7 @@ class Entry:
   ):
     self._epoch, self._watch, self._names = seen.epoch, seen.watch, seen.names
     self._compiled, self._count = compiled, len(seen.values)
-    self._slots, self._trees, self._constants = slots, seen.trees, seen.constants
+    self._slots, self._constants = slots, seen.constants
     this = weakref.ref(self)
 
     def gone(_: Any) -> None:
@@ -62,13 +62,13 @@ class Entry:
     cells = (ref for refs in compiled.cells(seen.inputs.leaves) for ref in refs)
     self._cells = [weakref.ref(ref, gone) for ref in cells]
     self._types = [is_array_of(x, i) for i, x in seen.arrays]
-    self._distinct = seen.distinct
     sources = seen.sources()
     self.run = bind(compiled, seen.inputs.leaves, sources)
-    is_quick = not (seen.trees or seen.names)
+    # Without `self`: a cycle would keep the buffers of `run` until the collector comes.
+    self._parts = functools.partial(_parts_of, seen.trees, seen.distinct) if seen.trees else None
     self.quick = (
-      self._epoch, self._watch, _jax.steady_check(), self._count if is_quick else _NOT_QUICK,
-      self._objects, self._types, self._constants, slots, self.run,
+      self._epoch, self._watch, _jax.steady_check(), self._count, self._names,
+      self._objects, self._types, self._constants, slots, self._parts, self.run,
     )  # fmt: skip
     """What `steady` looks at: a tuple, for an attribute takes as long as a check."""
 
@@ -95,28 +95,29 @@ class Entry:
         return None
     if any(read() is not value for read, value in self._slots):
       return None
-    return self._parts(values) if self._trees else values
-
-  def _parts(self, values: tuple) -> Any:
-    """The arguments, the leaves of containers among them, and these as arrays."""
-    leaves: list[Any] = []
-    cells: list[Any] = []
-    lojax: list[Variable] = []
-    for tree in self._trees:
-      if not tree.collect(values[tree.argument], leaves, cells, lojax):
-        return None
-    if self._distinct is not None:
-      ids = set(map(object.__hash__, lojax))  # `id` is audited: it takes three times as long
-      if len(ids) != self._distinct[0] or not ids.isdisjoint(self._distinct[1]):
-        return None
-    return values, leaves, cells
+    return values if self._parts is None else self._parts(values)
 
   def renamed(self, error: Exception) -> Exception:
     """An error of JAX that names the user's arguments."""
     return self._compiled.renamed(error)
 
 
-NO_CALL = (-1, None, bool, _NOT_QUICK, [], [], [], (), lambda _: None)
+def _parts_of(trees: list[Tree], distinct: tuple[int, frozenset[int]] | None, values: tuple) -> Any:
+  """The arguments, the leaves of containers among them, and these as arrays; None if unlike."""
+  leaves: list[Any] = []
+  cells: list[Any] = []
+  lojax: list[Variable] = []
+  for tree in trees:
+    if not tree.collect(values[tree.argument], leaves, cells, lojax):
+      return None
+  if distinct is not None:
+    ids = set(map(object.__hash__, lojax))  # `id` is audited: it takes three times as long
+    if len(ids) != distinct[0] or not ids.isdisjoint(distinct[1]):
+      return None
+  return values, leaves, cells
+
+
+NO_CALL = (-1, None, bool, -1, (), [], [], [], (), None, lambda _: None)
 
 
 def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) -> Callable:
@@ -128,26 +129,32 @@ def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) 
   """
 
   def call(*args: Any, **kwargs: Any) -> Any:
-    then, watch, may_run, count, objects, types, constants, slots, run = calls.last
-    if kwargs or len(args) != count or epoch.value != then or not may_run() or not watch.holds():
+    then, watch, may_run, count, names, objects, types, constants, slots, parts, run = calls.last
+    values = (*args, *kwargs.values()) if kwargs else args
+    if len(values) != count or epoch.value != then or not may_run() or not watch.holds():
+      return general(args, kwargs)
+    if (kwargs or names) and tuple(kwargs) != names:
       return general(args, kwargs)
     for i, ref in objects:
-      if ref() is not args[i]:
+      if ref() is not values[i]:
         return general(args, kwargs)
     for i, aval, place, type_ in types:
-      x = args[i]  # `is_like`, without a frame
+      x = values[i]  # `is_like`, without a frame
       if aval is not None and getattr(x, "aval", None) is aval and x.sharding == place:
         continue
       if type_of(x) != type_:
         return general(args, kwargs)
     for i, value, _ in constants:
-      if args[i] is not value:
+      if values[i] is not value:
         return general(args, kwargs)
     for read, value in slots:
       if read() is not value:
         return general(args, kwargs)
+    given = values if parts is None else parts(values)
+    if given is None:
+      return general(args, kwargs)
     try:
-      return run(args)
+      return run(given)
     except Retraced:
       calls.drop(run)
       return general(args, kwargs)

@@ -138,6 +138,6 @@ def _products(query: jax.Array, table: quantized.Weight, *, out_sharding: Any) -
   return product(query, table, dims, out_sharding=out_sharding)
 
 
-# One row is a step of decoding. With a transpose, XLA on CPU takes two thirds of the time before jax
-# 0.11, and three times as long after it.
+# One row is a step of decoding. With a transpose, XLA on CPU takes two thirds of the time before
+# jax 0.11, and three times as long after it.
 _TRANSPOSED_FOR_ONE_ROW = jax.__version_info__ < (0, 11)

@@ -22,6 +22,8 @@ from refax.nn.block.transformer import FeedForward
 from refax.nn.conv.conv import Conv
 from refax.nn.linear.embed import Embed
 from refax.nn.linear.linear import Linear
+from refax.nn.lora.lora import LoRA
+from refax.nn.lora.lora import sizes as lora_sizes
 from refax.nn.quantization.quantized import QuantizedWeight
 from refax.sharding.plan import WEIGHTS, Axes, Place, Plan, annotated_spec
 
@@ -93,7 +95,8 @@ def tensor_parallel(
   So a block of a transformer needs one sum over the devices behind attention, and one behind the
   feed-forward part. Keys and values that have fewer heads than there are devices, and outputs
   that the devices do not divide evenly (ten classes), are on each device as a whole. Integers and
-  scales of `nnx.quantize` are divided as the weight would be, along the axes that they have.
+  scales of `nnx.quantize`, and the factors of a LoRA, are divided as the weight would be, along the
+  axes that they have.
 
   Args:
     axis: the axis of the mesh.
@@ -120,6 +123,9 @@ def tensor_parallel(
     count = math.prod(sizes[a] for a in axes_of(axis))
     if isinstance(place.owner, QuantizedWeight):
       return _of_quantized(rule(_weight(place), taken, sizes), place, sizes)
+    place = _without_lora(place)
+    if isinstance(place.owner, LoRA) and not isinstance(place.owner, tuple(own)):
+      return _of_factor(rule(_kernel_beside(place, place.owner), taken, sizes), place, place.owner)
     for cls, specs in own.items():
       if isinstance(place.owner, cls) and place.path[-1] in specs:
         return specs[place.path[-1]]
@@ -203,6 +209,42 @@ def _of_quantized(
   together = zip(spec, place.shape, *_parts(place), strict=False)
   is_kept = lambda part, own, ns: own % count(part) == 0 and all(fits(part, n) for n in ns)
   return PartitionSpec(*[part if is_kept(part, own, ns) else None for part, own, *ns in together])
+
+
+def _without_lora(place: Place) -> Place:
+  """The weight of a layer that a LoRA holds, as if the layer were alone."""
+  if len(place.parents) < 2 or not isinstance(place.parents[-2], LoRA):
+    return place
+  if place.path[-2] != "base_module":
+    return place
+  path, parents = (*place.path[:-2], place.path[-1]), (*place.parents[:-2], place.parents[-1])
+  return _without_lora(place._replace(path=path, parents=parents))
+
+
+def _kernel_beside(place: Place, lora: LoRA) -> Place:
+  """A factor of a LoRA as the kernel that the product of both factors is added to."""
+  inputs, outputs = lora_sizes(lora.in_features), lora_sizes(lora.out_features)
+  own = len(inputs if place.path[-1] == "lora_a" else outputs) + 1
+  shape = (*place.shape[: len(place.shape) - own], *inputs, *outputs)
+  path, parents, layer = place.path[:-1], place.parents[:-1], lora.base_module
+  if layer is None and parents and isinstance(parents[-1], Linear):
+    path = path[:-1]  # a LoRALinear, whose attribute the LoRA is
+  elif isinstance(layer, Node):
+    parents = (*parents, layer)
+  place = place._replace(path=(*path, "kernel"), parents=parents, shape=shape)
+  return _without_lora(place)
+
+
+def _of_factor(spec: PartitionSpec | None, place: Place, lora: LoRA) -> PartitionSpec | None:
+  """The spec of a kernel for a factor, which has its inputs or its outputs, and the rank."""
+  if spec is None:
+    return None
+  inputs, outputs = lora_sizes(lora.in_features), lora_sizes(lora.out_features)
+  if place.path[-1] == "lora_a":
+    lead = len(place.shape) - len(inputs) - 1
+    return PartitionSpec(*spec[: lead + len(inputs)], None)
+  lead = len(place.shape) - len(outputs) - 1
+  return PartitionSpec(*spec[:lead], None, *spec[lead + len(inputs) :])
 
 
 def _is_memory(place: Place) -> bool:

@@ -99,14 +99,16 @@ def load_adapter(model: SmolLM, path: str | Path) -> SmolLM:
 
 def loss_of(model: Any, rows: jax.Array) -> jax.Array:
   """How surprising each token of some rows is after those before it, on average."""
-  logits = model(rows[:, :-1])
+  logits = model(rows[:, :-1]).astype(jnp.float32)
   return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
 
 
 def evaluate(model: Any, rows: np.ndarray) -> float:
   """The loss on all rows, a batch at a time."""
   batches = [rows[i : i + BATCH] for i in range(0, len(rows) - BATCH + 1, BATCH)]
-  return float(np.mean([_loss(model, batch) for batch in tqdm(batches, "loss", leave=False)]))
+  return float(
+    np.mean([float(_loss(model, batch)) for batch in tqdm(batches, "loss", leave=False)])
+  )
 
 
 _loss = nnx.jit(loss_of)

@@ -72,6 +72,11 @@ def message(error: BaseException) -> str:
   return str(error.args[0] if isinstance(error, RefaxError) and error.args else error)
 
 
+def in_brief(error: BaseException) -> str:
+  """The type of an error and what it says, in one line, for the text of another error."""
+  return f"{type(error).__name__}: {' '.join(message(error).split())[:300]}"
+
+
 def _see(kind: type[BaseException]) -> str:
   """The last line of a message; a subclass that a user wrote is explained by the class above it."""
   name = next(base.__name__ for base in kind.__mro__ if base.__module__ == __name__)
@@ -1026,8 +1031,7 @@ class CheckpointWriteError(RefaxError, OSError):
     return cls(
       "a checkpoint could not be written; those that were complete are still there",
       at=folder,
-      got=f"{'' if step is None else f'step {step}, '}{type(error).__name__} "
-      f"({' '.join(message(error).split())[:300]})",
+      got=f"{'' if step is None else f'step {step}, '}{in_brief(error)}",
       fix=f"mend the cause (a full disk, a folder that was removed) and save again; "
       f"the latest that is complete is {there}",
     )

@@ -30,7 +30,7 @@ from refax.errors import (
   CheckpointMismatchError,
   InvalidArgumentError,
   MissingCheckpointError,
-  message,
+  in_brief,
 )
 from refax.io.best import Preserve, Ranking
 from refax.io.folder import complete_steps
@@ -314,9 +314,8 @@ class Checkpointer:
     try:
       yield
     except Exception as error:
-      problem = f"{type(error).__name__}: {' '.join(message(error).split())[:300]}"
       others = [s for s in self.steps if s != step]
-      raise CheckpointFormatError.step(path, problem, others) from error
+      raise CheckpointFormatError.step(path, in_brief(error), others) from error
 
   def _read(self, step: int, wanted: dict[str, Any], saved: Saved) -> dict[str, Any]:
     """The arrays by their names in the checkpoint, with the right checksums."""

@@ -23,7 +23,7 @@ from refax.errors import (
   CheckpointMismatchError,
   InvalidArgumentError,
   MissingCheckpointError,
-  message,
+  in_brief,
 )
 from refax.io.keys import implementation
 from refax.io.load import LoadReport, report
@@ -217,7 +217,7 @@ class _Saved(Checkpoint):
     try:
       return orbax().PyTreeCheckpointHandler().metadata(Path(folder)).tree
     except Exception as error:
-      raise self.reader.refusal(_text(error)) from error
+      raise self.reader.refusal(in_brief(error)) from error
 
   def _entries(self, item: str) -> Iterator[tuple[tuple[str, ...], _Entry]]:
     """The steps to each array of a tree, the name of the item before them."""
@@ -278,7 +278,7 @@ class _Saved(Checkpoint):
       found = jax.tree_util.tree_leaves(restored)
       return {name: np.asarray(found[i]) for i, name in names.items()}
     except Exception as error:
-      raise self.reader.refusal(_text(error)) from error
+      raise self.reader.refusal(in_brief(error)) from error
 
   def read(self, name: str, scratch: Any = None) -> Any:
     return self._as_key(name, self._arrays[name])
@@ -329,10 +329,6 @@ def _implementations(folder: str) -> dict[str, str]:
         if impl is not None:
           found[about["param_name"]] = str(impl)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-      problem = f"{name}, which should say what the arrays are: {_text(error)}"
+      problem = f"{name}, which should say what the arrays are: {in_brief(error)}"
       raise CheckpointFormatError.orbax(folder, problem) from error
   return found
-
-
-def _text(error: Exception) -> str:
-  return f"{type(error).__name__}: {' '.join(message(error).split())[:300]}"

@@ -382,3 +382,50 @@ def test_a_writer_beside_readers_works_or_raises_and_nothing_is_garbage():
     thread.join()
   assert wrong == []
   np.testing.assert_array_equal(v, np.full(1000, 201.0))
+
+
+@pytest.mark.parametrize(
+  "args, kwargs",
+  [
+    (lambda m: (m, {"x": X}), {}),
+    (lambda m: (m, None, {}), {}),
+    (lambda m: ([m], X), {}),
+    (lambda m: (m,), {"x": X, "mask": None}),
+    (lambda m: (m, nnx.state(nnx.to_lojax(m))), {}),
+    (lambda m: (m, np.float32(1)), {"x": {"y": (X, X)}}),
+  ],
+)
+def test_a_call_with_keywords_or_containers_is_known_at_once(args, kwargs, monkeypatch):
+  model = nnx.Dict(count=nnx.Variable(jnp.zeros(3)))
+
+  def step(first, *rest, **named):
+    model = first if isinstance(first, nnx.Dict) else first[0]
+    model.count[...] += 1.0
+
+  jitted = nnx.jit(step)
+  for _ in range(3):
+    jitted(*args(model), **kwargs)
+
+  def searched(*_):
+    raise AssertionError("it was looked for among the entries")
+
+  monkeypatch.setattr(FastCalls, "find", searched)
+  jitted(*args(model), **kwargs)
+  assert model.count[...].tolist() == [4.0] * 3
+  with pytest.raises(AssertionError, match="looked for"):
+    jitted(*args(model), **{**kwargs, "other": X})
+  with pytest.raises(AssertionError, match="looked for"):
+    jitted(*args(model), X)
+
+
+ONE = jnp.float32(1)
+
+
+def test_keywords_in_another_order_are_not_mixed_up():
+  step = nnx.jit(lambda a, b, c=0.0: a - 2 * b + c)
+  for _ in range(3):
+    assert float(step(1.0, b=ONE, c=5.0)) == 4.0
+    assert float(step(1.0, c=5.0, b=ONE)) == 4.0
+    assert float(step(a=ONE, b=1.0)) == -1.0
+    assert float(step(b=1.0, a=ONE)) == -1.0
+    assert float(step(1.0, ONE)) == -1.0

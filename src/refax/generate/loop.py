@@ -62,7 +62,7 @@ class _Options(NamedTuple):
 
   sampler: Any
   keys: jax.Array
-  stop: jax.Array
+  stop: jax.Array | np.ndarray
   penalty: Any
 
 

@@ -130,12 +130,14 @@ def _look_up(table: quantized.Weight, indices: jax.Array, *, out_sharding: Any) 
 
 @partial(jax.jit, inline=True, static_argnames="out_sharding")
 def _products(query: jax.Array, table: quantized.Weight, *, out_sharding: Any) -> jax.Array:
-  packed, axis = isinstance(table, quantized.Packed), 1
-  if _TRANSPOSED_FOR_ONE_ROW and not packed and math.prod(query.shape[:-1]) == 1:
+  last = query.ndim - 1
+  if isinstance(table, quantized.Packed):
+    dims = (((last,), (1,)), ((), ()))
+    return quantized.dot_general(query, table, dims, out_sharding=out_sharding)
+  axis = 1
+  if _TRANSPOSED_FOR_ONE_ROW and math.prod(query.shape[:-1]) == 1:
     table, axis = table.T, 0
-  product: Any = quantized.dot_general if packed else lax.dot_general
-  dims = (((query.ndim - 1,), (axis,)), ((), ()))
-  return product(query, table, dims, out_sharding=out_sharding)
+  return lax.dot_general(query, table, (((last,), (axis,)), ((), ())), out_sharding=out_sharding)
 
 
 # One row is a step of decoding. With a transpose, XLA on CPU takes two thirds of the time before

@@ -82,7 +82,7 @@ def table() -> str:
     f"{job.sequences * job.length:,} tokens for each group; {chip.name}.",
     "",
     "| devices | tensor parallel | compute | parameters | activations | state a device "
-    "| FLOPs utilisation, nothing hidden to all hidden | tokens a second |",
+    "| FLOPs utilization, nothing hidden to all hidden | tokens a second |",
     "|---|---|---|---|---|---|---|---|",
   ]
   for count in (8, 64, 512, 4096):

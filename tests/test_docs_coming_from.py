@@ -23,7 +23,7 @@ PAIRS = [
 ]
 TOPICS = (
   "Define a model",
-  "Initialise",
+  "Initialize",
   "Load their weights",
   "Gradients",
   "Train step",

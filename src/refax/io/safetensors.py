@@ -182,8 +182,9 @@ def load_safetensors(
   before the first write: a file that is damaged, or that does not fit, leaves the model as it was.
   (What cannot be checked before is a disk that fails while it is read, or a function in `rename`
   that is right for zeros only; `with nnx.transaction(model):` undoes that too, for twice the
-  memory.) Beside the model, there is at most one Variable on the host and one on the device. A model
-  of `nnx.eval_shape`, which takes no memory, gets Variables of the storage that it would have had.
+  memory.) Beside the model, there is at most one Variable on the host and one on the device. An
+  abstract model (`nnx.eval_shape`), which takes no memory before, gets Variables of the storage
+  that it would have had.
 
   A name in the model may have an index behind it: `blocks.layers.kernel[3]` is what the Variable of
   a `nnx.Stack` holds of layer 3. So a file with one tensor for each layer fills a Stack.

@@ -50,7 +50,7 @@ def test_a_failed_write_is_an_oserror_and_hides_no_older_checkpoint(fails, async
       checkpoints.save(2, v)
       checkpoints.wait()
     assert isinstance(error.value, OSError)
-    assert "got: step 2, ValueError (Unsupported data type)" in str(error.value)
+    assert "got: step 2, ValueError: Unsupported data type" in str(error.value)
     assert "the latest that is complete is step 1" in str(error.value)
     assert checkpoints.steps == [1] and unfinished(tmp_path) == []
     assert checkpoints.restore(live).step == 1 == int(live)

@@ -61,3 +61,51 @@ def test_errors_arrive_and_the_worker_goes_on():
     worker.run(lambda: 1 / 0)
   assert worker.run(lambda: 3) == 3
   worker.close()
+
+
+STORM = """
+import faulthandler, random, signal
+faulthandler.dump_traceback_later(60, exit=True)  # a run that hangs says where
+from refax.io.worker import Worker
+
+armed, running, interrupts, worker = False, [], 0, Worker()
+random.seed(0)
+
+def interrupt(*_):
+  if armed:
+    raise KeyboardInterrupt
+
+def job(n):
+  running.append(n)
+  return sum(range(n)) + 0 * running.pop()
+
+signal.signal(signal.SIGALRM, interrupt)
+for i in range(20_000):
+  try:
+    try:
+      armed = True
+      signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, 6e-5))
+      assert worker.run(job, i % 50) == sum(range(i % 50))
+    finally:
+      armed = False
+  except KeyboardInterrupt:
+    armed = False
+    interrupts += 1
+    assert not running, "raised before the end of what was interrupted"
+worker.close()
+print(interrupts)
+"""
+
+
+def test_interrupts_at_any_moment_leave_a_worker_that_works():
+  done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, timeout=90)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert int(done.stdout) > 1000
+
+
+def test_a_worker_that_nobody_closed_ends_with_its_last_name():
+  worker = Worker()
+  thread = worker._thread
+  del worker
+  thread.join(10)
+  assert not thread.is_alive()

@@ -8,7 +8,9 @@ if os.environ.get("REFAX_CHECK_SHAPES"):
   # with the shapes that their signatures say. For tests of valid input: it raises before we do.
   from jaxtyping import install_import_hook
 
-  install_import_hook("refax.nn", "beartype.beartype")
+  import tests.shape_checker  # noqa: F401  # what the next line names must be there
+
+  install_import_hook("refax.nn", "tests.shape_checker.check")
 
 
 def reuse_ir_contexts(times: int = 10) -> None:

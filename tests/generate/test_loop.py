@@ -105,6 +105,20 @@ def test_a_batch_resumes_each_where_it_stopped(plain):
   assert got == [naive(plain, tokens, 3) for tokens in said]
 
 
+@pytest.mark.parametrize("change", ["another block", "one block more", "a memory less"])
+def test_a_model_that_was_changed_gets_a_memory_for_all_of_it(change):
+  model = Model()
+  nnx.generate(model, [1, 2], 3)
+  if change == "another block":
+    model.decoder.blocks[1] = Model(5).decoder.blocks[1]
+  elif change == "one block more":
+    model.decoder.blocks.append(Model(5).decoder.blocks[0])
+  else:
+    attention = model.decoder.blocks[1].attention
+    attention.cached_key = attention.cached_value = attention.cache_index = None
+  assert nnx.generate(model, [3, 1, 4], 5).tolist() == naive(model, [3, 1, 4], 5)
+
+
 def test_keys_are_of_the_sequence_and_not_of_its_neighbours(plain):
   sampler = s.sample(s.temperature(1.5), s.top_k(9))
   draw = lambda prompt, rngs: nnx.generate(plain, prompt, 8, sampler=sampler, rngs=rngs).tolist()

@@ -95,3 +95,18 @@ def test_what_a_draft_cannot_do():
     nnx.generate(model, [1], 3, draft=draft, resume=True)
   with pytest.raises(InvalidArgumentError, match="draft_tokens"):
     nnx.generate(model, [1], 3, draft=draft, draft_tokens=0)
+
+
+def test_a_draft_that_has_attention_in_common_with_the_model_is_refused():
+  """Both would write to one memory, in turns."""
+  model = Model()
+  early = Model(1)
+  early.decoder.blocks[0] = model.decoder.blocks[0]  # as in early exit
+  nnx.generate(model, [1, 2], 3)
+  for draft in (model, early):
+    for resume in (False, True):
+      with pytest.raises(InvalidArgumentError, match=r"in common(.|\n)*nnx.clone"):
+        nnx.generate(model, [1], 3, draft=draft, resume=resume)
+  assert nnx.cache_length(model) == 4
+  want = naive(model, PROMPTS[0], 5)
+  assert nnx.generate(model, PROMPTS[0], 5, draft=nnx.clone(model)).tolist() == want

@@ -313,8 +313,8 @@ def _begin(
   held = [memory.look(model) for model in models]  # once: a walk takes as long as half a step
   for model, has in zip(models, held, strict=True):
     memory.check(function, model, has, wanted, resume=resume, ragged=parts.lengths is not None)
-  if resume and len(models) > 1:
-    _check_equally_long(*held)
+  if len(models) > 1:
+    _check_pair(*held, resume=resume)
   if not resume:
     held = [memory.begin(*both, wanted) for both in zip(models, held, strict=True)]
   keys = _keys_of(key, batch)
@@ -337,7 +337,14 @@ def _start(prompt: Prompt, new: int, remembers: bool) -> _Start:
   return _Start(jnp.asarray(prompt.last, jnp.int32), lengths, history)
 
 
-def _check_equally_long(model: Held, draft: Held) -> None:
+def _check_pair(model: Held, draft: Held, *, resume: bool) -> None:
+  """Raise InvalidArgumentError if a model and its draft would be in each other's way."""
+  if not {id(m) for m in model.attentions}.isdisjoint(map(id, draft.attentions)):
+    want = "a model with attention of its own, which remembers by itself: nnx.clone makes one"
+    got = "one that has attention in common with the model"
+    raise InvalidArgumentError.value("generate", "draft", got, want)
+  if not resume:
+    return
   lengths = [memory.length_in(held.layers[0]) for held in (model, draft)]
   if not any(map(_jax.is_tracer, lengths)) and np.any(lengths[0] != lengths[1]):
     want = f"a draft model that remembers {lengths[0]} positions as the model does, or resume=False"

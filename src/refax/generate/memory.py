@@ -126,13 +126,15 @@ class Held(NamedTuple):
 
   Attributes:
     layers: every self-attention that has a memory.
-    has_attention: whether there is attention, with or without a memory.
+    lacking: whether there is a self-attention without one.
+    attentions: every attention, with or without a memory.
     nothing_else: whether all that the model remembers between steps is in the memory of attention.
       Then positions can be decoded and taken back. A recurrent state cannot be.
   """
 
   layers: list[Layer]
-  has_attention: bool
+  lacking: bool
+  attentions: list[MultiHeadAttention]
   nothing_else: bool
 
   @property
@@ -146,16 +148,20 @@ def look(model: Any) -> Held:
   found = list(iter_graph(model))
   stacks = [path for path, x in found if isinstance(x, Stack)]
   attentions = [(path, x) for path, x in found if isinstance(x, MultiHeadAttention)]
-  layers, own = [], set()
+  crossed = {id(x.cross_attention) for _, x in found if isinstance(x, TransformerBlock)}
+  layers, own, lacking = [], set(), False
   for path, m in attentions:
     keys, values, used = m.cached_key, m.cached_value, m.cache_index
     own |= {id(keys), id(values), id(used)}
     if keys is not None and values is not None and used is not None:
       depth = sum(path[: len(stack)] == stack for stack in stacks)
       layers.append(Layer(m, Memory(keys, values, used, m.sliding_window), depth))
+    elif id(m) not in crossed:
+      lacking = True
   fixed = (Param, QuantizedParam, BatchStat, RngState)
   others = [x for _, x in found if isinstance(x, Variable) and not isinstance(x, fixed)]
-  return Held(layers, bool(attentions), all(id(x) in own for x in others))
+  modules = [m for _, m in attentions]
+  return Held(layers, lacking, modules, all(id(x) in own for x in others))
 
 
 def memories(model: Any) -> list[Layer]:
@@ -268,13 +274,13 @@ def check(
   function: str, model: Any, held: Held, wanted: Wanted, *, resume: bool, ragged: bool
 ) -> None:
   """Raise InvalidArgumentError if a model cannot generate what is wanted; nothing has changed."""
-  if (ragged or wanted.spare) and not (held.has_attention and held.nothing_else):
+  if (ragged or wanted.spare) and not (held.attentions and held.nothing_else):
     what = "prompts of different lengths" if ragged else "a draft model"
     want = "a model whose only memory is that of nnx.MultiHeadAttention, which can be taken back"
     raise InvalidArgumentError.value(function, "model", f"{type(model).__name__}, for {what}", want)
   if not resume:
     return
-  if held.has_attention and not held.layers:
+  if held.attentions and not held.layers:
     want = "False: the model has no memory yet, of what it would continue"
     raise InvalidArgumentError.value(function, "resume", True, want)
   for layer in held.layers:
@@ -301,8 +307,8 @@ def _check_resumed(function: str, layer: Layer, wanted: Wanted) -> None:
 
 
 def begin(model: Any, held: Held, wanted: Wanted) -> Held:
-  """An empty memory for what is wanted: the one that there is, if it fits."""
-  if _can_hold(held.layers, wanted):
+  """An empty memory for what is wanted: the one that there is, if it fits all of the model."""
+  if not held.lacking and _can_hold(held.layers, wanted):
     cut(model, 0)
     return held
   length = wanted.length if wanted.exact else -(-wanted.length // 128) * 128

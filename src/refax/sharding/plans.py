@@ -124,7 +124,8 @@ def tensor_parallel(
     if isinstance(place.owner, QuantizedWeight):
       return _of_quantized(rule(_weight(place), taken, sizes), place, sizes)
     place = _without_lora(place)
-    if isinstance(place.owner, LoRA) and not isinstance(place.owner, tuple(own)):
+    is_factor = isinstance(place.owner, LoRA) and place.path[-1] in ("lora_a", "lora_b")
+    if is_factor and not isinstance(place.owner, tuple(own)):
       return _of_factor(rule(_kernel_beside(place, place.owner), taken, sizes), place, place.owner)
     for cls, specs in own.items():
       if isinstance(place.owner, cls) and place.path[-1] in specs:
@@ -227,6 +228,8 @@ def _kernel_beside(place: Place, lora: LoRA) -> Place:
   own = len(inputs if place.path[-1] == "lora_a" else outputs) + 1
   shape = (*place.shape[: len(place.shape) - own], *inputs, *outputs)
   path, parents, layer = place.path[:-1], place.parents[:-1], lora.base_module
+  while isinstance(layer, LoRA):
+    layer = layer.base_module
   if layer is None and parents and isinstance(parents[-1], Linear):
     path = path[:-1]  # a LoRALinear, whose attribute the LoRA is
   elif isinstance(layer, Node):

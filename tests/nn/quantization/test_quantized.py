@@ -294,6 +294,16 @@ def test_tied_embeddings_look_up_and_attend_with_one_table():
   assert_close(layer(jnp.array([-1])), table[-1:])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_empty_batch_has_an_empty_result(bits):
+  model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))
+  table = nnx.Sequential(nnx.Embed(64, 32, rngs=nnx.Rngs(0)))
+  nnx.quantize(model, bits)
+  nnx.quantize(table, bits)
+  assert model(jnp.ones((0, 64))).shape == (0, 32)
+  assert table.layers[0].attend(jnp.ones((2, 0, 32))).shape == (2, 0, 64)
+
+
 def test_a_vmapped_ensemble_and_the_layers_of_a_stack():
   build = lambda rngs: nnx.Linear(32, 8, rngs=rngs)
   ensemble = nnx.vmap(build)(nnx.Rngs(0).fork(split=3))

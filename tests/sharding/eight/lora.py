@@ -84,5 +84,34 @@ def test_weights_under_a_lora_are_divided_as_without_and_factors_as_they():
   ]:
     for factor, want in (("lora_a", a), ("lora_b", b)):
       spec = specs[f"{layers}{name}.{factor}"]
-      assert [*spec] == [*want] or not any(spec) and not any(want), (name, factor, spec)
+      assert [*spec] == [*want] or (not any(spec) and not any(want)), (name, factor, spec)
   assert specs["head.lora.lora_b"] == P(None, "model") and not any(specs["head.lora.lora_a"])
+
+
+class DoRA(nnx.LoRA):
+  """A LoRA with Params of its own."""
+
+  def __init__(self, *sizes, rngs, **options):
+    super().__init__(*sizes, rngs=rngs, **options)
+    self.magnitude = nnx.LoRAParam(jnp.ones(self.out_features))
+    self.gate = nnx.LoRAParam(jnp.ones(()))
+    self.mix = nnx.LoRAParam(jnp.ones((4, 4)))
+
+
+def test_what_else_a_kind_of_lora_has_is_whole():
+  mesh = jax.make_mesh((2, 4), ("data", "model"))
+  base = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+  model = nnx.Sequential(DoRA(64, 4, 64, base_module=base, rngs=nnx.Rngs(1)))
+  specs = TENSOR.specs(model, mesh)
+  assert specs["layers.0.lora_b"] == P(None, "model")
+  assert not any(any(specs[f"layers.0.{name}"]) for name in ("magnitude", "gate", "mix"))
+
+
+def test_a_lora_around_a_lora_is_divided_as_that_one():
+  mesh = jax.make_mesh((2, 4), ("data", "model"))
+  model = nnx.FeedForward(64, rngs=nnx.Rngs(0))
+  for seed in (1, 2):
+    model.down = nnx.LoRA(256, 4, 64, base_module=model.down, rngs=nnx.Rngs(seed))
+  specs = TENSOR.specs(model, mesh)
+  assert specs["down.lora_a"] == specs["down.base_module.lora_a"] == P("model", None)
+  assert specs["down.base_module.base_module.kernel"] == P("model", None)

@@ -144,8 +144,8 @@ def grouped(x: jax.Array, groups: int, axis: int) -> jax.Array:
     groups: how many groups there are.
     axis: the axis; counted from the end, it then is the one of what is in a group.
   """
-  end = axis % x.ndim + 1
-  return x.reshape(*x.shape[: end - 1], groups, -1, *x.shape[end:])
+  end = axis % x.ndim + 1  # of an empty batch, `-1` would not say the size
+  return x.reshape(*x.shape[: end - 1], groups, x.shape[end - 1] // groups, *x.shape[end:])
 
 
 class QuantizedWeight(ArrayProtocol, Pytree):

@@ -463,3 +463,22 @@ def test_cells_like_one_are_cells_of_their_own(either):
   jax.jit(lambda ref: ref.__setitem__(..., ref[...] + 1))(a)
   assert a[...].tolist() == [1.0] * 3 and b[...].tolist() == [2.0] * 3
   assert jax.typeof(a) == jax.typeof(_jax.new_cell(jnp.ones(3)))
+
+
+@pytest.mark.parametrize("way", ["private", "public"])
+def test_a_steady_call_asks_for_all_that_makes_a_call_another_one(way, monkeypatch):
+  if _jax._private() is None:
+    pytest.skip("nothing is steady without the private path")
+  if way == "public":
+    from jax._src import config
+
+    monkeypatch.delattr(config, "disable_jit")
+  may_run = _jax.steady_check.__wrapped__()
+  assert may_run()
+  for context in (jax.disable_jit(), jax.debug_nans(True), jax.debug_infs(True)):
+    with context:
+      assert not may_run()
+  assert may_run()
+  seen = []
+  jax.jit(lambda x: seen.append(may_run()) or x)(1.0)
+  assert seen == [False]

@@ -47,7 +47,7 @@ def test_an_error_is_pickled_with_its_message():
 def test_an_error_in_the_text_of_another_says_where_to_read_once(tmp_path):
   inner = errors.FilterError("the filter is odd", fix="another")
   outer = errors.CheckpointWriteError.step(tmp_path, 3, inner, [])
-  assert "FilterError (the filter is odd fix: another)" in str(outer)
+  assert "FilterError: the filter is odd fix: another" in str(outer)
   assert str(outer).count("refax.explain") == 1
 
 

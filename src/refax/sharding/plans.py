@@ -124,9 +124,10 @@ def tensor_parallel(
     if isinstance(place.owner, QuantizedWeight):
       return _of_quantized(rule(_weight(place), taken, sizes), place, sizes)
     place = _without_lora(place)
-    is_factor = isinstance(place.owner, LoRA) and place.path[-1] in ("lora_a", "lora_b")
-    if is_factor and not isinstance(place.owner, tuple(own)):
-      return _of_factor(rule(_kernel_beside(place, place.owner), taken, sizes), place, place.owner)
+    lora = place.owner
+    is_own = isinstance(lora, tuple(own))
+    if isinstance(lora, LoRA) and place.path[-1] in ("lora_a", "lora_b") and not is_own:
+      return _of_factor(rule(_kernel_beside(place, lora), taken, sizes), place, lora)
     for cls, specs in own.items():
       if isinstance(place.owner, cls) and place.path[-1] in specs:
         return specs[place.path[-1]]

@@ -103,6 +103,25 @@ def is_state(x):
   return isinstance(x, jax.Array | jax.Ref | nnx.Variable | nnx.Pytree | nnx.State)
 
 
+def test_a_model_that_was_saved_is_gone_with_its_name(tmp_path):
+  pytest.importorskip("orbax.checkpoint")
+  with nnx.Checkpointer(tmp_path) as checkpoints:
+    checkpoints.save(0, {"model": Net(nnx.Rngs(0))})
+    checkpoints.wait()
+    gc.collect()
+    gc.disable()
+    try:
+      model = Net(nnx.Rngs(0))
+      checkpoints.save(1, {"model": model})
+      checkpoints.wait()
+      checkpoints.restore({"model": model})
+      gone = weakref.ref(model)
+      del model
+      assert gone() is None
+    finally:
+      gc.enable()
+
+
 @pytest.mark.parametrize("make", [nnx.clone, nnx.to_lojax, lambda m: nnx.merge(*nnx.split(m))])
 def test_a_model_that_was_rebuilt_is_gone_with_its_name(make):
   gc.disable()

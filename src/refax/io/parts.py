@@ -33,24 +33,25 @@ def part(function: str, objects: Any) -> Parted:
   """
   if _is_iterator(objects):
     return Parted({}, {"": objects}, [])
-  iterators: dict[str, Any] = {}
-  copies: list[tuple[dict, dict]] = []
+  found = Parted(None, {}, [])
+  return found._replace(objects=_taken_apart(function, objects, (), found))
 
-  def visit(tree: Any, path: tuple) -> Any:
-    if type(tree) is not dict:
-      return tree
-    _check_keys(function, tree, path)
-    for key, value in tree.items():
-      if _is_iterator(value):
-        name = ".".join(map(str, (*path, key)))
-        if name in iterators:
-          raise InvalidArgumentError.value(function, "name of an iterator", name, "other keys")
-        iterators[name] = value
-    copy = {k: visit(v, (*path, k)) for k, v in tree.items() if not _is_iterator(v)}
-    copies.append((tree, copy))
-    return copy
 
-  return Parted(visit(objects, ()), iterators, copies)
+def _taken_apart(function: str, tree: Any, path: tuple, found: Parted) -> Any:
+  """What is saved in the place of a part; what is taken out of it is added to `found`."""
+  if type(tree) is not dict:
+    return tree
+  _check_keys(function, tree, path)
+  for key, value in tree.items():
+    if _is_iterator(value):
+      name = ".".join(map(str, (*path, key)))
+      if name in found.iterators:
+        raise InvalidArgumentError.value(function, "name of an iterator", name, "other keys")
+      found.iterators[name] = value
+  inner = lambda key, value: _taken_apart(function, value, (*path, key), found)
+  copy = {k: inner(k, v) for k, v in tree.items() if not _is_iterator(v)}
+  found.copies.append((tree, copy))
+  return copy
 
 
 def _check_keys(function: str, tree: dict, path: tuple) -> None:

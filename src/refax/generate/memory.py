@@ -1,5 +1,6 @@
 """The memory of attention of a whole model: made, measured and cut back in all layers at once."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -67,9 +68,7 @@ def _make(node: Any, batch: int, length: int, dtype: Any, options: dict[str, Any
   """Make the memories in a part of a model; returns whether there is one to make."""
   modules = list(iter_modules(node))
   stacks = {path: module for path, module in modules if isinstance(module, Stack)}
-  crossed = {
-    id(module.cross_attention) for _, module in modules if isinstance(module, TransformerBlock)
-  }
+  crossed = _crossed(module for _, module in modules)
   made = False
   for path, module in modules:
     if any(path[: len(outer)] == outer for outer in stacks if outer != path):
@@ -80,6 +79,11 @@ def _make(node: Any, batch: int, length: int, dtype: Any, options: dict[str, Any
       module.init_cache((batch, length, 0), dtype or _dtype_of(module), **options)
       made = True
   return made
+
+
+def _crossed(objects: Iterable[Any]) -> set[int]:
+  """The identities of attention to another sequence, whose keys nobody adds to."""
+  return {id(x.cross_attention) for x in objects if isinstance(x, TransformerBlock)}
 
 
 def _make_in_stack(stack: Stack, *args: Any) -> bool:
@@ -148,7 +152,7 @@ def look(model: Any) -> Held:
   found = list(iter_graph(model))
   stacks = [path for path, x in found if isinstance(x, Stack)]
   attentions = [(path, x) for path, x in found if isinstance(x, MultiHeadAttention)]
-  crossed = {id(x.cross_attention) for _, x in found if isinstance(x, TransformerBlock)}
+  crossed = _crossed(x for _, x in found)
   layers, own, lacking = [], set(), False
   for path, m in attentions:
     keys, values, used = m.cached_key, m.cached_value, m.cache_index

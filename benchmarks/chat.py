@@ -9,7 +9,6 @@ the weights, that each token has to read, over the measured bandwidth.
 import argparse
 import functools
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import chat_torch
 from examples.chat.model import EPSILON, KV_HEADS, LAYERS, THETA, load, weights
 from examples.chat.text import Message, Tokenizer
 from refax import nnx
@@ -115,25 +115,9 @@ def refax_loop(model: Any) -> Any:
 def torch_run() -> Any:
   """transformers on torch, or None where they are not installed."""
   try:
-    import torch
-    from transformers import AutoModelForCausalLM
+    return chat_torch.run(weights())
   except ImportError:
     return None
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  folder, name = weights().parent, weights().name
-  model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
-
-  def run(prompt: list[int], count: int) -> list[float]:
-    times, ids, cache = [], torch.tensor([prompt]), None
-    with torch.inference_mode():
-      for _ in range(count):
-        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-        int(ids[0, 0])
-        times.append(time.perf_counter())
-    return times
-
-  return run
 
 
 def bandwidth() -> float:

@@ -41,23 +41,23 @@ def by_hand() -> Iterator[str]:
   yield "reply"
 
 
-def torch() -> Iterator[str]:
+def torch(path: str) -> Iterator[str]:
   import transformers
 
-  from benchmarks.chat import torch_run
+  from benchmarks import chat_torch
 
   _ = transformers.AutoModelForCausalLM  # imports torch
   yield "library"
-  run = torch_run()
+  run = chat_torch.run(Path(path))
   yield "weights"
   run(PROMPT, 4)
   yield "reply"
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(name: str, *args: str) -> dict[str, float]:
   """MiB after each part of a row, in this process."""
   found = {}
-  for part in globals()[name]():
+  for part in globals()[name](*args):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     found[part] = _status("VmRSS")
@@ -71,13 +71,18 @@ def _status(key: str) -> float:
 
 def main() -> None:
   if len(sys.argv) > 1:
-    print(json.dumps(measure(sys.argv[1])))
+    print(json.dumps(measure(*sys.argv[1:])))
     return
+  from examples.chat.model import (
+    weights,
+  )  # not above: it imports JAX, and the row of torch has none
+
   print(f"{'MiB':24}{'library':>10}{'weights':>10}{'reply':>10}{'peak':>10}")
   for title, name in ROWS.items():
     if name == "torch" and importlib.util.find_spec("transformers") is None:
       continue
-    command = [sys.executable, "-m", "benchmarks.chat_memory", name]
+    args = [str(weights())] if name == "torch" else []
+    command = [sys.executable, "-m", "benchmarks.chat_memory", name, *args]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(f"{title:24}" + "".join(f"{x:10.0f}" for x in json.loads(out).values()), flush=True)
 

@@ -66,8 +66,8 @@ def rounds_of(steps: Steps, rounds: int) -> dict[str, list[float]]:
 
 
 def _calls_in(step: Callable[[], Any], seconds: float) -> int:
-  """How many calls fill a round; the first ones compile."""
-  _seconds_a_call(step, 1)
+  """How many calls fill a round; the first two compile, a step in turns for both."""
+  _seconds_a_call(step, 2)
   once = _seconds_a_call(step, 2)
   if once > seconds:
     return 1

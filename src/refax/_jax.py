@@ -7,7 +7,6 @@ on the installed JAX; the public path is always complete. `REFAX_PUBLIC_JAX=1` f
 tests run both.
 """
 
-import collections
 import contextlib
 import functools
 import itertools
@@ -81,7 +80,9 @@ _EAGER = object()
 
 def trace_state() -> Any:
   """A token that is equal for two moments inside the same trace, and only then."""
-  return _EAGER if no_trace_active() else get_opaque_trace_state()
+  private = _private()  # `no_trace_active`, without a frame
+  is_eager = private is not None and private.clean()
+  return _EAGER if is_eager else get_opaque_trace_state()
 
 
 class _Private(NamedTuple):
@@ -506,16 +507,16 @@ def exchange(
     result: from an iterator over the rest of what the call returns to the result of `run`.
     give: from the arguments of `run` to the arrays that the call may overwrite, if there are any.
     store: from the arguments of `run` and the iterator to another one, which stores some of the
-      rest elsewhere as it is used up; it must do so in C.
+      rest elsewhere as it is used up; it must do so in C, and yield None for each.
 
   Returns:
     `run(args) -> result`.
   """
   writes, reads = ([ref._refs for ref in some] for some in cast(Any, cells))
   name = itertools.repeat("_buf")
-  flat, chain, consume = itertools.chain.from_iterable, itertools.chain, collections.deque
+  flat, chain = itertools.chain.from_iterable, itertools.chain
 
-  def run(args: Any) -> Any:
+  def run(args: Any) -> Any:  # `any` goes through to the end, for `setattr` returns None
     old, arrays = [c._buf for c in writes], (pick(args),)
     if give is not None:
       old += give(args)
@@ -524,9 +525,9 @@ def exchange(
     else:
       new = flat(map(call, (old,), arrays))
     if store is None:
-      consume(map(setattr, writes, name, new), 0)
+      any(map(setattr, writes, name, new))
     else:
-      consume(chain(map(setattr, writes, name, new), store(args, new)), 0)
+      any(chain(map(setattr, writes, name, new), store(args, new)))
     return result(new)
 
   return run

@@ -1,6 +1,11 @@
 """The fast path of nnx.jit is not to be told from the general one, but by its speed."""
 
+import collections
 import gc
+import os
+import re
+import signal
+import sys
 import threading
 import weakref
 
@@ -96,7 +101,7 @@ def test_the_last_call_is_found_again_and_only_that():
   assert [float(step(net, X)) for _ in range(2)] == want[:2]
   calls = FastCalls()
   calls.last = (*step._fast.last[:-1], lambda args: "at once")
-  way = steady(calls, lambda args, kwargs: "general")
+  way = steady(calls, lambda *_: "general")
   assert way(net, X) == way(net, X + 1) == "at once"
   for args in ((other, X), (net, X[:1]), (net, np.asarray(X)), (net,), (net, X, X), (net, None)):
     assert way(*args) == "general"
@@ -406,7 +411,7 @@ def test_a_call_with_keywords_or_containers_is_known_at_once(args, kwargs, monke
   for _ in range(3):
     jitted(*args(model), **kwargs)
 
-  def searched(*_):
+  def searched(*_, **__):
     raise AssertionError("it was looked for among the entries")
 
   monkeypatch.setattr(FastCalls, "find", searched)
@@ -429,3 +434,118 @@ def test_keywords_in_another_order_are_not_mixed_up():
     assert float(step(a=ONE, b=1.0)) == -1.0
     assert float(step(b=1.0, a=ONE)) == -1.0
     assert float(step(1.0, ONE)) == -1.0
+
+
+@pytest.mark.parametrize("where", ["argument", "container", "attribute", "lojax", "State"])
+def test_an_array_that_is_committed_is_another_call_and_ctrl_c_comes_when_it_has_ended(where):
+  """JAX compiles for it in Python, between whose lines the buffers of the model would be lost."""
+
+  @nnx.jit
+  def step(model, x):
+    model.total[...] += jax.tree.leaves(x)[0].sum() + model.table.sum() + model.lojax[...].sum()
+
+  on_device = jax.device_put(X, jax.devices()[0])
+  assert on_device.committed and not X.committed
+  one = float(X.sum())
+
+  def batch_of(x):
+    return {"container": {"x": x}, "State": nnx.State({"x": {"y": x}})}.get(where, x)
+
+  def interrupted_at(event):
+    """How many steps the model has made, one with Ctrl-C; how many events there are in JAX."""
+    step.clear_cache()
+    zero = jnp.zeros_like(X)
+    model = nnx.Dict(
+      total=nnx.Variable(0.0), table=nnx.data(zero), lojax=nnx.Variable(zero, is_hijax=False)
+    )
+    for _ in range(3):
+      step(model, batch_of(X))
+    if where == "attribute":
+      model.table = on_device * 0
+    if where == "lojax":
+      model.lojax[...] = on_device * 0
+    is_inside = where in ("attribute", "lojax")
+    batch, count = batch_of(X if is_inside else on_device), 0
+
+    def profile(frame, kind, arg):
+      nonlocal count
+      if f"{os.sep}jax{os.sep}" in frame.f_code.co_filename:
+        count += 1
+        if count == event:
+          signal.raise_signal(signal.SIGINT)
+
+    sys.setprofile(profile)
+    try:
+      step(model, batch)
+    except KeyboardInterrupt:
+      pass
+    finally:
+      sys.setprofile(None)
+    return round(float(model.total) / one), count
+
+  steps, last = interrupted_at(-1)
+  assert steps == 4 and last > 100
+  assert {interrupted_at(event)[0] for event in range(last - 40, last + 1, 8)} <= {3, 4}
+
+
+def test_containers_of_arrays_go_to_jax_as_they_are():
+  seen = []
+
+  @nnx.jit
+  def step(v, batch, pair, empty, *, extra):
+    seen.append(jax.tree.structure((batch, pair, empty, extra)))
+    v[...] += batch["x"].sum() * pair[1]
+    return {"x": batch["x"], "y": batch["n"][0], "extra": extra}, v[...]
+
+  v, total = nnx.Variable(0.0), 0.0
+  batches = [{"x": X * i, "n": [i, None]} for i in range(1, 5)]
+  for i, batch in enumerate(batches, 1):
+    out, _ = step(v, batch, (np.float32(9), 2.0), {}, extra=(np.ones(2), (X,)))
+    total += 2 * float(X.sum()) * i
+    np.testing.assert_allclose(float(v), total, rtol=1e-6)
+    np.testing.assert_array_equal(out["x"], batch["x"])
+    assert out["y"] == i and len(out["extra"]) == 2
+  assert len(seen) == 1
+  found = step._fast.find
+  numbers = (np.float32(9), 2.0)
+  call = lambda *, n=(1, None), pair=numbers, empty=(), x=X: found(
+    (v, {"x": x, "n": list(n)}, pair, dict(empty), (np.ones(2), (X,))), ("extra",)
+  )
+  assert call() is not None
+  for other in ({"n": (1.0, None)}, {"n": (1, 1)}, {"pair": (np.float64(9), 2.0)}, {"x": X[:1]},
+                {"pair": [np.float32(9), 2.0]}, {"empty": {"a": X}}, {"x": v}, {"x": "text"},
+                {"x": jax.device_put(X, jax.devices()[0])}):  # fmt: skip
+    assert call(**other) is None, other
+  with pytest.raises(OverflowError, match=re.escape("batch.n[0]")):
+    step(v, {"x": X, "n": [2**40, None]}, (np.float32(9), 2.0), {}, extra=(np.ones(2), (X,)))
+  np.testing.assert_allclose(float(v), total, rtol=1e-6)
+
+
+def test_containers_with_objects_with_odd_keys_and_of_other_classes_are_right_too():
+  class Odd(str):
+    __slots__ = ()
+
+  Pair = collections.namedtuple("Pair", "a b")
+  v, w = nnx.Variable(0.0), nnx.Variable(1.0, is_hijax=False)
+  for batch in ({"v": v, "x": X}, {Odd("x"): X}, Pair(X, None), [w, X], {"x": X, "y": (w,)}):
+    step = nnx.jit(lambda v, batch: (v.set_value(v + 1), batch)[1])
+    start = float(v)
+    for i in range(4):
+      out = step(v, batch)
+      assert float(v) == start + i + 1
+      assert jax.tree.structure(out) == jax.tree.structure(batch)
+      np.testing.assert_array_equal(jax.tree.leaves(out)[-1], jax.tree.leaves(batch)[-1])
+
+
+def test_a_container_that_may_be_overwritten_or_is_lowered():
+  step = nnx.jit(lambda v, batch: (v.set_value(v + 1), batch["x"] + 1)[1], donate_argnames="batch")
+  v = nnx.Variable(0.0)
+  for _ in range(3):
+    x = X + 0
+    step(v, {"x": x})
+    assert x.is_deleted()
+  plain = nnx.jit(lambda v, batch: (v.set_value(v + 1), batch["x"] + 1)[1])
+  ahead = plain.lower(v, {"x": X}).compile()
+  np.testing.assert_array_equal(ahead(v, {"x": X}), X + 1)
+  np.testing.assert_array_equal(plain(v, {"x": X}), X + 1)
+  assert float(v) == 5.0

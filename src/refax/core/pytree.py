@@ -262,7 +262,12 @@ class Pytree(Node):
     declared = self._declared
     is_plain = type(value) in PLAIN and type(old) in PLAIN
     if is_plain and not declared and name not in self._pytree.dynamic:  # loops switch modes by it
-      self._put(name, old, value, dynamic=False)
+      self._check_trace(name)
+      if not _same(old, value):
+        try:  # as in `_put`
+          set_attribute(self.__dict__, name, value)
+        finally:
+          self._structure_changed({name: (old, False)}, (), (name,))
       return
     if isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)
@@ -387,6 +392,6 @@ register(Pytree)
 
 def _same(old: Any, new: Any) -> bool:
   """Whether an assignment changes nothing: the same object, or an equal number or string."""
-  return old is new or (
-    isinstance(new, int | float | str) and kind(old) == kind(new) and bool(old == new)
-  )
+  if type(old) is not type(new) or not isinstance(new, int | float | str):
+    return old is new
+  return bool(old == new) and kind(old) == kind(new)

@@ -20,8 +20,9 @@ from refax.core.interrupt import uninterrupted
 from refax.core.node import Node
 from refax.core.variable import Variable, store_cell
 from refax.transforms.commit import ARRAY
-from refax.transforms.compiled import Compiled, Items, item
+from refax.transforms.compiled import Compiled, Items, Retraced, item
 from refax.transforms.lift import Inputs
+from refax.transforms.tree import Like, is_like
 
 
 class Given:
@@ -30,9 +31,9 @@ class Given:
   def __init__(self, inputs: Inputs):
     self._inputs = inputs
 
-  def picker(self, items: Items) -> Callable[[Any], Any]:
-    """The function from the arguments of a call to its arrays."""
-    return lambda _: tuple(item(self._inputs.leaves[i]) for i in items.kept)
+  def picker(self, items: Items, *, gives_up: bool) -> Callable[[Any], Any]:
+    """The function from the arguments of a call to its arrays, see `Sources.picker`."""
+    return lambda _: items.handed(lambda i: item(self._inputs.leaves[i]))
 
   def giver(self, items: Items) -> Callable[[Any], list]:
     """The function from the arguments of a call to the arrays that it may overwrite."""
@@ -51,25 +52,41 @@ class Sources:
   """Where the calls that are like one call find their leaves and objects, without keeping them.
 
   The arguments of these calls are `values`, or `(values, leaves, cells)` where there are containers
-  among them: the leaves of the containers, and these as arrays.
+  of objects among them: the leaves of the containers, and these as arrays.
 
   No function that is made here may hold `self`, which holds the objects.
 
   Args:
     inputs: the call.
     places: for leaves in the arguments themselves, (0, index in `values`) or (1, in `leaves`).
-    has_trees: whether there are containers among the arguments.
+    containers: for each of `Items.containers` its index in `values`.
+    has_trees: whether there are containers of objects among the arguments.
   """
 
-  def __init__(self, inputs: Inputs, places: dict[int, tuple[int, int]], *, has_trees: bool):
-    self._inputs, self._has_trees = inputs, has_trees
+  def __init__(
+    self,
+    inputs: Inputs,
+    places: dict[int, tuple[int, int]],
+    containers: Sequence[int],
+    *,
+    has_trees: bool,
+  ):
+    self._inputs, self._containers, self._has_trees = inputs, containers, has_trees
     self._places: dict[int, tuple[int, Any]] = dict(places)
 
-  def picker(self, items: Items) -> Callable[[Any], Any]:
-    """The function from the arguments of a call to its arrays."""
-    direct = [self._places[i] for i in items.direct]
+  def picker(self, items: Items, *, gives_up: bool) -> Callable[[Any], Any]:
+    """The function from the arguments of a call to its arrays.
+
+    Args:
+      items: what the arrays are.
+      gives_up: whether the call gives up buffers of Refs. For an array of another type JAX compiles
+        anew, in Python, where a signal would lose them: the function then raises Retraced.
+    """
+    direct = [self._places[i] for i in items.direct] + [(0, i) for i in self._containers]
     variables = [weakref.ref(self._inputs.leaves[i]) for i in items.variables]
     attributes = [self._attribute(i) for i in items.arrays]
+    inside = (*items.variables, *items.arrays) if gives_up else ()
+    likes = list(zip(*(Like.of(item(self._inputs.leaves[i])) for i in inside), strict=True))
     if not self._has_trees and not variables and not attributes:
       indices = [i for _, i in direct]
       return operator.itemgetter(*indices) if len(indices) > 1 else _picker_of_few(indices)
@@ -80,10 +97,11 @@ class Sources:
 
     def pick(args: Any) -> tuple[Any, ...]:
       parts = (args[0], args[2]) if has_trees else (args,)
-      arrays = [parts[where][i] for where, i in direct]
-      arrays += [ref()._node[0][0] for ref in variables]  # pyright: ignore[reportOptionalMemberAccess]
+      arrays: list[Any] = [ref()._node[0][0] for ref in variables]  # pyright: ignore[reportOptionalMemberAccess]
       arrays += [read() for read in attributes]
-      return tuple(arrays)
+      if likes and not all(map(is_like, arrays, *likes)):
+        raise Retraced
+      return (*[parts[where][i] for where, i in direct], *arrays)
 
     return pick
 
@@ -146,7 +164,7 @@ def bind(
     _jax.exchange,
     call or compiled.call,
     compiled.cells(leaves),
-    sources.picker(items),
+    sources.picker(items, gives_up=bool(compiled.written)),
     give=sources.giver(items) if items.given else None,
   )
   variables = sources.reader([i for i, _ in commit.written])

@@ -7,7 +7,7 @@ state that is only read is neither. State that the function reaches by closure i
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,40 @@ from refax.core.graphdef import LEAF, REGION
 from refax.core.variable import Variable
 from refax.transforms.commit import CompiledCommit, Outputs
 from refax.transforms.lift import Inputs
+from refax.transforms.tree import is_built_in
 
 
 class Retraced(Exception):
   """JAX traces again (another context, sharding, device): this call needs another executable."""
+
+
+class Container(NamedTuple):
+  """An argument that is handed over as it is: lists, tuples and dicts of arrays and numbers."""
+
+  argument: int
+  """Which one, of `Inputs.arguments`."""
+  treedef: Any
+  leaves: tuple[int, ...]
+
+  @classmethod
+  def of(cls, argument: int, entry: tuple, is_item: Callable[[int], bool]) -> "Container | None":
+    """The description of an argument; None if something else is in it.
+
+    Args:
+      argument: which one.
+      entry: what the walk made of it.
+      is_item: whether a leaf may be handed over in its container.
+    """
+    if entry[0] != REGION or not is_built_in(entry[1]):
+      return None
+    if not all(e[0] == LEAF and is_item(e[1]) for e in entry[2]):
+      return None
+    return cls(argument, entry[1], tuple(e[1] for e in entry[2]))
+
+  def paths(self) -> dict[str, int]:
+    """The leaves by what JAX calls their places."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(self.treedef.unflatten(self.leaves))
+    return {jax.tree_util.keystr(path): i for path, i in flat}
 
 
 class Items(NamedTuple):
@@ -33,30 +63,66 @@ class Items(NamedTuple):
   given: list[int]
   """Those that may be overwritten."""
   direct: list[int]
-  """Those in the arguments themselves, and in built-in containers there."""
+  """Those in the arguments themselves, and in containers there that are not handed over."""
+  containers: list[Container]
   variables: list[int]
   """The lojax Variables in objects."""
   arrays: list[int]
   """The arrays in objects."""
 
   @classmethod
-  def of(cls, inputs: Inputs, mask: Sequence[bool]) -> "Items":
-    """The items of a call; `mask` says of each leaf whether it may be overwritten."""
+  def of(cls, inputs: Inputs, mask: Sequence[bool], needed: Iterable[int]) -> "Items":
+    """The items of a call.
+
+    Args:
+      inputs: its arguments.
+      mask: for each leaf, whether it may be overwritten.
+      needed: the leaves that the result will hold; each is to be found by itself.
+    """
+    leaves, apart = inputs.leaves, frozenset(needed)
+
+    def is_item(i: int) -> bool:
+      is_object = isinstance(leaves[i], Variable) or leaves[i] is None or _jax.is_ref(leaves[i])
+      return not (is_object or mask[i] or i in apart)
+
+    found = [Container.of(n, entry, is_item) for n, entry in enumerate(inputs.arguments)]
+    containers = [c for c in found if c is not None]
     entries = [e for a in inputs.arguments for e in (a[2] if a[0] == REGION else [a])]
     direct = {entry[1] for entry in entries if entry[0] == LEAF}
-    items = cls([], [], [], [])
-    for i, (leaf, given) in enumerate(zip(inputs.leaves, mask, strict=True)):
+    items, inside = cls([], [], containers, [], []), {i for c in containers for i in c.leaves}
+    for i, (leaf, given) in enumerate(zip(leaves, mask, strict=True)):
       is_variable = isinstance(leaf, Variable)
-      if leaf is None or _jax.is_ref(leaf) or (is_variable and leaf.is_hijax):
+      if leaf is None or _jax.is_ref(leaf) or (is_variable and leaf.is_hijax) or i in inside:
         continue
       lot = items.direct if i in direct else items.variables if is_variable else items.arrays
       (items.given if given else lot).append(i)
     return items
 
-  @property
-  def kept(self) -> list[int]:
-    """All that are not overwritten."""
-    return [*self.direct, *self.variables, *self.arrays]
+  def handed(self, item_of: Callable[[int], Any]) -> tuple[Any, ...]:
+    """All that are not overwritten, as they are handed over; `item_of` gives each by its index."""
+    return (
+      *map(item_of, self.direct),
+      *(c.treedef.unflatten(map(item_of, c.leaves)) for c in self.containers),
+      *map(item_of, self.variables),
+      *map(item_of, self.arrays),
+    )
+
+  def by_index(self, handed: Sequence[Any]) -> dict[int, Any]:
+    """The items in what was handed over."""
+    first, last = len(self.direct), len(self.direct) + len(self.containers)
+    apart = [*self.direct, *self.variables, *self.arrays]
+    items = dict(zip(apart, [*handed[:first], *handed[last:]], strict=True))
+    for container, x in zip(self.containers, handed[first:last], strict=True):
+      items |= zip(container.leaves, jax.tree.leaves(x), strict=True)
+    return items
+
+  def place(self, index: int, path: str) -> tuple[int, str]:
+    """The item in a place of what was handed over, and the rest of the path to something in it."""
+    first, last = len(self.direct), len(self.direct) + len(self.containers)
+    if first <= index < last:
+      return self.containers[index - first].paths()[path], ""
+    apart = [*self.direct, *self.containers, *self.variables, *self.arrays]
+    return apart[index], path
 
 
 def item(leaf: Any) -> Any:
@@ -88,8 +154,8 @@ class Compiled:
   ):
     self._closed, self._jitted, self._names = traced.jaxpr, jitted, names
     jaxpr = traced.jaxpr.jaxpr
-    self.items = Items.of(inputs, mask)
     self.commit = CompiledCommit(inputs.graphdef, traced.out_info)
+    self.items = Items.of(inputs, mask, self.commit.leaves)
     self._out_count = len(jax.tree.leaves(traced.out_info))
     self._order = sorted(range(len(mask)), key=lambda i: mask[i])  # as they were traced: kept first
     self._spans = _spans(inputs.leaves, self._order)
@@ -144,8 +210,8 @@ class Compiled:
         raise Retraced
       traces.append(None)
       values = dict(zip([*self.written, *self.read], [*written[:count], *read], strict=True))
-      order = (*self.items.given, *self.items.kept)
-      items = dict(zip(order, [*written[count:], *arrays], strict=True))
+      items = dict(zip(self.items.given, written[count:], strict=True))
+      items |= self.items.by_index(arrays)
       new, results = self._of_values(values, items) or self._of_refs(values, items)
       return (*new, *self._own(results))
 
@@ -201,8 +267,9 @@ class Compiled:
   def lower(self, leaves: Sequence[Any]) -> Any:
     """The lowered computation, by `jax.jit(...).lower`."""
     written, read = ([_jax.peek_cell(ref) for ref in refs] for refs in self.cells(leaves))
-    given, kept = ([item(leaves[i]) for i in lot] for lot in (self.items.given, self.items.kept))
-    return self.jitted.lower([*written, *given], tuple(kept), *([read] if read else []))
+    item_of = lambda i: item(leaves[i])
+    given, handed = map(item_of, self.items.given), self.items.handed(item_of)
+    return self.jitted.lower([*written, *given], handed, *([read] if read else []))
 
   def renamed(self, error: Exception) -> Exception:
     """An error of JAX that names the user's arguments, and not those of the compiled function."""
@@ -210,18 +277,21 @@ class Compiled:
     return error if text == str(error) else type(error)(text)
 
   def _named(self, match: re.Match) -> str:
-    sort, index = match[1], int(match[2])
+    sort, index, path = match[1], int(match[2]), match[3]
     if sort == "arrays":
-      return self._names()[self.items.kept[index]]
+      at, path = self.items.place(index, path)
+      return self._names()[at] + path
     if sort == "written" and index >= len(self.written):
-      return self._names()[self.items.given[index - len(self.written)]]
+      return self._names()[self.items.given[index - len(self.written)]] + path
     key = (self.written if sort == "written" else self.read)[index]
     if not isinstance(key, int):
       return "a Variable that came by closure"
-    return self._names()[next(i for i, span in self._spans.items() if key in span)]
+    return self._names()[next(i for i, span in self._spans.items() if key in span)] + path
 
 
-_OURS = re.compile(r"(?:(?<=argument )|(?<=argument path is ))(written|read|arrays)\[(\d+)\]")
+_OURS = re.compile(
+  r"(?:(?<=argument )|(?<=argument path is ))(written|read|arrays)\[(\d+)\]((?:\[[^\]]*\])*)"
+)
 
 
 _places: dict[Any, Any] = {}

@@ -8,6 +8,7 @@ flattened first, and found by its structure.
 """
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,10 +21,10 @@ from refax.core.variable import Variable
 from refax.core.watch import Watch
 from refax.transforms.bind import Sources, bind
 from refax.transforms.commit import leaves_of
-from refax.transforms.compiled import Compiled, Retraced
+from refax.transforms.compiled import Compiled, Container, Retraced
 from refax.transforms.lift import Inputs
 from refax.transforms.reach import Slot
-from refax.transforms.tree import Tree, is_array_of, is_like, type_of
+from refax.transforms.tree import Like, Tree, flatten, is_like, type_of
 
 LIMIT = 1024  # entries of one function; more calls than that are not a steady state
 _ALIKE = 64  # entries for the same object, as for batches of many lengths
@@ -40,17 +41,12 @@ class Entry:
     forget: called with the entry when an object among the arguments is gone, or a cell.
   """
 
-  __slots__ = (
-    "__weakref__", "_cells", "_compiled", "_constants", "_count", "_epoch", "_names",
-    "_objects", "_parts", "_slots", "_types", "_watch", "quick", "run",
-  )  # fmt: skip
+  __slots__ = ("__weakref__", "_cells", "_compiled", "_objects", "quick", "run")
 
   def __init__(
     self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot], forget: Callable[["Entry"], None]
   ):
-    self._epoch, self._watch, self._names = seen.epoch, seen.watch, seen.names
-    self._compiled, self._count = compiled, len(seen.values)
-    self._slots, self._constants = slots, seen.constants
+    self._compiled = compiled
     this = weakref.ref(self)
 
     def gone(_: Any) -> None:
@@ -61,45 +57,80 @@ class Entry:
     # `run` holds the buffers of all cells: what it holds of a model must not outlive the model.
     cells = (ref for refs in compiled.cells(seen.inputs.leaves) for ref in refs)
     self._cells = [weakref.ref(ref, gone) for ref in cells]
-    self._types = [is_array_of(x, i) for i, x in seen.arrays]
-    sources = seen.sources()
-    self.run = bind(compiled, seen.inputs.leaves, sources)
+    self.run = bind(compiled, seen.inputs.leaves, seen.sources())
     # Without `self`: a cycle would keep the buffers of `run` until the collector comes.
-    self._parts = functools.partial(_parts_of, seen.trees, seen.distinct) if seen.trees else None
-    self.quick = (
-      self._epoch, self._watch, _jax.steady_check(), self._count, self._names,
-      self._objects, self._types, self._constants, slots, self._parts, self.run,
+    parts = functools.partial(_parts_of, seen.trees, seen.distinct) if seen.trees else None
+    self.quick: Quick = (
+      seen.epoch, seen.watch, _jax.steady_check(), len(seen.values), seen.names, self._objects,
+      [(i, *Like.of(x)) for i, x in seen.arrays], seen.constants, slots, seen.row(), parts,
+      self.run,
     )  # fmt: skip
-    """What `steady` looks at: a tuple, for an attribute takes as long as a check."""
 
   @property
   def may_hold(self) -> bool:
     """Whether the entry may ever describe a call again."""
-    return self._epoch == epoch.value and not self._watch.is_dead
-
-  def matches(self, values: tuple, names: tuple[str, ...]) -> Any:
-    """What to run on, if this entry describes a call; else None.
-
-    Args:
-      values: the arguments, positional ones first.
-      names: the keywords of the last ones.
-    """
-    if len(values) != self._count or names != self._names or epoch.value != self._epoch:
-      return None
-    if any(ref() is not values[i] for i, ref in self._objects) or not self._watch.holds():
-      return None
-    if not all(is_like(values[i], *rest) for i, *rest in self._types):
-      return None
-    for i, value, kind_ in self._constants:
-      if values[i] is not value and not (kind(values[i]) == kind_ and values[i] == value):
-        return None
-    if any(read() is not value for read, value in self._slots):
-      return None
-    return values if self._parts is None else self._parts(values)
+    then, watch, *_ = self.quick
+    return then == epoch.value and not watch.is_dead
 
   def renamed(self, error: Exception) -> Exception:
     """An error of JAX that names the user's arguments."""
     return self._compiled.renamed(error)
+
+
+Quick = tuple[Any, ...]
+"""What a call is compared with, see `given_by`: a tuple, for an attribute takes as long as a check.
+
+The epoch, the watch of the objects, whether a call may run at all, the number of arguments, the
+keywords of the last ones, the objects, the arrays and numbers, the constants, the slots of what is
+reached by closure, the containers of arrays, those of objects, and what runs it.
+"""
+
+_NO_CALL: Quick = (-1, None, bool, -1, (), [], [], [], (), None, None, None)
+
+
+def given_by(quick: Quick, values: tuple, names: Iterable[str]) -> Any:
+  """What to run on, if an entry describes a call; else None.
+
+  This is what a training loop waits for. Another `use_hijax` is not looked for: it is a context
+  that JAX traces again for.
+
+  Args:
+    quick: what the entry is known by.
+    values: the arguments, positional ones first.
+    names: the keywords of the last ones.
+  """
+  then, watch, may_run, count, known, objects, arrays, constants, slots, rows, parts, _ = quick
+  if len(values) != count or epoch.value != then or not may_run():
+    return None
+  if (watch.mark is not watch.held and not watch.holds()) or (
+    (names or known) and tuple(names) != known
+  ):
+    return None
+  for i, ref in objects:
+    if ref() is not values[i]:
+      return None
+  for i, aval, place, is_committed, type_ in arrays:  # `is_like`, without a frame
+    x = values[i]
+    if type(x) is type_:
+      continue
+    is_alike = getattr(x, "aval", None) is aval and x.committed is is_committed
+    if is_alike and (x.sharding is place or x.sharding == place):
+      continue
+    if type_of(x) != type_:
+      return None
+  for i, value, kind_ in constants:
+    x = values[i]
+    if x is not value and not (kind(x) == kind_ and x == value):
+      return None
+  for read, value in slots:
+    if read() is not value:
+      return None
+  if rows is not None:
+    pick, treedef, *likes = rows
+    found, tree = flatten(pick(values))
+    if tree != treedef or not all(map(is_like, found, *likes)):
+      return None
+  return values if parts is None else parts(values)
 
 
 def _parts_of(trees: list[Tree], distinct: tuple[int, frozenset[int]] | None, values: tuple) -> Any:
@@ -117,47 +148,32 @@ def _parts_of(trees: list[Tree], distinct: tuple[int, frozenset[int]] | None, va
   return values, leaves, cells
 
 
-NO_CALL = (-1, None, bool, -1, (), [], [], [], (), None, lambda _: None)
+def steady(
+  calls: "FastCalls", general: Callable[[tuple, dict[str, Any], tuple, tuple[str, ...]], Any]
+) -> Callable:
+  """A function that makes a call that is known at once, first of all that of last time.
 
-
-def steady(calls: "FastCalls", general: Callable[[tuple, dict[str, Any]], Any]) -> Callable:
-  """A function that makes the call of last time at once, and any other by `general(args, kwargs)`.
-
-  This is what a training loop waits for: it is one plain function, as every attribute and every
-  frame takes as long as a check. Another `use_hijax` is not looked for: it is a context that JAX
-  traces again for.
+  Args:
+    calls: what is known.
+    general: makes any other call, of `(args, kwargs, values, names)`: the arguments, and all of
+      them in one row with the keywords of the last ones.
   """
 
   def call(*args: Any, **kwargs: Any) -> Any:
-    then, watch, may_run, count, names, objects, types, constants, slots, parts, run = calls.last
-    values = (*args, *kwargs.values()) if kwargs else args
-    if len(values) != count or epoch.value != then or not may_run() or not watch.holds():
-      return general(args, kwargs)
-    if (kwargs or names) and tuple(kwargs) != names:
-      return general(args, kwargs)
-    for i, ref in objects:
-      if ref() is not values[i]:
-        return general(args, kwargs)
-    for i, aval, place, type_ in types:
-      x = values[i]  # `is_like`, without a frame
-      if aval is not None and getattr(x, "aval", None) is aval and x.sharding == place:
-        continue
-      if type_of(x) != type_:
-        return general(args, kwargs)
-    for i, value, _ in constants:
-      if values[i] is not value:
-        return general(args, kwargs)
-    for read, value in slots:
-      if read() is not value:
-        return general(args, kwargs)
-    given = values if parts is None else parts(values)
+    values, quick = (*args, *kwargs.values()) if kwargs else args, calls.last
+    given = given_by(quick, values, kwargs)
     if given is None:
-      return general(args, kwargs)
+      found = calls.find(values, names := tuple(kwargs), besides=quick)
+      if found is None:
+        return general(args, kwargs, values, names)
+      entry, given = found
+      quick = entry.quick
+    run = quick[-1]
     try:
       return run(given)
     except Retraced:
       calls.drop(run)
-      return general(args, kwargs)
+      return general(args, kwargs, values, tuple(kwargs))
     except (ValueError, TypeError, OverflowError) as error:
       raise calls.renamed(run, error) from None
 
@@ -172,20 +188,28 @@ class FastCalls:
   """
 
   def __init__(self):
-    self.last: tuple = NO_CALL
+    self.last = _NO_CALL
     """What the last call was known by: mostly that of the next one."""
     self._entries: dict[int | None, list[Entry]] = {}
     self._compiled: dict[tuple, Compiled] = {}
 
-  def find(self, values: tuple, names: tuple[str, ...] = ()) -> tuple[Entry, Any] | None:
-    """The entry for a call, and what it is run on; `names` are the keywords of the last values."""
-    lot = self._entries.get(_first(values))
-    if not lot or not is_eager() or _jax.checks_results():
-      return None
-    for entry in lot:
-      given = entry.matches(values, names)
+  def find(
+    self, values: tuple, names: tuple[str, ...] = (), besides: Quick | None = None
+  ) -> tuple[Entry, Any] | None:
+    """The entry for a call, and what it is run on.
+
+    Args:
+      values: the arguments.
+      names: the keywords of the last ones.
+      besides: what does not describe the call, as is known already.
+    """
+    lot = self._entries.get(_first(values), [])
+    for i, entry in enumerate(lot):
+      if entry.quick is besides:
+        continue
+      given = given_by(entry.quick, values, names)
       if given is not None:
-        if lot[0] is not entry:  # a loop mostly does again what it did last
+        if i > 1:  # a loop mostly does again what it did last, or goes back and forth
           lot[:] = [entry, *(e for e in lot if e is not entry)]
         self.last = entry.quick
         return entry, given
@@ -205,7 +229,7 @@ class FastCalls:
     """A new entry for a call that has been made, if it can be known by its arguments."""
     if compiled.careful or compiled.commit.spec.redefined or seen.watch.is_dead:
       return
-    if not seen.describe():
+    if not seen.describe(compiled.items.containers):
       return
     key, calls = _first(seen.values), weakref.ref(self)
 
@@ -222,7 +246,7 @@ class FastCalls:
 
   def drop(self, run: Callable) -> None:
     """Forget an entry, by its `run`: JAX would trace again for it."""
-    self.last = NO_CALL
+    self.last = _NO_CALL
     for key, lot in list(self._entries.items()):  # of objects that die meanwhile, lots go
       lot[:] = [entry for entry in lot if entry.run is not run]
       if not lot:
@@ -230,7 +254,7 @@ class FastCalls:
 
   def forget(self, key: tuple) -> None:
     """Forget all entries, and what was compiled for a structure."""
-    self.last = NO_CALL
+    self.last = _NO_CALL
     self._entries.clear()
     self._compiled.pop(key, None)
 
@@ -241,7 +265,7 @@ class FastCalls:
 
   def clear(self) -> None:
     """Forget everything."""
-    self.last = NO_CALL
+    self.last = _NO_CALL
     self._entries.clear()
     self._compiled.clear()
 
@@ -273,20 +297,31 @@ class Seen:
     self.constants = [(i, values[i], kind(values[i])) for i in self._static]
     self.objects: list[tuple[int, Node]] = []
     self.arrays: list[tuple[int, Any]] = []
+    self.containers: list[int] = []
+    """Those of arrays and numbers, which JAX is given as they are."""
     self.trees: list[Tree] = []
+    """The others."""
     self.distinct: tuple[int, frozenset[int]] | None = None
     """How many lojax Variables are in containers, and who is none of them, where that matters."""
     self._places: dict[int, tuple[int, int]] = {}  # of a leaf: in the values, or in the trees
 
-  def describe(self) -> bool:
-    """Sort the arguments; whether all of them can be compared with those of another call."""
+  def describe(self, containers: Iterable[Container]) -> bool:
+    """Sort the arguments; whether all of them can be compared with those of another call.
+
+    Args:
+      containers: those that JAX is given as they are.
+    """
     if not self.inputs.is_watched:
       return False
     first = len(self.values) - len(self.names)
     names = [first + self.names.index(name) for name in self.inputs.names]
-    for entry, i in zip(self.inputs.arguments, [*range(first), *names], strict=True):
-      x = self.values[i]
+    handed = {c.argument for c in containers}
+    for n, i in enumerate((*range(first), *names)):
+      x, entry = self.values[i], self.inputs.arguments[n]
       if i in self._static:
+        continue
+      if n in handed:
+        self.containers.append(i)
         continue
       if x is None:
         self.constants.append((i, None, type(None)))
@@ -297,7 +332,17 @@ class Seen:
         self.arrays.append((i, x))
       elif not self._add_tree(i, x, entry):
         return False
-    return self._are_apart()
+    row = self.row()
+    return (row is None or None not in row[-1]) and self._are_apart()
+
+  def row(self) -> tuple | None:
+    """How to take the containers of arrays out of `values`, and each field of their `Like`s."""
+    if not self.containers:
+      return None
+    pick = operator.itemgetter(*self.containers)
+    leaves, treedef = flatten(pick(self.values))
+    likes = zip(*map(Like.of, leaves), strict=True) if leaves else [[]] * len(Like._fields)
+    return pick, treedef, *likes
 
   def _add_tree(self, index: int, x: Any, entry: tuple) -> bool:
     tree = Tree.of(index, x, entry)
@@ -324,7 +369,7 @@ class Seen:
 
   def sources(self) -> Sources:
     """Where later calls find their leaves and objects."""
-    return Sources(self.inputs, self._places, has_trees=bool(self.trees))
+    return Sources(self.inputs, self._places, self.containers, has_trees=bool(self.trees))
 
 
 def _first(values: tuple) -> int | None:

@@ -110,23 +110,7 @@ class _Jitted:
       _named(functools.partial(_call, fun), fun), static_argnums=0, **options
     )
 
-  def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Any call: by what its arguments are, else by their structure."""
-    values, names = (*args, *kwargs.values()), tuple(kwargs)
-    found = self.fast.find(values, names)
-    if found is not None:
-      entry, given = found
-      try:
-        return entry.run(given)
-      except Retraced:
-        self.fast.drop(entry.run)
-      except (ValueError, TypeError, OverflowError) as error:
-        raise entry.renamed(error) from None
-    return self._call(args, kwargs, values, names)
-
-  def _call(
-    self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]
-  ) -> Any:
+  def call(self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]) -> Any:
     """A call that no entry describes; `values` and `names` are its arguments in one row."""
     watch, then = Watch(seen_as=any_array), epoch.value
     inputs, spec, leaves = self._split(args, kwargs, watch)
@@ -140,7 +124,7 @@ class _Jitted:
       result = self._run(compiled, inputs)
     except Retraced:
       self.fast.forget(key)
-      return self._call(args, kwargs, values, names)
+      return self.call(args, kwargs, values, names)
     if self._reach.is_steady:
       static = self._static_values(len(args), names)
       seen = Seen(values, names, static, inputs, watch, then)

@@ -18,7 +18,7 @@ from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.graph.state import State
 
-_flatten = jax.tree_util.tree_flatten
+flatten = jax.tree_util.tree_flatten
 
 
 class Tree(NamedTuple):
@@ -31,8 +31,8 @@ class Tree(NamedTuple):
   is_leaf: Callable[[Any], bool] | None
   entries: list[int | None]
   """For each leaf its index among the leaves of the call; None for an object."""
-  arrays: list[tuple[int, Any, Any, Any]]
-  """What arrays and numbers are compared with, see `is_array_of`."""
+  arrays: list[tuple[int, Any, Any, Any, Any]]
+  """The place of each array and number, and what it is compared with, a `Like`."""
   objects: list[tuple[int, Callable[[], Any]]]
   """The place of each object, and of each Ref that no Variable holds, and which one it is."""
   variables: list[tuple[int, type, Any, Any]]
@@ -49,7 +49,7 @@ class Tree(NamedTuple):
     """
     if is_followed(x):
       return None
-    leaves, treedef = _flatten(x, is_object)
+    leaves, treedef = flatten(x, is_object)
     children = entry[2] if entry[0] == REGION else [entry]
     if len(children) != len(leaves):
       return None
@@ -61,7 +61,7 @@ class Tree(NamedTuple):
       elif isinstance(leaf, Variable):
         tree.variables.append((j, type(leaf), leaf._def, _known(leaf._cell)))
       elif type_of(leaf) is not None:
-        tree.arrays.append(is_array_of(leaf, j))
+        tree.arrays.append((j, *Like.of(leaf)))
       else:
         return None
     return tree._replace(is_leaf=is_object if tree.objects or tree.variables else None)
@@ -80,7 +80,7 @@ class Tree(NamedTuple):
       if not _take(x, self.shape, found):
         return False
     else:
-      found, treedef = _flatten(x, self.is_leaf)
+      found, treedef = flatten(x, self.is_leaf)
       if treedef != self.treedef:
         return False
     if not all(is_like(found[j], *rest) for j, *rest in self.arrays):
@@ -146,6 +146,22 @@ def _take(state: Any, shape: _Shape, leaves: list[Any]) -> bool:
   return True
 
 
+def is_built_in(treedef: Any) -> bool:
+  """Whether there are only lists, tuples and dicts in a container, whose keys are plain.
+
+  JAX compares what a call is given in C++, where nothing in Python may run: see `jit._Static`.
+  """
+  if not isinstance(treedef, jax.tree_util.PyTreeDef):
+    return False
+  node: Any = treedef.node_data()
+  if node is None:
+    return True
+  cls, keys = node
+  if cls is dict and not all(type(key) in (str, int) for key in keys):
+    return False
+  return cls in (list, tuple, dict, type(None)) and all(map(is_built_in, treedef.children()))
+
+
 def is_object(x: Any) -> bool:
   """Whether a value is looked at as a whole."""
   return isinstance(x, Node | Variable)
@@ -174,7 +190,7 @@ class _Cells(NamedTuple):
     return not self.refs
 
   def holds(self, cell: Any) -> bool:
-    cells, treedef = _flatten(cell)
+    cells, treedef = flatten(cell)
     refs = [x for x in cells if _jax.is_ref(x)]
     same = len(refs) == len(self.refs) and all(
       r() is x for r, x in zip(self.refs, refs, strict=True)
@@ -188,22 +204,37 @@ def _known(cell: Any) -> Any:
     return weakref.ref(cell)
   if (type_ := type_of(cell)) is not None:
     return _Array(getattr(cell, "aval", None), type_)
-  cells, treedef = _flatten(cell)
+  cells, treedef = flatten(cell)
   return _Cells(treedef, [weakref.ref(x) for x in cells if _jax.is_ref(x)])
 
 
-def is_array_of(x: Any, index: int) -> tuple[int, Any, Any, Any]:
-  """What a later array or number in the place of `x` is compared with."""
-  place = x.sharding if isinstance(x, jax.Array) else None
-  return index, getattr(x, "aval", None), place, type_of(x)
+class Like(NamedTuple):
+  """What a later array or number is compared with. Arrays from one source mostly share the aval."""
+
+  aval: Any
+  place: Any
+  is_committed: Any
+  type: Any
+
+  @classmethod
+  def of(cls, x: Any) -> "Like":
+    """What is like `x`; its type is None if nothing is."""
+    if not isinstance(x, jax.Array):
+      return cls(_NONE, None, None, type_of(x))
+    return cls(getattr(x, "aval", _NONE), x.sharding, x.committed, type_of(x))
 
 
-def is_like(x: Any, aval: Any, place: Any, type_: Any) -> bool:
-  """Whether `x` is an array or number like the one that `is_array_of` has described.
+_NONE = object()  # the aval of a number: no array has it
 
-  Arrays from one source mostly share their aval and their place.
+
+def is_like(x: Any, aval: Any, place: Any, is_committed: Any, type_: Any) -> bool:
+  """Whether `x` is an array or number like the one that a `Like` was made of.
+
+  JAX compiles anew for any other one, in Python, where a signal may come between two lines.
   """
-  if aval is not None and getattr(x, "aval", None) is aval and x.sharding == place:
+  if type(x) is type_:
+    return True
+  if getattr(x, "aval", None) is aval and x.committed is is_committed and x.sharding == place:
     return True
   return type_of(x) == type_
 
@@ -213,9 +244,10 @@ def type_of(x: Any) -> Any:
   if isinstance(x, jax.Array) and type(x) is not jax.Ref:
     weak = getattr(x, "weak_type", False)  # typed keys have none
     return x.shape, x.dtype, weak, x.sharding, getattr(x, "committed", True)
-  if isinstance(x, np.ndarray | np.generic):
+  if isinstance(x, np.ndarray):
     return type(x), x.shape, x.dtype
-  return type(x) if type(x) in (bool, int, float, complex) else None
+  is_scalar = type(x) in (bool, int, float, complex) or isinstance(x, np.generic)
+  return type(x) if is_scalar else None
 
 
 def signature(leaf: Any) -> Any:

@@ -481,3 +481,14 @@ def test_a_steady_call_asks_for_all_that_makes_a_call_another_one(way, monkeypat
   seen = []
   jax.jit(lambda x: seen.append(may_run()) or x)(1.0)
   assert seen == [False]
+
+
+def test_types_of_many_arrays_by_private_names_and_without():
+  class Public:
+    def __init__(self, x):
+      self.aval, self.committed, self.sharding = x.aval, x.committed, x.sharding
+
+  arrays = [jnp.ones(3), jax.device_put(jnp.ones(2), jax.devices()[0])]
+  assert _jax.types_of(arrays) == _jax.types_of([Public(x) for x in arrays])
+  assert _jax.types_of(arrays)[1] == [False, True]
+  assert _jax.types_of(arrays) != _jax.types_of(arrays[::-1])

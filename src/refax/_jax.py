@@ -366,6 +366,18 @@ def steady_check() -> Callable[[], bool]:
   return lambda: clean() and not nans.value and not infs.value and not slow.value
 
 
+def types_of(arrays: list[Any]) -> tuple[list, list, list]:
+  """Of many arrays of JAX: avals, whether they are committed, shardings. They are compared in C.
+
+  Private: `_committed` and `_sharding`, which the public names give in a frame of Python each.
+  """
+  avals = [x.aval for x in arrays]
+  try:
+    return avals, [x._committed for x in arrays], [x._sharding for x in arrays]
+  except AttributeError:
+    return avals, [x.committed for x in arrays], [x.sharding for x in arrays]
+
+
 def new_cell(value: jax.Array) -> jax.Ref:
   """A Ref that owns the buffer of `value`: the caller hands over a copy of its own.
 

@@ -436,20 +436,28 @@ def test_keywords_in_another_order_are_not_mixed_up():
     assert float(step(1.0, ONE)) == -1.0
 
 
-@pytest.mark.parametrize("where", ["argument", "container", "attribute", "lojax", "State"])
+def _first_leaf(x):
+  return jax.tree.leaves(x)[0]
+
+
+@pytest.mark.parametrize(
+  "where", ["argument", "container", "attribute", "lojax", "State", "State of Variables"]
+)
 def test_an_array_that_is_committed_is_another_call_and_ctrl_c_comes_when_it_has_ended(where):
   """JAX compiles for it in Python, between whose lines the buffers of the model would be lost."""
 
   @nnx.jit
   def step(model, x):
-    model.total[...] += jax.tree.leaves(x)[0].sum() + model.table.sum() + model.lojax[...].sum()
+    model.total[...] += _first_leaf(x).sum() + model.table.sum() + model.lojax[...].sum()
 
   on_device = jax.device_put(X, jax.devices()[0])
   assert on_device.committed and not X.committed
   one = float(X.sum())
 
   def batch_of(x):
-    return {"container": {"x": x}, "State": nnx.State({"x": {"y": x}})}.get(where, x)
+    state = lambda x: nnx.State({"x": {"y": x}})
+    variables = state(nnx.Variable(x, is_hijax=False))
+    return {"container": {"x": x}, "State": state(x), "State of Variables": variables}.get(where, x)
 
   def interrupted_at(event):
     """How many steps the model has made, one with Ctrl-C; how many events there are in JAX."""
@@ -549,3 +557,36 @@ def test_a_container_that_may_be_overwritten_or_is_lowered():
   np.testing.assert_array_equal(ahead(v, {"x": X}), X + 1)
   np.testing.assert_array_equal(plain(v, {"x": X}), X + 1)
   assert float(v) == 5.0
+
+
+def test_a_state_of_variables_is_compared_with_the_one_before():
+  step = nnx.jit(lambda v, grads: (v.set_value(v + grads["a"]["b"][...]), grads)[1])
+  v = nnx.Variable(jnp.zeros(3))
+  grads = lambda cls=nnx.Param, x=1.0, **options: nnx.State(
+    {"a": {"b": cls(jnp.full(3, x), is_hijax=False, **options)}, "c": cls(x, is_hijax=False)}
+  )
+  for i in range(1, 5):
+    out = step(v, grads())  # made anew: other definitions and shardings, and equal ones
+    assert v[...].tolist() == [i] * 3
+    assert out["a"]["b"][...].tolist() == [1.0] * 3
+  (compiled,) = step._fast._compiled.values()
+  state = out
+  for _ in range(3):
+    state = step(v, state)
+  assert [compiled] == list(step._fast._compiled.values())
+  assert v[...].tolist() == [7.0] * 3
+  find = lambda state: step._fast.find((v, state))
+  assert find(grads()) is not None
+  others = [
+    grads(nnx.BatchStat), grads(sharding_names=("x",)), grads(x=jnp.full(3, 1, jnp.bfloat16)),
+    nnx.State({"a": {"b": grads()["c"]}, "c": grads()["c"]}), nnx.State({"a": grads()["a"]}),
+    nnx.State({"a": {"b": grads()["a"]["b"]}, "d": grads()["c"]}),
+    nnx.State({"a": grads()["a"], "c": jnp.float32(1)}),
+  ]  # fmt: skip
+  key = nnx.Variable(jax.random.key(0), is_hijax=False)
+  others += [nnx.State({"a": grads()["a"], "c": key})]
+  for other in others:
+    assert find(other) is None, other
+  shared = grads()
+  shared["c"] = shared["a"]["b"]
+  assert find(shared) is None

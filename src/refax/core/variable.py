@@ -180,8 +180,10 @@ class Variable(ArrayProtocol, Generic[A]):
     An abstract Variable, which holds a `jax.ShapeDtypeStruct`, says which storage it will have when
     it gets an array.
     """
-    cell = self._cell
-    if _jax.is_ref(cell) or isinstance(cell, jax.Array):
+    cell = self._node[0][0]
+    if type(cell) is jax.Ref:
+      return True
+    if isinstance(cell, jax.Array):
       return _jax.is_ref(cell)
     leaves = jax.tree.leaves(cell)
     return any(map(_jax.is_ref, leaves)) or (self._def.hijax and any(map(_is_abstract, leaves)))

@@ -335,7 +335,8 @@ def pop(node: Any, *filters: Filter) -> Any:
   places = [(identity(v), path, owner, v) for path, owner, v in variables]
   firsts = {key: (path, v) for key, path, _, v in reversed(places)}
   parts = partition(reversed(firsts.values()), filters, exhaustive=False)
-  popped = {identity(leaf) for part in parts for _, leaf in part}
+  taken = {id(leaf) for part in parts for _, leaf in part}
+  popped = {key for key, (_, leaf) in firsts.items() if id(leaf) in taken}
   found = [(path, owner) for key, path, owner, _ in places if key in popped]
   homes = [(owner or _home(node, path), path[-1]) for path, owner in found]
   once = {(id(home), key): (home, key) for home, key in homes}  # a dict may be reached twice
@@ -355,9 +356,9 @@ def _added_since(node: Any, filters: tuple) -> list[tuple[Path, Any, Variable]] 
     return None
   watch, _, paths = kept
   added = watch.additions()
-  known = [(owner, x) for owner, _, x in added or () if isinstance(x, Variable)]
-  known = {identity(x) for owner, x in known if id(owner) in paths}
-  if added is None or len(known) < len(added):
+  known = [x for owner, _, x in added or () if isinstance(x, Variable) and id(owner) in paths]
+  is_shared = len(known) > 1 and len(set(map(identity, known))) < len(known)
+  if added is None or len(known) < len(added) or is_shared:
     node._pytree.popped = None
     return None
   return [((*paths[id(owner)], key), owner, x) for owner, key, x in added]
@@ -389,7 +390,7 @@ def _home(node: Any, path: Path) -> Any:
 
 
 def _delete_child(parent: Any, key: Any) -> None:
-  if isinstance(parent, List | Dict | list | dict | State):
-    del parent[key]
-  else:
+  if isinstance(parent, Node) and not parent._is_container:
     delattr(parent, key)
+  else:
+    del parent[key]  # pyright: ignore[reportIndexIssue]

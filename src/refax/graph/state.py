@@ -170,11 +170,11 @@ def _flatten_with_keys(state: State):
 def _flatten(state: State):
   mapping = state._ordered()
   keys, children = tuple(mapping), list(mapping.values())
-  if not any(isinstance(x, Variable) for x in children):
+  if not any(isinstance(x, Variable) and x.is_hijax for x in children):
     return children, keys  # no Refs: who asks makes no difference, and takes as long as all of this
   objects_enter_mesh(children)
   function, returning = _jax.refusing_function(), _jax.returning_function()
-  if function and any(isinstance(x, Variable) and x.is_hijax for x in children):
+  if function:
     raise RefArgumentError.function(function, "State")
   if returning is not None:
     for key, child in zip(keys, children, strict=True):

@@ -197,7 +197,7 @@ def bind(
 def _stored(variables: Callable[[Any], list[Variable]], args: Any, arrays: Iterator) -> Iterator:
   """An iterator that stores arrays in lojax Variables as it is used up."""
   found = variables(args)
-  return map(store_cell, found, zip(zip(arrays), [v._def for v in found]))  # noqa: B905
+  return map(store_cell, found, zip(zip(arrays), [v._node[1] for v in found]))  # noqa: B905
 
 
 def _called(arrays: Iterator) -> Iterator:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from refax import _jax
@@ -37,6 +38,8 @@ class Tree(NamedTuple):
   """The place of each object, and of each Ref that no Variable holds, and which one it is."""
   variables: list[tuple[int, type, Any, Any]]
   """The place, type and definition of each Variable, and what is known of its cell."""
+  alike: "_Alike | None" = None
+  """In place of `variables`, where all leaves are lojax Variables of arrays."""
 
   @classmethod
   def of(cls, index: int, x: Any, entry: tuple) -> "Tree | None":
@@ -64,7 +67,8 @@ class Tree(NamedTuple):
         tree.arrays.append((j, *Like.of(leaf)))
       else:
         return None
-    return tree._replace(is_leaf=is_object if tree.objects or tree.variables else None)
+    is_leaf = is_object if tree.objects or tree.variables else None
+    return tree._replace(is_leaf=is_leaf, alike=_Alike.of(leaves))
 
   def collect(self, x: Any, leaves: list[Any], cells: list[Any], lojax: list[Variable]) -> bool:
     """Whether an argument has the same in it.
@@ -83,6 +87,14 @@ class Tree(NamedTuple):
       found, treedef = flatten(x, self.is_leaf)
       if treedef != self.treedef:
         return False
+    if self.alike is not None:
+      arrays = self.alike.arrays_of(found)
+      if arrays is None:
+        return False
+      lojax += found
+      leaves += found
+      cells += arrays
+      return True
     if not all(is_like(found[j], *rest) for j, *rest in self.arrays):
       return False
     for j, ref in self.objects:
@@ -114,11 +126,53 @@ class Tree(NamedTuple):
     return True
 
 
+class _Alike:
+  """What lojax Variables of arrays are compared with, all in C: row by row.
+
+  What has been found to be equal is what the next ones are compared with: mostly they are the same
+  definitions and shardings, which are not looked into then.
+  """
+
+  __slots__ = ("_rows",)
+
+  def __init__(self, leaves: list[Any], arrays: list[Any]):
+    types = _jax.types_of(arrays)
+    self._rows = (list(map(type, leaves)), [x._def for x in leaves], {type(arrays[0])}, types)
+
+  @classmethod
+  def of(cls, leaves: list[Any]) -> "_Alike | None":
+    """What is like these leaves; None if there are others among them, or none at all."""
+    if not leaves or not all(isinstance(x, Variable) for x in leaves):
+      return None
+    arrays = [x._cell for x in leaves]
+    (array, *others) = set(map(type, arrays))
+    if others or not issubclass(array, jax.Array) or issubclass(array, jax.Ref):
+      return None
+    is_key = jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key)
+    return None if is_key else cls(leaves, arrays)
+
+  def arrays_of(self, found: list[Any]) -> list[Any] | None:
+    """The arrays of Variables that are like these; None if they are not."""
+    classes, definitions, array, types = self._rows
+    if list(map(type, found)) != classes:
+      return None
+    nodes = [x._node for x in found]
+    arrays, now = [cells[0] for cells, _ in nodes], [x for _, x in nodes]
+    if now != definitions or set(map(type, arrays)) != array:
+      return None
+    types_now = _jax.types_of(arrays)
+    if types_now != types:
+      return None
+    self._rows = classes, now, array, types_now
+    return arrays
+
+
 class _Shape(NamedTuple):
   """The keys of a State, and for each the shape of the State there, or None for a leaf."""
 
-  keys: tuple
-  children: tuple
+  keys: list
+  children: tuple | None
+  """None where there are leaves only."""
 
 
 def _shape_of(x: Any) -> _Shape | None:
@@ -131,14 +185,18 @@ def _shape_of(x: Any) -> _Shape | None:
     shapes.append(None if is_leaf else _shape_of(value))
     if not is_leaf and shapes[-1] is None:
       return None
-  return _Shape(tuple(x), tuple(shapes))
+  return _Shape(list(x), tuple(shapes) if any(shapes) else None)
 
 
 def _take(state: Any, shape: _Shape, leaves: list[Any]) -> bool:
   """Whether this is a State of a shape; its leaves are added to a list, in the order of JAX."""
-  if type(state) is not State or tuple(mapping := state._ordered()) != shape.keys:
+  keys, children = shape
+  if type(state) is not State or [*(mapping := state._ordered())] != keys:
     return False
-  for value, below in zip(mapping.values(), shape.children, strict=True):
+  if children is None:
+    leaves += mapping.values()
+    return True
+  for value, below in zip(mapping.values(), children, strict=True):
     if below is None:
       leaves.append(value)
     elif not _take(value, below, leaves):

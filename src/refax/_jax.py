@@ -207,6 +207,38 @@ def copied_for_cell(x: jax.Array) -> jax.Array:
   return _copy_onto(x.sharding)(x)
 
 
+_copy_all = jax.jit(lambda xs: [jnp.copy(x) for x in xs])
+
+_lots: set[int] = set()
+"""The lots of arrays that were copied once: a call that copies a lot is compiled for the second."""
+
+
+def copied_for_cells(xs: list[jax.Array]) -> list[jax.Array]:
+  """`copied_for_cell` of each; a lot that is copied again, as in a loop, in one compiled call."""
+  if len(xs) < 8 or not no_trace_active() or wide_mesh() is not None:
+    return list(map(copied_for_cell, xs))
+  arrays = list(map(bits, xs))  # typed keys make their aval anew each time, and `jit` is slow
+  lot = hash(tuple([id(x.aval) for x in arrays]))
+  if lot not in _lots:
+    if len(_lots) > 4096:
+      _lots.clear()
+    _lots.add(lot)
+    return list(map(copied_for_cell, xs))
+  _, committed, places = types_of(arrays)
+  place = places[0]
+  alike = all(committed) and all(x is place or x == place for x in places)
+  if not alike or len(place.device_set) > 1:
+    return list(map(copied_for_cell, xs))
+  return list(map(_as_key, xs, _copy_all(arrays)))
+
+
+def _as_key(like: jax.Array, new: jax.Array) -> jax.Array:
+  """An array that has come of `bits(like)` as an array like that."""
+  if bits(like) is like:
+    return new
+  return jax.random.wrap_key_data(new, impl=jax.random.key_impl(like))
+
+
 def copied_from_host(x: Any, sharding: Any) -> jax.Array:
   """A NumPy array as one of JAX on one device, in a buffer that nobody else knows.
 
@@ -425,13 +457,18 @@ def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
   return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def is_write_now(ref: jax.Ref, value: jax.Array) -> bool:
-  """Whether storing an array in a concrete Ref is a copy of it and nothing else."""
-  if is_tracer(value) or type(value) is jax.Ref or not no_trace_active():
+def is_write_now(ref: jax.Ref, value: Any) -> bool:
+  """Whether storing a value in a concrete Ref is a copy of it and nothing else.
+
+  The buffer of a Ref is an array without a weak type: so is one of the same class and aval.
+  """
+  if not no_trace_active():
     return False
   old: Any = ref._refs._buf  # pyright: ignore[reportAttributeAccessIssue]
-  same = value.dtype == old.dtype and value.shape == old.shape
-  return same and not getattr(value, "weak_type", False)
+  if type(value) is not type(old):
+    return False
+  x, y = bits(value), bits(old)  # typed keys make their aval anew each time
+  return (x.aval is y.aval or x.aval == y.aval) and (x is value or value.dtype == old.dtype)
 
 
 def write_cell(ref: jax.Ref, value: jax.Array) -> None:
@@ -1175,9 +1212,6 @@ def has_failed(error: Any) -> Any:
   )
 
 
-_copy_all = jax.jit(lambda xs: [jnp.copy(x) for x in xs])
-
-
 def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
   """Copies of what concrete Refs hold at one moment, while other threads may write them.
 
@@ -1202,10 +1236,7 @@ def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
         raise
     else:
       if calls < 2 or all(map(operator.is_, held, map(look, cells))):
-        return [
-          new if key is old else jax.random.wrap_key_data(new, impl=jax.random.key_impl(key))
-          for key, old, new in zip(held, arrays, copies, strict=True)
-        ]
+        return list(map(_as_key, held, copies))
     time.sleep(random.random() * 1e-5 * min(attempt, 100))
   return None
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from refax import _jax, nnx
-from refax.core import storage
-from refax.core.write import commit, write
+from refax.core.write import write
 
 pytestmark = pytest.mark.skipif(_jax._private() is None, reason="looks at buffers of Refs")
 
@@ -22,12 +21,8 @@ def place(x):
 
 def test_a_copy_that_fails_leaves_all_variables_as_they_were(monkeypatch):
   a, b = nnx.Variable(jnp.zeros(2)), nnx.Variable(jnp.zeros(2))
-  copies = iter([storage.settled])
-
-  def settled(ref, value, *, copy):
-    return next(copies)(ref, value, copy=copy)  # the second one runs out
-
-  monkeypatch.setattr(storage, "settled", settled)
+  copies = iter([_jax.copied_for_cell])
+  monkeypatch.setattr(_jax, "copied_for_cell", lambda x: next(copies)(x))  # the second one runs out
   with pytest.raises((StopIteration, RuntimeError)):
     write((a, jnp.ones(2)), (b, jnp.ones(2)))
   assert a[...].tolist() == b[...].tolist() == [0, 0]
@@ -62,6 +57,37 @@ def test_a_value_is_converted_and_broadcast_as_in_any_write():
 
 def test_values_are_those_from_before_all_writes():
   a, b = nnx.Variable(jnp.zeros(2)), nnx.Variable(jnp.ones(2))
-  prepared = [(a, a.prepare(buffer(b))), (b, b.prepare(buffer(a)))]
-  commit(prepared)
+  write((a, b), (b, a))
   assert a[...].tolist() == [1, 1] and b[...].tolist() == [0, 0]
+
+
+def test_many_writes_are_copied_together_from_the_second_time_on_each_in_a_buffer_of_its_own():
+  """Of one array in several places, of typed keys, and of Variables, whose buffers stay theirs."""
+  x, source = jnp.arange(64.0), nnx.Variable(jnp.ones(64))
+  on_device = jax.device_put(x, jax.devices()[0])
+  key = jax.device_put(jax.random.key(7), jax.devices()[0])
+  targets = [nnx.Variable(jnp.zeros(64)) for _ in range(9)]
+  stream = nnx.Variable(jax.random.key(0))
+  jitted = jax.jit(lambda vs: [v.set_value(v * 2) for v in vs])
+  for again in range(4):
+    given = [on_device] * 6 + [source] * 2 + [x if again > 2 else on_device]
+    write(*zip(targets, given, strict=True), (stream, key))
+    buffers = [*map(buffer, targets), buffer(source), on_device]
+    assert len(set(map(place, buffers))) == len(buffers)
+    assert all(b.committed for b in map(buffer, targets))
+    assert [float(v[2]) for v in targets] == [2.0] * 6 + [1.0] * 2 + [2.0]
+    np.testing.assert_array_equal(jax.random.key_data(stream[...]), jax.random.key_data(key))
+    jitted(targets)  # it may take the buffers
+    assert [float(v[2]) for v in targets] == [4.0] * 6 + [2.0] * 2 + [4.0]
+    assert float(x[2]) == float(on_device[2]) == 2.0 and float(source[2]) == 1.0
+    assert jax.random.normal(key).shape == jax.random.normal(stream[...]).shape == ()
+
+
+def test_writes_are_noted_and_undone_where_somebody_wants_to_know():
+  vs = [nnx.Variable(jnp.zeros(3)) for _ in range(9)]
+  with pytest.raises(ZeroDivisionError), nnx.transaction(vs):
+    write(*((v, jnp.ones(3)) for v in vs))
+    raise ZeroDivisionError
+  assert all(v[...].tolist() == [0, 0, 0] for v in vs)
+  with pytest.raises(Exception, match="differentiated"):
+    nnx.grad(lambda v: (write((vs[0], jnp.ones(3))), v.sum())[1])(vs[0])

@@ -121,6 +121,12 @@ def note(variable: Any, cell: Any) -> None:
     on_closure_read(variable)
 
 
+def is_quiet() -> bool:
+  """Whether reads and writes are eager, and nobody wants to know of them."""
+  nobody = not _local.differentiated and _local.seen is None and _local.log is None
+  return nobody and _jax.no_trace_active()
+
+
 @contextlib.contextmanager
 def undo_on_error(refs: Iterable[Any]) -> Iterator[None]:
   """If the block raises, Refs hold what they held: these, and others written through Variables.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from refax import _jax
 
@@ -41,13 +41,15 @@ class Owned:
 
   def __init__(self, arrays: list[Any], given: Iterable[Any] = ()):
     self._arrays = arrays
-    self._users = Counter(place for xs in (arrays, given) for x in xs for place in _places(x))
+    self._places = list(map(_places, arrays))
+    self._users = Counter(place for places in self._places for place in places)
+    self._users.update(place for x in given for place in _places(x))
 
   def __call__(self, i: int) -> bool:
     """Whether nobody else has element `i`, now."""
     if _references(self._arrays, i) != _ALONE:
       return False
-    places = _places(self._arrays[i])
+    places = self._places[i]
     return bool(places) and all(self._users[place] == 1 for place in places)
 
 
@@ -58,8 +60,8 @@ def _places(x: Any) -> list[Any]:
   """
   if not isinstance(x, jax.Array) or _jax.is_ref(x) or _jax.is_tracer(x) or not x.size:
     return []
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return []  # somebody may have their bits
+  if not isinstance(x.dtype, np.dtype):
+    return []  # typed keys: somebody may have their bits
   try:
     if len(x.sharding.device_set) == 1:
       return [x.unsafe_buffer_pointer()]

@@ -168,11 +168,16 @@ def fit_index(old: jax.Array, index: Any, value: Any, origin: Any) -> jax.Array:
     raise ShapeMismatchError.index(origin, old, index, x) from error
 
 
-def settled(ref: jax.Ref, value: jax.Array, *, copy: bool) -> jax.Array:
-  """`value` as the next buffer of a concrete `ref`: where that lies, and if need be a copy."""
-  enter_mesh((ref,))
-  if copy:
-    value = _jax.copied_for_cell(value)
+def settled(refs: list[jax.Ref], values: list[jax.Array], given: list[bool]) -> list[jax.Array]:
+  """Values as the next buffers of concrete Refs: where those lie, and copied if they were given."""
+  enter_mesh(refs)
+  copies = iter(_jax.copied_for_cells([x for x, copy in zip(values, given, strict=True) if copy]))
+  owned = [next(copies) if copy else x for x, copy in zip(values, given, strict=True)]
+  return list(map(_placed, refs, owned))
+
+
+def _placed(ref: jax.Ref, value: jax.Array) -> jax.Array:
+  """A value where the buffer of a concrete Ref lies."""
   new, old = _jax.bits(value), _jax.bits(_jax.peek_cell(ref))
   same = new.sharding is old.sharding or new.sharding == old.sharding
   if same and getattr(new, "committed", True):

@@ -137,13 +137,15 @@ class Variable(ArrayProtocol, Generic[A]):
     return self
 
   @classmethod
-  def _taking(cls, value: jax.Array) -> "Variable":
-    """A Variable whose cell takes over a concrete array that nobody else has, uncopied."""
-    hijax = config.using_hijax()
-    value = storage.strong(value)
-    definition = VariableDef({}, Origin(cls.__name__))
-    definition.hijax = hijax
-    return cls._handle(_jax.new_cell(value) if hijax else value, definition)
+  def _taking(cls, value: jax.Array, like: "Variable") -> "Variable":
+    """A Variable whose cell takes over a concrete array that nobody else has, uncopied.
+
+    Args:
+      value: the array.
+      like: a Variable with the same metadata, made in the same place.
+    """
+    hijax, value = config.using_hijax(), storage.strong(value)
+    return cls._handle(_jax.new_cell(value) if hijax else value, like._def.elsewhere(hijax))
 
   @classmethod
   def _unflatten(cls, definition: VariableDef, children: Iterable[Any]) -> "Variable":

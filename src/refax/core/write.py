@@ -6,19 +6,17 @@ import jax
 
 from refax import _jax
 from refax.core import storage
+from refax.core.array_protocol import unwrap
 from refax.core.interrupt import uninterrupted
-from refax.core.observe import before_write, note
-from refax.core.variable import Variable, Writes
-
-Prepared = list[tuple[Variable, Writes]]
-"""Writes that `Variable.prepare` has checked."""
+from refax.core.observe import before_write, is_quiet, note
+from refax.core.variable import Variable, Writes, borrowed
 
 
 def write(*writes: tuple[Variable, Any], fresh: bool = False) -> None:
   """Write a value to each Variable; if one does not fit, nothing is written.
 
   Args:
-    *writes: a Variable and its value.
+    *writes: a Variable and its value, or the Variable that has it.
     fresh: whether nobody else knows the values, and no two share a buffer, as it is with what a
       compiled function returns: then they need not be copied.
 
@@ -30,43 +28,81 @@ def write(*writes: tuple[Variable, Any], fresh: bool = False) -> None:
   >>> write((a, 3), (b, 4)); int(a), int(b)
   (3, 4)
   """
-  commit([(variable, variable.prepare(value)) for variable, value in writes], fresh=fresh)
-
-
-def commit(prepared: Prepared, *, fresh: bool = False) -> None:
-  """Store what `Variable.prepare` has checked; no signal comes between two of them.
-
-  All copies are made before anything is stored: what can fail has failed then.
-  """
+  buffers = _Buffers()
+  others: list[tuple[Variable, Writes]] = []
+  simple = is_quiet() and _jax.wide_mesh() is None
+  for variable, value in writes:
+    if not (simple and buffers.took(variable, value, fresh)):
+      others.append((variable, variable.prepare(_given(value, variable))))
   if not _jax.no_trace_active():
-    for variable, writes in prepared:
-      variable.commit(writes)
+    for variable, checked in others:
+      variable.commit(checked)
     return
-  refs: list[jax.Ref] = []
-  buffers: list[jax.Array] = []
-  others: Prepared = []
-  for variable, writes in prepared:
-    if not all(_is_concrete(ref, new) for ref, new, _ in writes.refs):
-      others.append((variable, writes))
-      continue
-    for ref, new, given in writes.refs:
-      buffers.append(storage.settled(ref, new, copy=new is given and not fresh))
-      refs.append(ref)
+  rest = [(v, checked) for v, checked in others if not buffers.took_checked(v, checked, fresh)]
+  buffers.exchange(rest)
+
+
+def _given(value: Any, target: Variable) -> Any:
+  """What is written: a Ref's own buffer goes to another Ref, which copies it."""
+  if isinstance(value, Variable) and type(target.get_raw_value()) is jax.Ref:
+    return borrowed(value)
+  return unwrap(value)
+
+
+class _Buffers:
+  """What several Refs will hold."""
+
+  def __init__(self):
+    self._refs: list[jax.Ref] = []
+    self._values: list[jax.Array] = []
+    self._given: list[bool] = []
+    """Whether somebody else knows the value."""
+
+  def took(self, variable: Variable, value: Any, fresh: bool) -> bool:
+    """Whether a write is one of an array to a Ref as it is, as most are; then it is taken.
+
+    It is not told to anybody: to be called where nobody wants to know (`is_quiet`).
+    """
+    (ref,), definition = variable._node
+    if type(ref) is not jax.Ref or definition.selected:
+      return False
+    if is_variable := isinstance(value, Variable):
+      value = value._node[0][0]
+      if type(value) is not jax.Ref:
+        return False
+      value = _jax.peek_cell(value)
+    if not _jax.is_write_now(ref, value):
+      return False
+    self._refs.append(ref)
+    self._values.append(value)
+    self._given.append(is_variable or not fresh)
+    return True
+
+  def took_checked(self, variable: Variable, writes: Writes, fresh: bool) -> bool:
+    """Whether a checked write is one of arrays to Refs; then it is taken."""
+    if not writes.refs or any(_jax.is_tracer(x) for ref, new, _ in writes.refs for x in (ref, new)):
+      return False
+    for ref, new, was in writes.refs:
+      self._refs.append(ref)
+      self._values.append(new)
+      self._given.append(new is was and not fresh)
       note(variable, ref)
       before_write(ref)
-    if not writes.refs:
-      others.append((variable, writes))
+    return True
 
-  def store() -> None:
-    _jax.put_back(refs, buffers)
-    for variable, writes in others:
-      variable.commit(writes)
+  def exchange(self, others: list[tuple[Variable, Writes]]) -> None:
+    """Store what was taken, and these; no signal comes between two of them.
 
-  if len(refs) == 1 and not others:
-    store()  # one buffer is exchanged at once, by itself
-  else:
-    uninterrupted(store)
+    All copies are made before anything is stored: what can fail has failed then.
+    """
+    buffers = storage.settled(self._refs, self._values, self._given)
 
+    def store() -> None:
+      _jax.put_back(self._refs, buffers)
+      for variable, writes in others:
+        variable.commit(writes)
 
-def _is_concrete(ref: Any, value: Any) -> bool:
-  return not _jax.is_tracer(ref) and not _jax.is_tracer(value)
+    if len(buffers) == 1 and not others:
+      store()  # one buffer is exchanged at once, by itself
+    else:
+      uninterrupted(store)

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from refax.core.array_protocol import unwrap
 from refax.core.containers import Dict, List
 from refax.core.filters import Filter
 from refax.core.flatten import (
@@ -24,9 +23,9 @@ from refax.core.flatten import (
 from refax.core.graphdef import GraphDef
 from refax.core.node import Node
 from refax.core.storage import is_array_like, needs_guard
-from refax.core.variable import Variable, borrowed, identity, is_variable
+from refax.core.variable import Variable, identity, is_variable
 from refax.core.watch import Watch
-from refax.core.write import commit
+from refax.core.write import write
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, from_flat_state, partition, to_flat_state
 from refax.typing import Path, path_str
@@ -243,23 +242,16 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
     if not isinstance(old, Variable):  # another name of it, an array, or a new place
       parent, old = _lookup(node, path)
     if isinstance(old, Variable):
-      writes.append((old, old.prepare(_given(leaf, old))))
+      writes.append((old, leaf))
     elif isinstance(old, Node):
       raise TreeMismatchError.object_there(path_str(path), type(old).__name__)
     elif parent is not None and _has_place(parent, path[-1], additions):
       additions.append((parent, path[-1], copy.copy(leaf) if is_variable(leaf) else leaf))
     else:
       raise TreeMismatchError.no_place(path_str(path), type(node).__name__)
-  commit(writes)
+  write(*writes)
   for parent, key, leaf in additions:
     set_entry(parent, key, leaf)
-
-
-def _given(leaf: Any, target: Variable) -> Any:
-  """The value of a leaf, for a write: a Ref's own buffer goes to another Ref, which copies it."""
-  if isinstance(leaf, Variable) and type(target.get_raw_value()) is jax.Ref:
-    return borrowed(leaf)
-  return unwrap(leaf)
 
 
 def _lookup(value: Any, path: Path, parent: Any = None) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from refax.core.node import Tracked
 from refax.core.orbax import on_arrays
 from refax.core.variable import Variable
 from refax.core.watch import Watch, Watches
-from refax.core.write import commit
+from refax.core.write import write
 from refax.errors import FilterError, RefArgumentError, ReturnedRefError, TreeMismatchError
 from refax.typing import Key, Path, path_str
 
@@ -336,10 +336,10 @@ def replace_by_pure_dict(
     if replace_fn is not None:
       replacements.append((path, replace_fn(old, value)))
     elif isinstance(old, Variable):
-      writes.append((old, old.prepare(value)))
+      writes.append((old, value))
     else:
       replacements.append((path, value))
-  commit(writes)
+  write(*writes)
   for path, new in replacements:
     parent: Any = state
     for key in path[:-1]:

@@ -103,7 +103,8 @@ class Optimizer(Pytree):
     owned = Owned(leaves, jax.tree.leaves(values))
     for i in range(len(leaves)):  # one after the other: all copies at once would be a peak
       take = owned(i) and is_beside(leaves[i], devices)
-      leaves[i] = OptState._taking(leaves[i]) if take else OptState(beside(leaves[i], devices))
+      x = OptState._taking(leaves[i], self.step) if take else OptState(beside(leaves[i], devices))
+      leaves[i] = x
     self.opt_state = data(treedef.unflatten(leaves))
     _annotate(self.opt_state, params)
 

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from refax import _jax
 from refax.core.variable import is_variable
+from refax.graph.state import State, to_flat_state
 
 
 def sharding_of(tree: Any) -> Sharding | None:
@@ -22,7 +23,9 @@ def sharding_of(tree: Any) -> Sharding | None:
   >>> sharding_of(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
   SingleDeviceSharding(...)
   """
-  cells = [v.get_raw_value() for v in jax.tree.leaves(tree, is_leaf=is_variable) if is_variable(v)]
+  is_state = isinstance(tree, State)
+  leaves = to_flat_state(tree).leaves if is_state else jax.tree.leaves(tree, is_leaf=is_variable)
+  cells = (v.get_raw_value() for v in leaves if is_variable(v))
   return next((c.sharding for c in cells if _is_placed(c)), None)
 
 

@@ -413,7 +413,7 @@ def test_message_of_an_argument_of_jax_jit_that_comes_by_closure_too():
 def test_message_of_an_argument_that_comes_by_closure_too():
   net = Net()
   f = lambda v: v + net.count
-  assert message(AliasError, lambda: nnx.remat(f)(net.count)) == (
+  assert message(AliasError, lambda: nnx.grad(lambda x: nnx.remat(f)(net.count) * x)(1.0)) == (
     "one Variable came as an argument and by closure\n"
     "  at:  Net.count  (Variable, created at test_errors.py:N)\n"
     "  got: a function that uses both\n"
@@ -665,7 +665,11 @@ def test_message_of_a_condition_that_writes_or_returns_no_boolean():
   )
 
 
-@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, nnx.remat, jax.checkpoint, nnx.eval_shape])
+def traced_remat(f):
+  return lambda: nnx.grad(lambda x: (nnx.remat(f)(), x)[1])(1.0)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, traced_remat, jax.checkpoint, nnx.eval_shape])
 def test_message_of_a_write_to_a_lojax_variable_by_closure(jit):
   net = Net(last=nnx.Variable(0.0, is_hijax=False))
   f = lambda: net.last.set_value(1.0)
@@ -679,7 +683,7 @@ def test_message_of_a_write_to_a_lojax_variable_by_closure(jit):
   assert float(net.last) == 0.0
 
 
-@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, nnx.remat, jax.checkpoint, nnx.eval_shape])
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, traced_remat, jax.checkpoint, nnx.eval_shape])
 def test_message_of_an_attribute_set_by_closure(jit):
   net = Net()
 

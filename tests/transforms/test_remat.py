@@ -153,3 +153,30 @@ def test_inside_of_any_transform_it_recomputes():
   text = str(jax.make_jaxpr(nnx.remat(f))(X))
   assert "remat" in text.lower() or "checkpoint" in text
   assert residuals(nnx.remat(f), X) != residuals(f, X)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_outside_of_a_trace_it_is_the_function_and_all_is_undone_if_it_raises(closure, error):
+  """Also what a compiled function inside has written, which no Variable sees."""
+  model = nnx.Dict(count=nnx.Variable(0.0), inner=nnx.Dict(), last=nnx.Variable(0, is_hijax=False))
+  add = jax.jit(lambda v: v.set_value(v + 1))
+
+  def f(model, fails):
+    add(model.count)
+    model.count[...] += 1
+    model.last[...] = model.last + 1
+    model.inner["new"] = nnx.Param(jnp.ones(2))
+    if fails:
+      raise error("in the middle")
+    return model.inner["new"], float(model.count)  # a number: nothing is traced
+
+  call = nnx.remat(lambda fails: f(model, fails)) if closure else nnx.remat(f)
+  run = call if closure else lambda fails: call(model, fails)
+  with pytest.raises(error, match="middle"):
+    run(True)
+  assert float(model.count) == int(model.last) == len(model.inner) == 0
+  for i in (1, 2):
+    new, count = run(False)
+    assert new is model.inner["new"] and count == float(model.count) == 2 * i
+    assert int(model.last) == i

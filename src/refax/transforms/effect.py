@@ -235,9 +235,16 @@ def transaction(*objects: Any) -> Iterator[Transaction]:
   ...   print(int(count))
   0
   """
-  saved = _Saved(Inputs.of(objects, {}))
-  try:
+  with undone_on_error(Inputs.of(objects, {})):
     yield Transaction()
+
+
+@contextlib.contextmanager
+def undone_on_error(inputs: Inputs) -> Iterator[None]:
+  """If the block raises, all objects among the inputs are as they were."""
+  saved = _Saved(inputs)
+  try:
+    yield
   except BaseException:
     surely(saved.restore)
     raise

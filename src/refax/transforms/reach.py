@@ -81,6 +81,12 @@ class Reach:
     self.is_steady = self._is_listed and steady
     return tuple(parts)
 
+  def objects(self) -> list[Any]:
+    """The Modules and Variables that the function finds now, before it runs."""
+    if not self._scanned or not self._is_listed or not self.holds():
+      self._scan()
+    return self._objects
+
   def holds(self) -> bool:
     """Whether the function finds the same objects where it found them last time."""
     return all(slot.read() is slot.value for slot in self._slots)

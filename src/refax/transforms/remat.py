@@ -7,7 +7,9 @@ from typing import Any
 import jax
 
 from refax import _jax
+from refax.transforms.effect import undone_on_error
 from refax.transforms.lift import Inputs
+from refax.transforms.reach import Reach
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 
 
@@ -27,7 +29,8 @@ def remat(
     policy: which intermediate values to keep, one of `jax.checkpoint_policies`.
 
   Returns:
-    A function like `f`.
+    A function like `f`. Where nothing is traced, it is `f` itself, and undoes what `f` has done to
+    objects if that raises.
 
   >>> from refax import nnx; import jax.numpy as jnp
   >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -40,18 +43,21 @@ def remat(
       remat, prevent_cse=prevent_cse, static_argnums=static_argnums, policy=policy
     )
   static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
+  reach = Reach(f)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
     fixed = {range(len(args))[n]: args[range(len(args))[n]] for n in static}
+    free = tuple(None if i in fixed else x for i, x in enumerate(args))
+    if _jax.no_trace_active():  # nothing is differentiated, and nothing to recompute
+      with undone_on_error(Inputs.of((free, *reach.objects()), kwargs)):
+        return f(*args, **kwargs)
     call = lambda *inner, **kw: f(*(fixed.get(i, x) for i, x in enumerate(inner)), **kw)
-    inputs = Inputs.of(tuple(None if i in fixed else x for i, x in enumerate(args)), kwargs)
+    inputs = Inputs.of(free, kwargs)
     values = values_of(inputs)
     staged = Staged(call, inputs, values)
     refs, closures = read_closures([staged])
-    run = staged.run
-    if not _jax.no_trace_active():  # else nothing is differentiated, and nothing to recompute
-      run = jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)
+    run = jax.checkpoint(staged.run, prevent_cse=prevent_cse, policy=policy)
     outputs, after = run(values, closures)
     write_closures(refs, after)
     return inputs.commit(outputs)

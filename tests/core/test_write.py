@@ -91,3 +91,10 @@ def test_writes_are_noted_and_undone_where_somebody_wants_to_know():
   assert all(v[...].tolist() == [0, 0, 0] for v in vs)
   with pytest.raises(Exception, match="differentiated"):
     nnx.grad(lambda v: (write((vs[0], jnp.ones(3))), v.sum())[1])(vs[0])
+
+
+def test_of_two_writes_to_one_variable_the_last_one_holds():
+  v = nnx.Variable(jnp.zeros(3))
+  for first, last in ((jnp.ones(3), 5), (5, jnp.ones(3)), ([1, 1, 1], jnp.full(3, 2.0))):
+    write((v, first), (v, last))
+    assert v[...].tolist() == [float(np.ravel(last)[0])] * 3

@@ -30,16 +30,18 @@ def write(*writes: tuple[Variable, Any], fresh: bool = False) -> None:
   """
   buffers = _Buffers()
   others: list[tuple[Variable, Writes]] = []
-  simple = is_quiet() and _jax.wide_mesh() is None
+  is_eager, is_simple = _jax.no_trace_active(), is_quiet() and _jax.wide_mesh() is None
   for variable, value in writes:
-    if not (simple and buffers.took(variable, value, fresh)):
-      others.append((variable, variable.prepare(_given(value, variable))))
-  if not _jax.no_trace_active():
-    for variable, checked in others:
-      variable.commit(checked)
+    if is_simple and buffers.took(variable, value, fresh):
+      continue
+    checked = variable.prepare(_given(value, variable))
+    if not (is_eager and buffers.took_checked(variable, checked, fresh)):
+      others.append((variable, checked))
+  if is_eager:
+    buffers.exchange(others)
     return
-  rest = [(v, checked) for v, checked in others if not buffers.took_checked(v, checked, fresh)]
-  buffers.exchange(rest)
+  for variable, checked in others:
+    variable.commit(checked)
 
 
 def _given(value: Any, target: Variable) -> Any:

@@ -211,13 +211,19 @@ def is_built_in(treedef: Any) -> bool:
   """
   if not isinstance(treedef, jax.tree_util.PyTreeDef):
     return False
-  node: Any = treedef.node_data()
-  if node is None:
-    return True
-  cls, keys = node
-  if cls is dict and not all(type(key) in (str, int) for key in keys):
-    return False
-  return cls in (list, tuple, dict, type(None)) and all(map(is_built_in, treedef.children()))
+  open_ = [treedef]
+  while open_:  # there may be more levels than Python's stack has
+    at = open_.pop()
+    node: Any = at.node_data()
+    if node is None:
+      continue
+    cls, keys = node
+    if cls not in (list, tuple, dict, type(None)):
+      return False
+    if cls is dict and not all(type(key) in (str, int) for key in keys):
+      return False
+    open_ += at.children()
+  return True
 
 
 def is_object(x: Any) -> bool:
@@ -279,7 +285,7 @@ class Like(NamedTuple):
     """What is like `x`; its type is None if nothing is."""
     if not isinstance(x, jax.Array):
       return cls(_NONE, None, None, type_of(x))
-    return cls(getattr(x, "aval", _NONE), x.sharding, x.committed, type_of(x))
+    return cls(getattr(x, "aval", _NONE), x.sharding, getattr(x, "committed", None), type_of(x))
 
 
 _NONE = object()  # the aval of a number: no array has it

@@ -12,7 +12,7 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks.measure import measure, pin, rounds_of
+from benchmarks.measure import measure, pin, refuse_flags, rounds_of
 from benchmarks.report import chart, lost, tables
 
 OUT = Path("out/benchmarks")
@@ -29,6 +29,7 @@ def main() -> None:
   parser.add_argument("--ways", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--way", help=argparse.SUPPRESS)
   options = parser.parse_args()
+  refuse_flags()
   if options.case:
     print(json.dumps(run(options)))
     return

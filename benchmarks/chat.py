@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import chat_torch
+from benchmarks.measure import refuse_flags
 from examples.chat.model import EPSILON, KV_HEADS, LAYERS, THETA, load, weights
 from examples.chat.text import Message, Tokenizer
 from refax import nnx
@@ -138,6 +139,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--tokens", type=int, default=32)
   options = parser.parse_args()
+  refuse_flags()
   model = load()
   tokenizer = Tokenizer(weights())
   prompt = tokenizer.conversation([Message("user", PROMPT)])

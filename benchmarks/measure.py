@@ -49,6 +49,12 @@ def _subprocess(name: str, *options: str) -> Any:
   return json.loads(done.stdout.splitlines()[-1])
 
 
+def refuse_flags() -> None:
+  """End where XLA does not optimize, as in the tests: the numbers would be those of nobody."""
+  if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+    raise SystemExit("XLA_FLAGS switches optimizations off: unset it, and measure again")
+
+
 def pin() -> None:
   """Stay on one core, where the system can do that."""
   if hasattr(os, "sched_setaffinity"):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import refuse_flags
 from refax import nnx
 
 OUT = Path("out/benchmarks")
@@ -57,6 +58,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--rounds", type=int, default=30)
   rounds = parser.parse_args().rounds
+  refuse_flags()
   results = [measure(*size, tokens, rounds) for size in SIZES for tokens in TOKENS]
   names = list(results[0]["us"])
   print("| tokens x weight | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))

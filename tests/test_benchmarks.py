@@ -5,7 +5,7 @@ import time
 import pytest
 
 from benchmarks import home, report
-from benchmarks.measure import BASE, Case, ratios, rounds_of
+from benchmarks.measure import BASE, Case, ratios, refuse_flags, rounds_of
 
 
 def test_all_ways_take_turns_and_are_timed():
@@ -83,3 +83,11 @@ def test_the_chart_of_the_first_page_says_what_the_table_says(tmp_path):
     assert ways and all(f"| {multiple:.2f} (" in line for multiple in ways.values())
   home.draw(numbers, tmp_path / "chart.png")
   assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_flags_that_switch_optimizations_off_are_refused(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+  refuse_flags()
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  with pytest.raises(SystemExit, match="unset"):
+    refuse_flags()

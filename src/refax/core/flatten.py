@@ -299,7 +299,7 @@ def adopt(parent: Node, key: Any, child: Any, *, moved: bool = False) -> None:
   With `moved`, a child that lives in `parent` already gets this key.
   """
   if isinstance(child, Variable):
-    origin = child._def.origin
+    origin = child._node[1].origin
     if _settles(origin.owner, parent, moved):
       origin.owner, origin.name = weakref.ref(parent), key
   elif isinstance(child, Node) and _settles(child._pytree.home[0], parent, moved):

@@ -160,7 +160,10 @@ class CompiledCommit(Commit):
     self._places = [i for i, _ in variables]
     self._classes: list[Any] = [x.cls for _, x in variables]
     self._definitions = [x.definition for _, x in variables]
-    self._is_as_returned = all(x.treedef is ARRAY and not x.hijax for x in self.fresh)
+    self._are_arrays = all(x.treedef is ARRAY for x in self.fresh)
+    self._is_as_returned = self._are_arrays and not any(x.hijax for x in self.fresh)
+    self._cells: list[Callable | None] | None = None
+    """Where all fresh leaves are arrays: what makes the Ref of each that is to have one."""
     self.leaves = self._needed_leaves()
     """The input leaves that `build` asks for: the result, or an object, will hold them anew."""
     self.plain_result = self._plain_result()
@@ -173,7 +176,7 @@ class CompiledCommit(Commit):
       arrays: what the compiled function returned, after the written values.
       trace: the trace state of now.
     """
-    found = list(arrays) if self._is_as_returned else [x.make(arrays) for x in self.fresh]
+    found = self._made(arrays)
     all_are_variables = len(self._places) == len(found)
     cells = zip(found) if all_are_variables else [(found[i],) for i in self._places]
     variables = make_variables(self._classes, cells, self._definitions, trace)
@@ -182,6 +185,19 @@ class CompiledCommit(Commit):
     for i, variable in zip(self._places, variables, strict=True):
       found[i] = variable
     return found
+
+  def _made(self, arrays: Iterator) -> list[Any]:
+    """What the fresh leaves hold."""
+    if not self._are_arrays:
+      return [x.make(arrays) for x in self.fresh]
+    found = list(arrays)
+    if self._is_as_returned:
+      return found
+    if self._cells is None:
+      pairs = zip(self.fresh, found, strict=True)
+      self._cells = [_jax.cells_like(x) if fresh.hijax else None for fresh, x in pairs]
+    pairs = zip(self._cells, found, strict=True)
+    return [x if new is None else new(x) for new, x in pairs]
 
   def _needed_leaves(self) -> list[int]:
     entries = [e for c in self._changes for _, e in c.entries]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
 
 
 class Node(nnx.Module):
@@ -155,6 +155,7 @@ def test_inside_of_any_transform_it_recomputes():
   assert residuals(nnx.remat(f), X) != residuals(f, X)
 
 
+@pytest.mark.skipif(not _jax.no_trace_active(), reason="the private API is switched off")
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_outside_of_a_trace_it_is_the_function_and_all_is_undone_if_it_raises(closure, error):

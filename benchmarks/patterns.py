@@ -31,10 +31,14 @@ def zeros(n: int) -> list[jax.Array]:
 
 def model_of(lib: Any, n: int, **options: Any) -> Any:
   """A model of `n` small Variables, in layers of five."""
+  return _model_class(lib)(n, options)
 
+
+@functools.cache
+def _model_class(lib: Any) -> Any:
   class Layer(lib.Module):
-    def __init__(self, count):
-      for i in range(count):
+    def __init__(self, options):
+      for i in range(5):
         setattr(self, f"v{i}", lib.Param(jnp.zeros(8), **options))
 
     def __call__(self, x):
@@ -46,8 +50,8 @@ def model_of(lib: Any, n: int, **options: Any) -> Any:
       return sum((getattr(self, f"v{i}")[...] * x).sum() for i in range(5))
 
   class Model(lib.Module):
-    def __init__(self):
-      self.layers = lib.List([Layer(5) for _ in range(n // 5)])
+    def __init__(self, n, options):
+      self.layers = lib.List([Layer(options) for _ in range(n // 5)])
 
     def __call__(self, x):
       for layer in self.layers:
@@ -57,7 +61,7 @@ def model_of(lib: Any, n: int, **options: Any) -> Any:
     def total(self, x):
       return sum(layer.total(x) for layer in self.layers)
 
-  return Model()
+  return Model
 
 
 def increment(model: Any, x: Any) -> Any:

@@ -55,7 +55,7 @@ class _Buffers:
   """What several Refs will hold."""
 
   def __init__(self):
-    self._refs: list[jax.Ref] = []
+    self._cells: list[jax.Ref] = []
     self._values: list[jax.Array] = []
     self._given: list[bool] = []
     """Whether somebody else knows the value."""
@@ -75,7 +75,7 @@ class _Buffers:
       value = _jax.peek_cell(value)
     if not _jax.is_write_now(ref, value):
       return False
-    self._refs.append(ref)
+    self._cells.append(ref)
     self._values.append(value)
     self._given.append(is_variable or not fresh)
     return True
@@ -85,7 +85,7 @@ class _Buffers:
     if not writes.refs or any(_jax.is_tracer(x) for ref, new, _ in writes.refs for x in (ref, new)):
       return False
     for ref, new, was in writes.refs:
-      self._refs.append(ref)
+      self._cells.append(ref)
       self._values.append(new)
       self._given.append(new is was and not fresh)
       note(variable, ref)
@@ -97,10 +97,10 @@ class _Buffers:
 
     All copies are made before anything is stored: what can fail has failed then.
     """
-    buffers = storage.settled(self._refs, self._values, self._given)
+    buffers = storage.settled(self._cells, self._values, self._given)
 
     def store() -> None:
-      _jax.put_back(self._refs, buffers)
+      _jax.put_back(self._cells, buffers)
       for variable, writes in others:
         variable.commit(writes)
 

@@ -262,12 +262,7 @@ class Pytree(Node):
     declared = self._declared
     is_plain = type(value) in PLAIN and type(old) in PLAIN
     if is_plain and not declared and name not in self._pytree.dynamic:  # loops switch modes by it
-      self._check_trace(name)
-      if not _same(old, value):
-        try:  # as in `_put`
-          set_attribute(self.__dict__, name, value)
-        finally:
-          self._structure_changed({name: (old, False)}, (), (name,))
+      self._put(name, old, value, dynamic=False)
       return
     if isinstance(getattr(type(self), name, None), property):
       object.__setattr__(self, name, value)

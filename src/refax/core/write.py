@@ -30,7 +30,8 @@ def write(*writes: tuple[Variable, Any], fresh: bool = False) -> None:
   """
   buffers = _Buffers()
   others: list[tuple[Variable, Writes]] = []
-  is_eager, is_simple = _jax.no_trace_active(), is_quiet() and _jax.wide_mesh() is None
+  is_eager = _jax.no_trace_active()
+  is_simple = is_eager and is_quiet() and _jax.wide_mesh() is None
   for variable, value in writes:
     if is_simple and buffers.took(variable, value, fresh):
       continue

@@ -102,9 +102,10 @@ class Optimizer(Pytree):
     leaves, treedef = jax.tree.flatten(tx.init(values))
     owned = Owned(leaves, jax.tree.leaves(values))
     for i in range(len(leaves)):  # one after the other: all copies at once would be a peak
-      take = owned(i) and is_beside(leaves[i], devices)
-      x = OptState._taking(leaves[i], self.step) if take else OptState(beside(leaves[i], devices))
-      leaves[i] = x
+      if owned(i) and is_beside(leaves[i], devices):
+        leaves[i] = OptState._taking(leaves[i], self.step)
+      else:
+        leaves[i] = OptState(beside(leaves[i], devices))
     self.opt_state = data(treedef.unflatten(leaves))
     _annotate(self.opt_state, params)
 

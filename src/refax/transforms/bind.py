@@ -31,8 +31,8 @@ class Given:
   def __init__(self, inputs: Inputs):
     self._inputs = inputs
 
-  def picker(self, items: Items, *, gives_up: bool) -> Callable[[Any], Any]:
-    """The function from the arguments of a call to its arrays, see `Sources.picker`."""
+  def picker(self, items: Items) -> Callable[[Any], Any]:
+    """The function from the arguments of a call to its arrays."""
     return lambda _: items.handed(lambda i: item(self._inputs.leaves[i]))
 
   def giver(self, items: Items) -> Callable[[Any], list]:
@@ -61,6 +61,8 @@ class Sources:
     places: for leaves in the arguments themselves, (0, index in `values`) or (1, in `leaves`).
     containers: for each of `Items.containers` its index in `values`.
     has_trees: whether there are containers of objects among the arguments.
+    gives_up: whether the calls give up buffers of Refs. For an array in an object that has another
+      type JAX would compile anew, in Python, where a signal would lose them: they raise Retraced.
   """
 
   def __init__(
@@ -70,22 +72,18 @@ class Sources:
     containers: Sequence[int],
     *,
     has_trees: bool,
+    gives_up: bool,
   ):
-    self._inputs, self._containers, self._has_trees = inputs, containers, has_trees
+    self._inputs, self._containers = inputs, containers
+    self._has_trees, self._gives_up = has_trees, gives_up
     self._places: dict[int, tuple[int, Any]] = dict(places)
 
-  def picker(self, items: Items, *, gives_up: bool) -> Callable[[Any], Any]:
-    """The function from the arguments of a call to its arrays.
-
-    Args:
-      items: what the arrays are.
-      gives_up: whether the call gives up buffers of Refs. For an array of another type JAX compiles
-        anew, in Python, where a signal would lose them: the function then raises Retraced.
-    """
+  def picker(self, items: Items) -> Callable[[Any], Any]:
+    """The function from the arguments of a call to its arrays."""
     direct = [self._places[i] for i in items.direct] + [(0, i) for i in self._containers]
     variables = [weakref.ref(self._inputs.leaves[i]) for i in items.variables]
     attributes = [self._attribute(i) for i in items.arrays]
-    inside = (*items.variables, *items.arrays) if gives_up else ()
+    inside = (*items.variables, *items.arrays) if self._gives_up else ()
     likes = list(zip(*(Like.of(item(self._inputs.leaves[i])) for i in inside), strict=True))
     if not self._has_trees and not variables and not attributes:
       indices = [i for _, i in direct]
@@ -164,7 +162,7 @@ def bind(
     _jax.exchange,
     call or compiled.call,
     compiled.cells(leaves),
-    sources.picker(items, gives_up=bool(compiled.written)),
+    sources.picker(items),
     give=sources.giver(items) if items.given else None,
   )
   variables = sources.reader([i for i, _ in commit.written])

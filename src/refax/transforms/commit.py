@@ -65,7 +65,7 @@ class Fresh:
     hijax: whether the Variable is to have a Ref.
   """
 
-  __slots__ = ("_cells", "cls", "definition", "hijax", "treedef")
+  __slots__ = ("cls", "definition", "hijax", "treedef")
 
   def __init__(self, leaf: Any, hijax: bool):
     is_variable = isinstance(leaf, Variable)
@@ -73,20 +73,6 @@ class Fresh:
     self.definition: Any = leaf._def if is_variable else None
     self.hijax = hijax
     self.treedef = _tree(leaf._cell if is_variable else leaf)
-    self._cells: list[Callable] | None = None
-
-  def make(self, arrays: Iterator) -> Any:
-    """What the leaf holds: an array, or what a Variable is to have as its cell.
-
-    Args:
-      arrays: the results of the compiled function, always of the same types, of which this takes
-        its own; nobody else may hold them if they go into a Ref.
-    """
-    cells = list(islice(arrays, self.treedef.num_leaves))
-    if self.hijax:
-      self._cells = self._cells or list(map(_jax.cells_like, cells))
-      cells = [new(x) for new, x in zip(self._cells, cells, strict=True)]
-    return cells[0] if self.treedef is ARRAY else self.treedef.unflatten(cells)
 
 
 class Commit:
@@ -161,9 +147,9 @@ class CompiledCommit(Commit):
     self._classes: list[Any] = [x.cls for _, x in variables]
     self._definitions = [x.definition for _, x in variables]
     self._are_arrays = all(x.treedef is ARRAY for x in self.fresh)
-    self._is_as_returned = self._are_arrays and not any(x.hijax for x in self.fresh)
-    self._cells: list[Callable | None] | None = None
-    """Where all fresh leaves are arrays: what makes the Ref of each that is to have one."""
+    self._have_refs = any(x.hijax for x in self.fresh)
+    self._new_cells: list[Callable | None] | None = None
+    """For each array of the fresh leaves what makes its Ref, if it is to have one."""
     self.leaves = self._needed_leaves()
     """The input leaves that `build` asks for: the result, or an object, will hold them anew."""
     self.plain_result = self._plain_result()
@@ -187,17 +173,18 @@ class CompiledCommit(Commit):
     return found
 
   def _made(self, arrays: Iterator) -> list[Any]:
-    """What the fresh leaves hold."""
-    if not self._are_arrays:
-      return [x.make(arrays) for x in self.fresh]
+    """What the fresh leaves hold; nobody else may hold the arrays that go into a Ref."""
     found = list(arrays)
-    if self._is_as_returned:
+    if self._have_refs:
+      if self._new_cells is None:
+        hijax = [x.hijax for x in self.fresh for _ in range(x.treedef.num_leaves)]
+        pairs = zip(found, hijax, strict=True)
+        self._new_cells = [_jax.cells_like(x) if is_hijax else None for x, is_hijax in pairs]
+      found = [x if new is None else new(x) for new, x in zip(self._new_cells, found, strict=True)]
+    if self._are_arrays:
       return found
-    if self._cells is None:
-      pairs = zip(self.fresh, found, strict=True)
-      self._cells = [_jax.cells_like(x) if fresh.hijax else None for fresh, x in pairs]
-    pairs = zip(self._cells, found, strict=True)
-    return [x if new is None else new(x) for new, x in pairs]
+    parts = iter(found)
+    return [x.treedef.unflatten(islice(parts, x.treedef.num_leaves)) for x in self.fresh]
 
   def _needed_leaves(self) -> list[int]:
     entries = [e for c in self._changes for _, e in c.entries]

@@ -57,7 +57,7 @@ class Entry:
     # `run` holds the buffers of all cells: what it holds of a model must not outlive the model.
     cells = (ref for refs in compiled.cells(seen.inputs.leaves) for ref in refs)
     self._cells = [weakref.ref(ref, gone) for ref in cells]
-    self.run = bind(compiled, seen.inputs.leaves, seen.sources())
+    self.run = bind(compiled, seen.inputs.leaves, seen.sources(compiled))
     # Without `self`: a cycle would keep the buffers of `run` until the collector comes.
     parts = functools.partial(_parts_of, seen.trees, seen.distinct) if seen.trees else None
     self.quick: Quick = (
@@ -367,9 +367,15 @@ class Seen:
     self.distinct = (len(places), others)
     return len(set(places)) == len(places) and inside.isdisjoint(places)
 
-  def sources(self) -> Sources:
+  def sources(self, compiled: Compiled) -> Sources:
     """Where later calls find their leaves and objects."""
-    return Sources(self.inputs, self._places, self.containers, has_trees=bool(self.trees))
+    return Sources(
+      self.inputs,
+      self._places,
+      self.containers,
+      has_trees=bool(self.trees),
+      gives_up=bool(compiled.written),
+    )
 
 
 def _first(values: tuple) -> int | None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from refax import _jax
@@ -58,6 +57,8 @@ class Tree(NamedTuple):
       return None
     entries = [e[1] if e[0] == LEAF else None for e in children]
     tree = cls(index, treedef, _shape_of(x), None, entries, [], [], [])
+    if (alike := _Alike.of(leaves)) is not None:
+      return tree._replace(is_leaf=is_object, alike=alike)
     for j, leaf in enumerate(leaves):
       if isinstance(leaf, Node) or _jax.is_ref(leaf):
         tree.objects.append((j, weakref.ref(leaf)))
@@ -67,8 +68,7 @@ class Tree(NamedTuple):
         tree.arrays.append((j, *Like.of(leaf)))
       else:
         return None
-    is_leaf = is_object if tree.objects or tree.variables else None
-    return tree._replace(is_leaf=is_leaf, alike=_Alike.of(leaves))
+    return tree._replace(is_leaf=is_object if tree.objects or tree.variables else None)
 
   def collect(self, x: Any, leaves: list[Any], cells: list[Any], lojax: list[Variable]) -> bool:
     """Whether an argument has the same in it.
@@ -148,8 +148,7 @@ class _Alike:
     (array, *others) = set(map(type, arrays))
     if others or not issubclass(array, jax.Array) or issubclass(array, jax.Ref):
       return None
-    is_key = jnp.issubdtype(arrays[0].dtype, jax.dtypes.prng_key)
-    return None if is_key else cls(leaves, arrays)
+    return cls(leaves, arrays)
 
   def arrays_of(self, found: list[Any]) -> list[Any] | None:
     """The arrays of Variables that are like these; None if they are not."""

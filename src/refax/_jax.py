@@ -74,7 +74,7 @@ def _ref_type(aval: Any) -> Any:
   return private.AbstractRef(aval, kind=CELL_KIND)
 
 
-_EAGER = object()
+EAGER = object()
 """The trace state outside every trace, which every assignment to an attribute asks for."""
 
 
@@ -82,7 +82,7 @@ def trace_state() -> Any:
   """A token that is equal for two moments inside the same trace, and only then."""
   private = _private()  # `no_trace_active`, without a frame
   is_eager = private is not None and private.clean()
-  return _EAGER if is_eager else get_opaque_trace_state()
+  return EAGER if is_eager else get_opaque_trace_state()
 
 
 class _Private(NamedTuple):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from refax.compat.flags import set_graph_mode, set_graph_updates
 from refax.compat.signature import positional
-from refax.core.flatten import flatten, unflatten
+from refax.core.flatten import flatten
 from refax.core.node import Node
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 from refax.graph.split import state
 from refax.graph.state import State, from_flat_state, to_flat_state

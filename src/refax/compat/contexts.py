@@ -13,9 +13,10 @@ import jax
 
 from refax import _jax
 from refax.core.filters import Filter
-from refax.core.flatten import Walk, fill, resolver
+from refax.core.flatten import Walk
 from refax.core.graphdef import LEAF, GraphDef
 from refax.core.node import Node
+from refax.core.rebuild import Blueprint
 from refax.core.variable import Variable
 from refax.graph.split import as_state, set_entry
 from refax.graph.state import partition, to_flat_state
@@ -119,11 +120,7 @@ class MergeContext:
       values |= dict(to_flat_state(state)) if isinstance(state, Mapping) else {(): state}
     self._leaves += [values[path] for path in graphdef.paths]
     described = graphdef.graphdef.nodes[graphdef.first_node :]
-    new_nodes = [Node.__new__(cls) for cls, _ in described]
-    self._nodes += new_nodes
-    value = resolver(self._leaves, self._nodes)
-    for node, (_, entries) in zip(new_nodes, described, strict=True):
-      fill(node, entries, value)
+    self._nodes, value = Blueprint(described, graphdef.first_node).build(self._leaves, self._nodes)
     new = value(graphdef.graphdef.root)
     old = None if self._outer is None else next(self._outer, None)
     if old is None:

@@ -10,9 +10,9 @@ import jax
 from refax.compat.contexts import ContextDef, merge_context, split_context
 from refax.core.filters import All, Filter, to_predicate
 from refax.core.flatten import flatten as _flatten
-from refax.core.flatten import unflatten as _unflatten
 from refax.core.graphdef import GraphDef
 from refax.core.node import Node
+from refax.core.rebuild import unflatten as _unflatten
 from refax.core.variable import Variable
 from refax.graph import split as splitting
 from refax.graph.apply import Applied

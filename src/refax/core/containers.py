@@ -6,7 +6,15 @@ data. Elements are data or static, as attributes are.
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import (
+  Callable,
+  Iterable,
+  Iterator,
+  Mapping,
+  MutableMapping,
+  MutableSequence,
+  Set,
+)
 from typing import Any, Generic, TypeVar, overload
 
 import jax
@@ -14,9 +22,10 @@ import numpy as np
 
 from refax.core import text
 from refax.core.brief import summary
-from refax.core.flatten import adopt, flatten
+from refax.core.flatten import flatten
 from refax.core.module import Module
 from refax.core.pytree import classify, converters
+from refax.core.rebuild import adopt
 from refax.core.storage import is_array_like
 from refax.core.variable import Variable
 from refax.typing import path_str
@@ -79,8 +88,9 @@ class _Container(Module, named=False):
     raise NotImplementedError
 
   def _alter(self, entries: Iterable[tuple[Any, Any, bool]], removed: Iterable[Any]) -> None:
+    entries = list(entries)
     self._clear()
-    self._fill(entries)
+    self._fill({key: x for key, x, _ in entries}, {key for key, _, is_data in entries if is_data})
 
   def _keep(self, key: Any, value: Any) -> Any:
     """The element as it is kept; raises StaticAttributeError if it can be neither."""
@@ -141,12 +151,13 @@ class List(_Container, MutableSequence, Generic[A], named=False):
       (i, _kept(x), not isinstance(x, _Static)) for i, x in enumerate(self._items)
     ] + attributes
 
-  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
-    entries = list(entries)
-    items = [x if dynamic else _Static(x) for key, x, dynamic in entries if isinstance(key, int)]
+  def _fill(self, entries: dict[Any, Any], dynamic: Set[Any]) -> None:
+    items = {k: x if k in dynamic else _Static(x) for k, x in entries.items() if isinstance(k, int)}
     object.__setattr__(self, "_moved", {})
-    object.__setattr__(self, "_items", items)
-    super()._fill(e for e in entries if not isinstance(e[0], int))
+    object.__setattr__(self, "_items", list(items.values()))
+    if len(items) < len(entries):
+      attributes = {key: x for key, x in entries.items() if key not in items}
+      super()._fill(attributes, dynamic & attributes.keys())
 
   @overload
   def __getitem__(self, index: int) -> A: ...
@@ -266,8 +277,8 @@ class Dict(_Container, MutableMapping, Generic[A], named=False):
       (key, _kept(self._items[key]), not isinstance(self._items[key], _Static)) for key in order
     ]
 
-  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
-    items = {key: value if dynamic else _Static(value) for key, value, dynamic in entries}
+  def _fill(self, entries: dict[Any, Any], dynamic: Set[Any]) -> None:
+    items = {key: x if key in dynamic else _Static(x) for key, x in entries.items()}
     object.__setattr__(self, "_moved", {})
     object.__setattr__(self, "_items", items)
 

@@ -26,6 +26,7 @@ from refax.core.graphdef import LEAF, NODE, REGION, STATIC, GraphDef, path_step
 from refax.core.mesh import objects_enter_mesh
 from refax.core.node import Node, Tracked
 from refax.core.orbax import on_arrays
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable, identity
 from refax.core.watch import Watch, Watches
 from refax.errors import RefArgumentError, ReturnedRefError
@@ -242,73 +243,6 @@ class Rebuilt(NamedTuple):
 def _is_array_type(cls: type) -> bool:
   """Whether what is of this type is an array, of its own: no Ref, and no tracer of one."""
   return issubclass(cls, jax.Array) and not issubclass(cls, jax.Ref | Tracer)
-
-
-def unflatten(graphdef: GraphDef, leaves: Iterable[Any]) -> tuple[Any, list[Node]]:
-  """The object that `graphdef` describes, with these leaves, and its nodes by index."""
-  leaves = list(leaves)
-  objects = [Node.__new__(cls) for cls, _ in graphdef.nodes]
-  value = resolver(leaves, objects)
-  for node, (_, entries) in zip(objects, graphdef.nodes, strict=True):
-    fill(node, entries, value)
-  if not _jax.no_trace_active():
-    for node, origin in zip(objects, graphdef.origins, strict=False):
-      node._pytree.origin = origin
-    for node, place in zip(objects, graphdef.places, strict=False):
-      node._pytree.place = place
-  return value(graphdef.root), objects
-
-
-def resolver(leaves: list[Any], objects: list[Node]) -> Callable[[tuple], Any]:
-  """The function from an entry to the value that it stands for."""
-  # Not a closure that calls itself: that is a cycle, and holds leaves until the garbage collector
-  # comes, arrays of gigabytes too.
-  return functools.partial(_value_of, leaves, objects, {})
-
-
-def _value_of(leaves: list[Any], objects: list[Node], fresh: dict[int, Any], entry: tuple) -> Any:
-  sort = entry[0]
-  if sort == LEAF:
-    return leaves[entry[1]]
-  if sort == NODE:
-    return objects[entry[1]]
-  if sort == STATIC:
-    static = entry[2]
-    if type(static) is not ByValue:
-      return static
-    if id(static) not in fresh:  # one copy, where several objects share it
-      fresh[id(static)] = static.fresh()
-    return fresh[id(static)]
-  _, treedef, children = entry
-  return treedef.unflatten(
-    [leaves[e[1]] if e[0] == LEAF else _value_of(leaves, objects, fresh, e) for e in children]
-  )
-
-
-def fill(node: Node, entries: tuple, value: Callable[[tuple], Any]) -> None:
-  """Give an empty node its entries."""
-  filled = [(key, value(entry), entry[0] != STATIC) for key, entry in entries]
-  node._fill(filled)
-  for key, child, _ in filled:
-    adopt(node, key, child)
-
-
-def adopt(parent: Node, key: Any, child: Any, *, moved: bool = False) -> None:
-  """Note where `child` lives, if it has no living home: error messages name the path.
-
-  With `moved`, a child that lives in `parent` already gets this key.
-  """
-  if isinstance(child, Variable):
-    origin = child._node[1].origin
-    if _settles(origin.owner, parent, moved):
-      origin.owner, origin.name = weakref.ref(parent), key
-  elif isinstance(child, Node) and _settles(child._pytree.home[0], parent, moved):
-    child._pytree.home = (weakref.ref(parent), key)
-
-
-def _settles(owner: weakref.ref | None, parent: Node, moved: bool) -> bool:
-  old = None if owner is None else owner()
-  return old is None or (moved and old is parent)
 
 
 def is_part(x: Any) -> bool:

@@ -32,6 +32,7 @@ class GraphDef:
     "_hash",
     "_paths",
     "_plain",
+    "blueprint",
     "leaf_count",
     "nodes",
     "origins",
@@ -58,6 +59,8 @@ class GraphDef:
     """The objects that were described, by node, while they live. Not compared: for paths."""
     self.places = places
     """Where they are, while calls of Modules are observed. Compared: see `calls.places_of`."""
+    self.blueprint: Any = None
+    """How the objects are built of leaves, once it has been asked for; see `rebuild`."""
     self._hash: int | None = None
     self._plain: bool | None = None
     self._paths: tuple[Path, ...] | None = None

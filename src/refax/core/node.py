@@ -1,7 +1,10 @@
 """Node: a Python object with named entries, each data or static, that knows when it changes."""
 
+import collections
+import functools
+import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, ClassVar
 
 import jax
@@ -100,14 +103,14 @@ class NodeState:
     "watches",
   )
 
-  def __init__(self):
+  def __init__(self, trace: Any):
     self.dynamic: set[str] = set()  # the names of attributes that hold data
     self.watches: Watches | None = None  # of the walks that have seen this node
     self.cache: Any = None  # what the node flattened to
     self.changed = False  # since JAX rebuilt it
     self.having: Any = None  # the Modules below that have some attributes; see `module`
     self.rebuilt: Any = None  # what JAX made the node from
-    self.trace = _jax.trace_state()
+    self.trace = trace  # the trace state when the node was made
     self.in_trace = False  # JAX rebuilt the node, in a trace
     self.lost: Any = None  # what was added to it since
     self.popped: Any = None  # how `nnx.pop` left what is below; see `split`
@@ -141,7 +144,7 @@ class Node:
     if kwargs:
       check_keywords(cls, kwargs)
     self = object.__new__(cls)
-    object.__setattr__(self, "_pytree", NodeState())
+    object.__setattr__(self, "_pytree", NodeState(_jax.trace_state()))
     object.__setattr__(self, "__dict__", Attributes(self))
     return self
 
@@ -168,13 +171,10 @@ class Node:
       keys.sort(key=lambda key: key in dynamic and type(attributes[key]) in CALLABLES)
     return [(key, attributes[key], key in dynamic) for key in keys]
 
-  def _fill(self, entries: Iterable[tuple[Any, Any, bool]]) -> None:
-    """Take the entries as they are; nothing is checked."""
-    attributes, dynamic = self.__dict__, self._pytree.dynamic
-    for key, value, is_dynamic in entries:
-      set_attribute(attributes, key, value)
-      if is_dynamic:
-        dynamic.add(key)
+  def _fill(self, entries: dict[Any, Any], dynamic: Set[Any]) -> None:
+    """Take the entries as they are, those under the keys `dynamic` as data; nothing is checked."""
+    dict.update(self.__dict__, entries)
+    self._pytree.dynamic.update(dynamic)
 
   def _clear(self) -> None:
     dict.clear(self.__dict__)
@@ -211,6 +211,22 @@ class Node:
       state.watches.touch(self, before)
     if state.in_trace or state.read is not None:
       on_change(self, added, removed)
+
+
+# Nodes are made by the hundred, at each call of a transform: in C, as far as it goes.
+_drain = functools.partial(collections.deque, maxlen=0)
+_set_owner = vars(Attributes)["_owner"].__set__
+_set_dict, _set_state = (vars(Node)[slot].__set__ for slot in ("__dict__", "_pytree"))
+
+
+def make_nodes(classes: Sequence[type[Node]]) -> list[Node]:
+  """Empty Nodes of these classes; no constructor is called."""
+  made = list(map(object.__new__, classes))
+  attributes = list(map(dict.__new__, itertools.repeat(Attributes, len(made))))
+  _drain(map(_set_owner, attributes, map(weakref.ref, made)))
+  _drain(map(_set_dict, made, attributes))
+  _drain(map(_set_state, made, map(NodeState, itertools.repeat(_jax.trace_state()))))
+  return made
 
 
 on_change: Callable[[Node, Iterable[Any], Iterable[Any]], None] = lambda *_: None

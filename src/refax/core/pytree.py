@@ -21,14 +21,12 @@ from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
 from refax.core.flatten import (
   Walk,
-  adopt,
   captured,
-  fill,
   is_part,
   register,
-  resolver,
 )
 from refax.core.node import Node, Tracked, set_attribute
+from refax.core.rebuild import adopt, fill, resolver
 from refax.core.variable import Variable
 from refax.core.watch import MISSING
 from refax.errors import StaticAttributeError, TraceContextError
@@ -365,7 +363,7 @@ class Pytree(Node):
 
   def __setstate__(self, state: Any) -> None:
     attributes, dynamic = state
-    self._fill((key, value, key in dynamic) for key, value in attributes.items())
+    self._fill(attributes, dynamic)
     for key in dynamic:
       adopt(self, key, attributes[key])
 

@@ -150,12 +150,12 @@ class Variable(ArrayProtocol, Generic[A]):
   @classmethod
   def _unflatten(cls, definition: VariableDef, children: Iterable[Any]) -> "Variable":
     """As JAX rebuilds a Variable; raises RefArgumentError in a function that it differentiates."""
-    children = tuple(children)
-    if _jax.is_differentiated_ref(children[0]):
+    children, now = tuple(children), _jax.trace_state()
+    if now is not _jax.EAGER and _jax.is_differentiated_ref(children[0]):
       raise RefArgumentError.gradient(definition.origin)
     self = _new(cls)
     _set_node(self, (children, definition))
-    _set_trace(self, _jax.trace_state())
+    _set_trace(self, now)
     return self
 
   @property

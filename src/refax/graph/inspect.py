@@ -6,9 +6,10 @@ from typing import Any
 import jax
 
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import Walk, flatten, region_items, unflatten, walk_graph, walk_nodes
+from refax.core.flatten import Walk, flatten, region_items, walk_graph, walk_nodes
 from refax.core.module import Module
 from refax.core.node import Node
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 from refax.graph.split import clone, set_entry
 from refax.typing import Key, Path

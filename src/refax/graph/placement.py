@@ -8,12 +8,13 @@ from jax.sharding import SingleDeviceSharding
 
 from refax import _jax
 from refax.core.epoch import epoch
-from refax.core.flatten import Walk, region_items, resolver
+from refax.core.flatten import Walk, region_items
 from refax.core.gather import GATHERED
 from refax.core.graphdef import LEAF, REGION
 from refax.core.interrupt import uninterrupted
 from refax.core.node import Node, set_attribute
 from refax.core.processes import check_same, checksum
+from refax.core.rebuild import resolver
 from refax.core.variable import Variable
 from refax.errors import RefArgumentError, TraceContextError
 from refax.typing import Path, path_str

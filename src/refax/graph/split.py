@@ -16,12 +16,12 @@ from refax.core.flatten import (
   Walk,
   flatten,
   region_items,
-  unflatten,
   variable_places,
   walk_nodes,
 )
 from refax.core.graphdef import GraphDef
 from refax.core.node import Node
+from refax.core.rebuild import unflatten
 from refax.core.storage import is_array_like, needs_guard
 from refax.core.variable import Variable, identity, is_variable
 from refax.core.watch import Watch

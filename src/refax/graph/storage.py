@@ -7,8 +7,9 @@ from jax.sharding import NamedSharding
 
 from refax.core.annotation import mesh_of, spec_of
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import Walk, unflatten
+from refax.core.flatten import Walk
 from refax.core.gather import as_kept
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 
 

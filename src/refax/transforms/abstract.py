@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from refax.core.flatten import unflatten
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.stage import entered, values_of

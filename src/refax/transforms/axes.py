@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, Sharding
 
 from refax.core.filters import Filter, PathIn, Predicate, to_predicate
-from refax.core.flatten import Walk, flatten, unflatten
+from refax.core.flatten import Walk, flatten
 from refax.core.graphdef import LEAF, NODE, REGION, GraphDef
 from refax.core.node import Node
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, to_flat_state

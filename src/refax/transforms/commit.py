@@ -12,9 +12,9 @@ import jax
 
 from refax import _jax
 from refax.core.epoch import epoch
-from refax.core.flatten import adopt, fill, resolver
 from refax.core.graphdef import LEAF, REGION, STATIC, GraphDef
 from refax.core.node import Node
+from refax.core.rebuild import Blueprint, adopt
 from refax.core.variable import Variable, VariableDef, make_variables
 from refax.errors import TraceContextError
 
@@ -91,7 +91,8 @@ class Commit:
     self._changes = [
       _change(i, before.nodes[i], nodes[i]) for i in range(count) if nodes[i] != before.nodes[i]
     ]
-    self._new = nodes[count:]
+    self._count = count
+    self._new = Blueprint(nodes[count:], count)
 
   @property
   def is_quiet(self) -> bool:
@@ -117,13 +118,10 @@ class Commit:
       leaves: the input leaves, and the fresh ones.
       objects: the caller's objects.
     """
-    new = [Node.__new__(cls) for cls, _ in self._new]
-    value = resolver(leaves, [*objects, *new])
     for index, definition in self.spec.redefined:
       leaves[index]._def = definition
       epoch.bump()
-    for node, (_, entries) in zip(new, self._new, strict=True):
-      fill(node, entries, value)
+    _, value = self._new.build(leaves, objects)
     for change in self._changes:
       _apply(change, objects[change.place], value)
     return value(self.spec.graphdef.root)
@@ -188,7 +186,7 @@ class CompiledCommit(Commit):
 
   def _needed_leaves(self) -> list[int]:
     entries = [e for c in self._changes for _, e in c.entries]
-    entries += [e for _, node in self._new for _, e in node]
+    entries += [e for _, node in self.spec.graphdef.nodes[self._count :] for _, e in node]
     found = {i for e in (self.spec.graphdef.root, *entries) for i in leaves_of(e)}
     return sorted({i for i in found if i < self.start} | {i for i, _ in self.spec.redefined})
 

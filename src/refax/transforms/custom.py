@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
-from refax.core.flatten import unflatten
 from refax.core.graphdef import LEAF, GraphDef
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 from refax.errors import MissingRuleError, TreeMismatchError
 from refax.graph.split import state

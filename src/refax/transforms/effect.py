@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from refax import _jax
 from refax.core.epoch import epoch
-from refax.core.flatten import fill, resolver
 from refax.core.graphdef import REGION, STATIC
 from refax.core.interrupt import surely
 from refax.core.node import Node
+from refax.core.rebuild import fill, resolver
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
 from refax.transforms.dependence import NOTHING, Dependence, Flow

@@ -21,12 +21,13 @@ from refax import _jax
 from refax.core import storage
 from refax.core.calls import places_of
 from refax.core.definition import Differentiation
-from refax.core.flatten import Walk, unflatten
+from refax.core.flatten import Walk
 from refax.core.gather import as_kept
 from refax.core.graphdef import REGION, GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.mesh import arguments_meet
 from refax.core.node import Node
+from refax.core.rebuild import unflatten
 from refax.core.variable import Variable, VariableDef
 from refax.core.watch import Watch
 from refax.transforms.commit import Commit, Outputs, OutputSpec

@@ -443,6 +443,19 @@ def cells_like(value: jax.Array) -> Callable[[jax.Array], jax.Ref]:
   return new_like
 
 
+def copied_cells(refs: list[jax.Ref]) -> list[jax.Ref]:
+  """A Ref of its own for each of some concrete Refs, with a copy of its value; when eager.
+
+  Private: builds the Refs as `new_cell` does, with the type `_aval` of what they are copied from.
+  """
+  private = _private()
+  if private is None:
+    return [new_cell(read_cell(ref)) for ref in refs]
+  values = copied_for_cells(list(map(peek_cell, refs)))
+  avals = [ref._aval for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
+  return list(map(private.core.Ref, avals, map(private.core.ArrayRefImpl, avals, values)))
+
+
 def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
   """The value of `ref`, as an array that no later step can donate.
 

@@ -1,5 +1,6 @@
-"""Writes of several Variables: all or none."""
+"""Writes of several Variables, all or none, and copies of several."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ from refax import _jax
 from refax.core import storage
 from refax.core.array_protocol import unwrap
 from refax.core.interrupt import uninterrupted
+from refax.core.mesh import enter_mesh
 from refax.core.observe import before_write, is_quiet, note
-from refax.core.variable import Variable, Writes, borrowed
+from refax.core.variable import Variable, Writes, borrowed, make_variables
 
 
 def write(*writes: tuple[Variable, Any], fresh: bool = False) -> None:
@@ -43,6 +45,44 @@ def write(*writes: tuple[Variable, Any], fresh: bool = False) -> None:
     return
   for variable, checked in others:
     variable.commit(checked)
+
+
+def copied(variables: Sequence[Variable], hijax: bool | None = None) -> list[Variable]:
+  """A copy of each Variable, with a cell of its own.
+
+  Args:
+    variables: the Variables, each with another cell.
+    hijax: the storage of the copies; by default each has that of its Variable.
+
+  >>> from refax import nnx
+  >>> a = nnx.Param(1.0); (b,) = copied([a], hijax=False)
+  >>> float(b), b.is_hijax
+  (1.0, False)
+  """
+  is_eager = _jax.no_trace_active()
+  together = [v for v in variables if is_eager and type(v._node[0][0]) is jax.Ref]
+  copies = iter(_copied_together(together, hijax is None or hijax))
+  return [
+    next(copies)
+    if is_eager and type(v._node[0][0]) is jax.Ref
+    else v.with_storage(v.is_hijax if hijax is None else hijax)
+    for v in variables
+  ]
+
+
+def _copied_together(variables: list[Variable], hijax: bool) -> list[Variable]:
+  """Copies of Variables that have a concrete Ref each."""
+  cells: list[Any] = [v._node[0][0] for v in variables]
+  enter_mesh(cells)
+  if not is_quiet():
+    for variable, cell in zip(variables, cells, strict=True):
+      note(variable, cell)
+  if hijax:
+    new = _jax.copied_cells(cells)
+  else:
+    new = _jax.copied_for_cells(list(map(_jax.peek_cell, cells)))
+  definitions = [v._def.elsewhere(hijax) for v in variables]
+  return make_variables(map(type, variables), zip(new), definitions, _jax.trace_state())
 
 
 def _given(value: Any, target: Variable) -> Any:

@@ -25,7 +25,7 @@ from refax.core.rebuild import unflatten
 from refax.core.storage import is_array_like, needs_guard
 from refax.core.variable import Variable, identity, is_variable
 from refax.core.watch import Watch
-from refax.core.write import write
+from refax.core.write import copied, write
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, from_flat_state, partition, to_flat_state
 from refax.typing import Path, path_str
@@ -201,7 +201,11 @@ def clone(node: Any, variables: bool = True, *, arrays: bool = False) -> Any:
   False
   """
   flat = flatten(node)
-  leaves = [x.copy() if variables and isinstance(x, Variable) else x for x in flat.leaves]
+  leaves = list(flat.leaves)
+  if variables:
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Variable)]
+    for i, new in zip(places, copied([leaves[i] for i in places]), strict=True):
+      leaves[i] = new
   if arrays:
     leaves = [_with_arrays(x) for x in leaves]
   return unflatten(flat.graphdef, leaves)[0]

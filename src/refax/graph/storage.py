@@ -7,10 +7,11 @@ from jax.sharding import NamedSharding
 
 from refax.core.annotation import mesh_of, spec_of
 from refax.core.filters import Filter, to_predicate
-from refax.core.flatten import Walk
+from refax.core.flatten import flatten
 from refax.core.gather import as_kept
 from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
+from refax.core.write import copied
 
 
 def to_hijax(tree: Any, /, *, only: Filter = ...) -> Any:
@@ -61,11 +62,10 @@ def pure(tree: Any, /) -> Any:
   >>> float(abs(jax.tree.map(lambda x: x * 0, nnx.pure(model)).kernel).sum())
   0.0
   """
-  walk = Walk()
-  graphdef = walk.graphdef(walk.entry(tree))
+  flat = flatten(tree)
   with as_kept():
-    values = [x.get_value() if isinstance(x, Variable) else x for x in walk.leaves]
-  return unflatten(graphdef, values)[0]
+    values = [x.get_value() if isinstance(x, Variable) else x for x in flat.leaves]
+  return unflatten(flat.graphdef, values)[0]
 
 
 as_pure = pure
@@ -84,10 +84,9 @@ def as_abstract(tree: Any, /) -> Any:
   >>> nnx.as_abstract(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).kernel[...].shape
   (2, 3)
   """
-  walk = Walk()
-  graphdef = walk.graphdef(walk.entry(tree))
-  leaves = [_abstract(x) if isinstance(x, Variable) else x for x in walk.leaves]
-  return unflatten(graphdef, leaves)[0]
+  flat = flatten(tree)
+  leaves = [_abstract(x) if isinstance(x, Variable) else x for x in flat.leaves]
+  return unflatten(flat.graphdef, leaves)[0]
 
 
 def _abstract(v: Variable) -> Variable:
@@ -106,10 +105,10 @@ def _abstract(v: Variable) -> Variable:
 
 
 def _convert(tree: Any, only: Filter, *, hijax: bool) -> Any:
-  predicate, walk = to_predicate(only), Walk()
-  graphdef = walk.graphdef(walk.entry(tree))
-  leaves = [
-    leaf.with_storage(hijax) if isinstance(leaf, Variable) and predicate(path, leaf) else leaf
-    for path, leaf in zip(graphdef.paths, walk.leaves, strict=True)
-  ]
-  return unflatten(graphdef, leaves)[0]
+  predicate, flat = to_predicate(only), flatten(tree)
+  leaves = list(flat.leaves)
+  paths = flat.graphdef.paths
+  places = [i for i, x in enumerate(leaves) if isinstance(x, Variable) and predicate(paths[i], x)]
+  for i, new in zip(places, copied([leaves[i] for i in places], hijax), strict=True):
+    leaves[i] = new
+  return unflatten(flat.graphdef, leaves)[0]

@@ -17,7 +17,7 @@ from refax.core.flatten import Walk
 from refax.core.graphdef import LEAF, GraphDef
 from refax.core.node import Node
 from refax.core.rebuild import Blueprint
-from refax.core.variable import Variable
+from refax.core.variable import Variable, handles
 from refax.graph.split import as_state, set_entry
 from refax.graph.state import partition, to_flat_state
 from refax.typing import Path
@@ -94,15 +94,11 @@ class SplitContext:
     definition = ContextDef(walk.graphdef(walk.entry(node)), first_leaf, first_node)
     self.roots.append(node)
     leaves = walk.leaves[first_leaf:]
-    pairs = list(zip(definition.paths, map(_handle, leaves), strict=True))
+    pairs = list(zip(definition.paths, handles(leaves), strict=True))
     parts = [as_state(part) for part in partition(pairs, filters or (...,))]
     return (definition, *parts)
 
   flatten = split
-
-
-def _handle(leaf: Any) -> Any:
-  return leaf._handle(leaf._cell, leaf._def) if isinstance(leaf, Variable) else leaf
 
 
 class MergeContext:

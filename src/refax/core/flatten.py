@@ -236,7 +236,7 @@ class Rebuilt(NamedTuple):
       and not any(node._pytree.changed for node in self.objects)
       and len(set(map(object.__hash__, leaves))) == len(leaves)  # `id` is audited: 0.2 us each
       and all(issubclass(cls, Variable) for cls in set(map(type, leaves)))
-      and all(map(_is_array_type, {type(leaf._cell) for leaf in leaves}))
+      and all(map(_is_array_type, {type(leaf._node[0][0]) for leaf in leaves}))
     )
 
 

@@ -73,11 +73,17 @@ class Blueprint:
       for key, entry in plan.others:
         entries[key] = value(entry)
       node._fill(entries, plan.dynamic)
+    refs = list(map(weakref.ref, new))
     for place, parent, key in self._homes:
-      objects[place]._pytree.home = (weakref.ref(new[parent]), key)
+      objects[place]._pytree.home = (refs[parent], key)
     for place, parent, key in self._other_homes:
-      if not _has_home(parts[place]):
-        adopt(new[parent], key, parts[place])
+      child = parts[place]
+      if isinstance(child, Variable):  # `adopt`, in one frame for all
+        origin = child._node[1].origin
+        if origin.owner is None or origin.owner() is None:
+          origin.owner, origin.name = refs[parent], key
+      else:
+        adopt(new[parent], key, child)
     return objects, value
 
 
@@ -148,12 +154,6 @@ def fill(node: Node, entries: tuple, value: Callable[[tuple], Any]) -> None:
   node._fill(filled, dynamic)
   for key in filled:
     adopt(node, key, filled[key])
-
-
-def _has_home(child: Any) -> bool:
-  """Whether a Variable lives in an object: most do that are rebuilt, with what they came from."""
-  owner = child._node[1].origin.owner if isinstance(child, Variable) else None
-  return owner is not None and owner() is not None
 
 
 def adopt(parent: Node, key: Any, child: Any, *, moved: bool = False) -> None:

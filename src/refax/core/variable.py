@@ -596,6 +596,24 @@ def make_variables(
   return made
 
 
+def handles(leaves: Iterable[Any]) -> list[Any]:
+  """Leaves with another handle on the same cell for each Variable among them.
+
+  >>> from refax import nnx
+  >>> a = nnx.Variable(1); (b, x) = handles([a, 2.0])
+  >>> b[...] = 3; int(a), x
+  (3, 2.0)
+  """
+  found = list(leaves)
+  places = [i for i, x in enumerate(found) if isinstance(x, Variable)]
+  nodes = [found[i]._node for i in places]
+  classes = [type(found[i]) for i in places]
+  made = make_variables(classes, (n[0] for n in nodes), (n[1] for n in nodes), _jax.trace_state())
+  for i, handle in zip(places, made, strict=True):
+    found[i] = handle
+  return found
+
+
 def _register(cls: type[Variable]) -> None:
   def flatten_with_keys(v: Variable):
     if _jax.orbax_flattens() and any(map(_jax.is_ref, jax.tree.leaves(v._cell))):

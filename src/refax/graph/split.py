@@ -23,16 +23,12 @@ from refax.core.graphdef import GraphDef
 from refax.core.node import Node
 from refax.core.rebuild import unflatten
 from refax.core.storage import is_array_like, needs_guard
-from refax.core.variable import Variable, identity, is_variable
+from refax.core.variable import Variable, handles, identity, is_variable
 from refax.core.watch import Watch
 from refax.core.write import copied, write
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, from_flat_state, partition, to_flat_state
 from refax.typing import Path, path_str
-
-
-def _handles(leaves: Any) -> list[Any]:
-  return [copy.copy(x) if isinstance(x, Variable) else x for x in leaves]
 
 
 def split(node: Any, *filters: Filter) -> tuple[Any, ...]:
@@ -54,7 +50,7 @@ def split(node: Any, *filters: Filter) -> tuple[Any, ...]:
   (['bias', 'scale'], ['mean', 'var'])
   """
   flat = flatten(node)
-  pairs = list(zip(flat.graphdef.paths, _handles(flat.leaves), strict=True))
+  pairs = list(zip(flat.graphdef.paths, handles(flat.leaves), strict=True))
   states = map(as_state, partition(pairs, filters or (...,)))
   return (flat.graphdef, *states)
 
@@ -98,7 +94,7 @@ def merge(graphdef: GraphDef, /, *states: Any) -> Any:
   >>> twin.kernel[0, 0] = 7.0; float(model.kernel[0, 0])
   7.0
   """
-  return unflatten(graphdef, _handles(leaves_of(graphdef, states)))[0]
+  return unflatten(graphdef, handles(leaves_of(graphdef, states)))[0]
 
 
 def leaves_of(graphdef: GraphDef, states: Sequence[Any]) -> list[Any]:
@@ -151,7 +147,7 @@ def state(node: Any, *filters: Filter) -> Any:
   ['mean', 'var']
   """
   flat = flatten(node)
-  pairs = zip(flat.graphdef.paths, _handles(flat.leaves), strict=True)
+  pairs = zip(flat.graphdef.paths, handles(flat.leaves), strict=True)
   return _one_or_all(
     [as_state(part) for part in partition(pairs, filters or (...,), exhaustive=False)]
   )

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -463,6 +464,37 @@ def test_cells_like_one_are_cells_of_their_own(either):
   jax.jit(lambda ref: ref.__setitem__(..., ref[...] + 1))(a)
   assert a[...].tolist() == [1.0] * 3 and b[...].tolist() == [2.0] * 3
   assert jax.typeof(a) == jax.typeof(_jax.new_cell(jnp.ones(3)))
+
+
+def test_copied_cells_have_the_types_and_values_of_theirs_and_share_nothing(either):
+  values = [jnp.arange(3.0), jnp.ones((2, 2), jnp.int8), jax.random.key(0)]
+  refs = [_jax.new_cell(jnp.copy(x)) for x in values]
+  for _ in range(3):
+    copies = _jax.copied_cells(refs)
+    assert list(map(jax.typeof, copies)) == list(map(jax.typeof, refs))
+    assert all((_jax.read_cell(c) == x).all() for c, x in zip(copies, values, strict=True))
+    _jax.write_cell(copies[0], jnp.zeros(3))
+    assert (_jax.read_cell(refs[0]) == values[0]).all()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_ref_is_made_past_its_constructor_only_where_that_does_nothing_else(is_known):
+  class Cell:
+    def __init__(self, aval, refs):
+      self._aval, self._refs = aval, refs
+      if not is_known:
+        self.more = 1
+
+  class Buffer:
+    def __init__(self, aval, buf):
+      self._aval, self._buf = aval, buf
+
+  core = types.SimpleNamespace(Ref=Cell, ArrayRefImpl=Buffer)
+  make = _jax._ref_maker(core, Cell("type", Buffer("type", "buffer")))
+  made = make("another type", "another")
+  assert vars(made._refs) == {"_aval": "another type", "_buf": "another"}
+  assert made._aval == "another type" and hasattr(made, "more") is not is_known
+  assert make.__name__ == ("make" if is_known else "<lambda>")
 
 
 @pytest.mark.parametrize("way", ["private", "public"])

@@ -91,6 +91,8 @@ class _Private(NamedTuple):
   core: Any
   AbstractRef: Any
   clean: Callable[[], bool]
+  ref: Callable[[Any, jax.Array], jax.Ref]
+  """From the type of a Ref and its buffer to the Ref."""
 
 
 @functools.cache
@@ -113,7 +115,7 @@ def _private() -> _Private | None:
       works = ref._refs._buf is value and core.trace_state_clean() in (True, False)
     if not works:
       return None
-    private = _Private(core, AbstractRef, _trace_check(core))
+    private = _Private(core, AbstractRef, _trace_check(core), _ref_maker(core, ref))
   except Exception:
     return None
   if jax.local_device_count() > 1:
@@ -143,6 +145,26 @@ def _trace_check(core: Any) -> Callable[[], bool]:
     jax.eval_shape(ask, 0)
     ask(0)
   return clean if answers[0] == answers[1] and answers[2] == answers[3] else core.trace_state_clean
+
+
+def _ref_maker(core: Any, like: jax.Ref) -> Callable[[Any, jax.Array], jax.Ref]:
+  """`Ref(aval, ArrayRefImpl(aval, buffer))` in 0.25 us, not 0.7 to 1.7: both import a module again.
+
+  Args:
+    core: `jax._src.core`.
+    like: a Ref that these constructors have made: with another attribute, they are called.
+  """
+  new, Ref, Impl = object.__new__, core.Ref, core.ArrayRefImpl
+
+  def make(aval: Any, buffer: jax.Array) -> jax.Ref:
+    impl, ref = new(Impl), new(Ref)
+    impl._aval, impl._buf = aval, buffer
+    ref._aval, ref._refs = aval, impl
+    return ref
+
+  made, was = make(like._aval, like._refs._buf), cast(Any, like)
+  is_same = vars(made).keys() == vars(was).keys() and vars(made._refs) == vars(was._refs)
+  return make if is_same else lambda aval, buffer: Ref(aval, Impl(aval, buffer))
 
 
 def put(x: Any, sharding: Any) -> Any:
@@ -421,9 +443,8 @@ def new_cell(value: jax.Array) -> jax.Ref:
   private = _private()
   if private is None or is_tracer(value) or not private.clean():
     return jax.new_ref(value, kind=CELL_KIND)
-  core, value = private.core, _committed(value)
-  aval = _ref_type(jax.typeof(value))
-  return core.Ref(aval, core.ArrayRefImpl(aval, value))
+  value = _committed(value)
+  return private.ref(_ref_type(jax.typeof(value)), value)
 
 
 def cells_like(value: jax.Array) -> Callable[[jax.Array], jax.Ref]:
@@ -434,11 +455,10 @@ def cells_like(value: jax.Array) -> Callable[[jax.Array], jax.Ref]:
   private = _private()
   if private is None:
     return new_cell
-  new, impl = private.core.Ref, private.core.ArrayRefImpl
-  aval = _ref_type(jax.typeof(_committed(value)))
+  ref, aval = private.ref, _ref_type(jax.typeof(_committed(value)))
 
   def new_like(value: jax.Array) -> jax.Ref:
-    return new(aval, impl(aval, value if value.committed else _committed(value)))
+    return ref(aval, value if value.committed else _committed(value))
 
   return new_like
 
@@ -453,7 +473,7 @@ def copied_cells(refs: list[jax.Ref]) -> list[jax.Ref]:
     return [new_cell(read_cell(ref)) for ref in refs]
   values = copied_for_cells(list(map(peek_cell, refs)))
   avals = [ref._aval for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
-  return list(map(private.core.Ref, avals, map(private.core.ArrayRefImpl, avals, values)))
+  return list(map(private.ref, avals, values))
 
 
 def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:

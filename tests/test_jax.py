@@ -459,8 +459,8 @@ def test_operations_that_are_not_known_and_a_missing_private_api_leave_the_trace
 
 
 def test_cells_like_one_are_cells_of_their_own(either):
-  make = _jax.cells_like(jnp.ones(3))
-  a, b = make(jnp.zeros(3)), make(jnp.full(3, 2.0, jnp.float32))
+  make = _jax.cells_like([jnp.ones(3), jnp.ones(3)])
+  a, b = make([jnp.zeros(3), jax.device_put(jnp.full(3, 2.0, jnp.float32), jax.devices()[0])])
   jax.jit(lambda ref: ref.__setitem__(..., ref[...] + 1))(a)
   assert a[...].tolist() == [1.0] * 3 and b[...].tolist() == [2.0] * 3
   assert jax.typeof(a) == jax.typeof(_jax.new_cell(jnp.ones(3)))

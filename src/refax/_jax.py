@@ -428,11 +428,18 @@ def types_of(arrays: list[Any]) -> tuple[list, list, list]:
 
   Private: `_committed` and `_sharding`, which the public names give in a frame of Python each.
   """
-  avals = [x.aval for x in arrays]
+  avals, committed = [x.aval for x in arrays], _are_committed(arrays)
   try:
-    return avals, [x._committed for x in arrays], [x._sharding for x in arrays]
+    return avals, committed, [x._sharding for x in arrays]
   except AttributeError:
-    return avals, [x.committed for x in arrays], [x.sharding for x in arrays]
+    return avals, committed, [x.sharding for x in arrays]
+
+
+def _are_committed(arrays: list[Any]) -> list[bool]:
+  try:
+    return [x._committed for x in arrays]
+  except AttributeError:
+    return [x.committed for x in arrays]
 
 
 def new_cell(value: jax.Array) -> jax.Ref:
@@ -447,18 +454,20 @@ def new_cell(value: jax.Array) -> jax.Ref:
   return private.ref(_ref_type(jax.typeof(value)), value)
 
 
-def cells_like(value: jax.Array) -> Callable[[jax.Array], jax.Ref]:
-  """`new_cell` for more arrays of one type, results of one compiled function; when eager.
+def cells_like(values: list[jax.Array]) -> Callable[[list[jax.Array]], list[jax.Ref]]:
+  """`new_cell` for each of more such arrays, results of one compiled function; when eager.
 
-  Private: builds the Refs as `new_cell` does; half of its time goes into the type of the array.
+  Private: builds the Refs as `new_cell` does; half of its time goes into the types of the arrays.
   """
   private = _private()
   if private is None:
-    return new_cell
-  ref, aval = private.ref, _ref_type(jax.typeof(_committed(value)))
+    return lambda values: list(map(new_cell, values))
+  ref, avals = private.ref, [_ref_type(jax.typeof(_committed(x))) for x in values]
 
-  def new_like(value: jax.Array) -> jax.Ref:
-    return ref(aval, value if value.committed else _committed(value))
+  def new_like(values: list[jax.Array]) -> list[jax.Ref]:
+    if not all(_are_committed(values)):
+      values = list(map(_committed, values))
+    return list(map(ref, avals, values))
 
   return new_like
 

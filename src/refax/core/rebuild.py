@@ -63,6 +63,8 @@ class Blueprint:
       leaves: the leaves.
       existing: the objects before the first new one.
     """
+    if not self._plans:
+      return list(existing), resolver(leaves, existing)
     new = make_nodes(self._classes)
     objects = [*existing, *new]
     value = resolver(leaves, objects)

@@ -145,9 +145,11 @@ class CompiledCommit(Commit):
     self._classes: list[Any] = [x.cls for _, x in variables]
     self._definitions = [x.definition for _, x in variables]
     self._are_arrays = all(x.treedef is ARRAY for x in self.fresh)
-    self._have_refs = any(x.hijax for x in self.fresh)
-    self._new_cells: list[Callable | None] | None = None
-    """For each array of the fresh leaves what makes its Ref, if it is to have one."""
+    have_refs = [x.hijax for x in self.fresh for _ in range(x.treedef.num_leaves)]
+    self._refs = [i for i, has_ref in enumerate(have_refs) if has_ref]
+    """Which of the fresh arrays go into a Ref."""
+    self._new_cells: Callable[[list], list] | None = None
+    """What makes the Refs."""
     self.leaves = self._needed_leaves()
     """The input leaves that `build` asks for: the result, or an object, will hold them anew."""
     self.plain_result = self._plain_result()
@@ -173,12 +175,12 @@ class CompiledCommit(Commit):
   def _made(self, arrays: Iterator) -> list[Any]:
     """What the fresh leaves hold; nobody else may hold the arrays that go into a Ref."""
     found = list(arrays)
-    if self._have_refs:
+    if self._refs:
+      buffers = found if len(self._refs) == len(found) else [found[i] for i in self._refs]
       if self._new_cells is None:
-        hijax = [x.hijax for x in self.fresh for _ in range(x.treedef.num_leaves)]
-        pairs = zip(found, hijax, strict=True)
-        self._new_cells = [_jax.cells_like(x) if is_hijax else None for x, is_hijax in pairs]
-      found = [x if new is None else new(x) for new, x in zip(self._new_cells, found, strict=True)]
+        self._new_cells = _jax.cells_like(buffers)
+      for i, ref in zip(self._refs, self._new_cells(buffers), strict=True):
+        found[i] = ref
     if self._are_arrays:
       return found
     parts = iter(found)

@@ -7,7 +7,7 @@ import pytest
 
 from refax import nnx
 from refax.core import storage
-from refax.errors import DifferentiatedWriteError, SharedWriteError
+from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
 
 PLAIN = (nnx.Variable, nnx.Cache, nnx.Intermediate, nnx.Perturbation, nnx.Param)
 DETACHED = (nnx.BatchStat, nnx.RngState, nnx.RngCount, nnx.RngKey, nnx.OptState)
@@ -185,3 +185,34 @@ def test_as_array_drops_weak_types_and_copies():
   assert not storage.as_array(3.0).weak_type and not storage.as_array(jnp.asarray(3.0)).weak_type
   assert storage.is_array(x) and not storage.is_array(3.0) and storage.is_array_like(3.0)
   assert not storage.is_array(jax.new_ref(jnp.ones(1))) and not storage.is_array_like("x")
+
+
+@pytest.mark.parametrize("cell", [(), (3,), (2, 3), (0, 3), (2, 1, 3)])
+@pytest.mark.parametrize("given", [(), (1,), (3,), (1, 1), (2, 1), (2, 3), (1, 2, 3), (0,), (0, 3)])
+def test_a_write_broadcasts_as_in_numpy(cell, given):
+  array, x = np.zeros(cell), np.ones(given)
+  variable = nnx.Variable(jnp.zeros(cell))
+  try:
+    array[...] = x
+  except ValueError:
+    with pytest.raises(ShapeMismatchError):
+      variable[...] = jnp.asarray(x)
+    assert (variable[...] == 0).all()
+  else:
+    variable[...] = jnp.asarray(x)
+    assert (variable[...] == array).all()
+
+
+def test_an_error_of_jax_is_no_mismatch_of_shapes(monkeypatch):
+  """Ctrl-C inside of an operation may come out of JAX as a ValueError."""
+
+  def interrupted(*_):
+    raise ValueError("from a KeyboardInterrupt")
+
+  variable = nnx.Variable(jnp.zeros(3))
+  with monkeypatch.context() as m:
+    m.setattr(jnp, "broadcast_to", interrupted)
+    with pytest.raises(ValueError, match="KeyboardInterrupt") as caught:
+      variable[...] = 1.0
+  assert not isinstance(caught.value, ShapeMismatchError)
+  assert (variable[...] == 0).all()

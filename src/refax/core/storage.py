@@ -104,10 +104,11 @@ def fit(value: Any, want: Any, origin: Any) -> jax.Array:
   given, lead = x, x.ndim - len(want.shape)
   if lead > 0 and x.shape[:lead] == (1,) * lead:
     x = x.reshape(x.shape[lead:])
-  try:
-    return jnp.broadcast_to(x, want.shape)
-  except ValueError:
-    raise ShapeMismatchError.write(origin, want, given) from None
+  # Not by what JAX raises: Ctrl-C inside of it may become a ValueError too.
+  pairs = zip(reversed(x.shape), reversed(want.shape), strict=False)
+  if x.ndim > len(want.shape) or any(a not in (1, b) for a, b in pairs):
+    raise ShapeMismatchError.write(origin, want, given)
+  return jnp.broadcast_to(x, want.shape)
 
 
 def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array:

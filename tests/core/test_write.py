@@ -1,4 +1,4 @@
-"""Writes of several Variables: all or none, each value copied once, each cell's buffer its own."""
+"""Writes and copies of several Variables: all or none, each value copied once to a buffer of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from refax import _jax, nnx
-from refax.core.write import write
+from refax.core.observe import observe
+from refax.core.write import copied, write
+from refax.errors import AliasError
 
 pytestmark = pytest.mark.skipif(_jax._private() is None, reason="looks at buffers of Refs")
 
@@ -98,3 +100,57 @@ def test_of_two_writes_to_one_variable_the_last_one_holds():
   for first, last in ((jnp.ones(3), 5), (5, jnp.ones(3)), ([1, 1, 1], jnp.full(3, 2.0))):
     write((v, first), (v, last))
     assert v[...].tolist() == [float(np.ravel(last)[0])] * 3
+
+
+def variables():
+  """More than eight, of all sorts: from the second time on, cells are copied by one call."""
+  hijax = [nnx.Param(jnp.full((i % 3 + 1,), i, jnp.float32)) for i in range(9)]
+  keys = [nnx.Variable(jax.random.key(1)), nnx.Variable(jax.random.key(2, impl="rbg"))]
+  odd = [nnx.Cache(jnp.zeros((0, 2), jnp.bfloat16)), nnx.Variable({"a": 1.0, "b": (True,)})]
+  lojax = [nnx.BatchStat(jnp.ones(2), is_hijax=False), nnx.Variable(3, is_hijax=False, name="n")]
+  return [*hijax, *keys, *odd, *lojax]
+
+
+def plain(v):
+  as_data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return jax.tree.map(lambda x: as_data(x).tolist(), v[...])
+
+
+@pytest.mark.parametrize("hijax", [None, True, False])
+@pytest.mark.parametrize("where", ["eager", "jit"])
+def test_copies_are_the_same_with_cells_of_their_own(hijax, where):
+  given = variables()
+  before = list(map(plain, given))
+
+  def check():
+    found = copied(given, hijax)
+    for old, new in zip(given, found, strict=True):
+      assert type(new) is type(old) and new.get_metadata() == old.get_metadata()
+      assert new.is_hijax is (old.is_hijax if hijax is None else hijax)
+      assert jax.tree.map(jnp.shape, new[...]) == jax.tree.map(jnp.shape, old[...])
+      assert new is not old and new._def.origin is not old._def.origin
+    found[0][...] = found[0][...] * 0 - 1
+    return 0
+
+  for _ in range(3):
+    check() if where == "eager" else jax.jit(check)()
+    assert list(map(plain, given)) == before
+  if where == "eager":
+    assert list(map(plain, copied(given, hijax))) == before
+
+
+def test_a_copy_of_what_is_differentiated_is_refused_as_a_read_is():
+  v = nnx.Param(1.0)
+
+  def loss(w):
+    return copied([v])[0][...] * w[...]
+
+  with pytest.raises(AliasError):
+    nnx.grad(loss)(v)
+
+
+def test_who_observes_sees_what_is_copied():
+  v, seen = nnx.Param(1.0), {}
+  with observe() as seen:
+    copied([v])
+  assert [f() for f in seen.values()] == [v]

@@ -146,7 +146,7 @@ class CompiledCommit(Commit):
     self._definitions = [x.definition for _, x in variables]
     self._are_arrays = all(x.treedef is ARRAY for x in self.fresh)
     have_refs = [x.hijax for x in self.fresh for _ in range(x.treedef.num_leaves)]
-    self._refs = [i for i, has_ref in enumerate(have_refs) if has_ref]
+    self._ref_places = [i for i, has_ref in enumerate(have_refs) if has_ref]
     """Which of the fresh arrays go into a Ref."""
     self._new_cells: Callable[[list], list] | None = None
     """What makes the Refs."""
@@ -175,11 +175,13 @@ class CompiledCommit(Commit):
   def _made(self, arrays: Iterator) -> list[Any]:
     """What the fresh leaves hold; nobody else may hold the arrays that go into a Ref."""
     found = list(arrays)
-    if self._refs:
-      buffers = found if len(self._refs) == len(found) else [found[i] for i in self._refs]
+    if self._ref_places:
+      buffers = (
+        found if len(self._ref_places) == len(found) else [found[i] for i in self._ref_places]
+      )
       if self._new_cells is None:
         self._new_cells = _jax.cells_like(buffers)
-      for i, ref in zip(self._refs, self._new_cells(buffers), strict=True):
+      for i, ref in zip(self._ref_places, self._new_cells(buffers), strict=True):
         found[i] = ref
     if self._are_arrays:
       return found

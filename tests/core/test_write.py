@@ -1,4 +1,4 @@
-"""Writes and copies of several Variables: all or none, each value copied once to a buffer of its own."""
+"""Writes and copies of several Variables: all or none, each copied once, to its own buffer."""
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ def test_a_copy_of_what_is_differentiated_is_refused_as_a_read_is():
 
 
 def test_who_observes_sees_what_is_copied():
-  v, seen = nnx.Param(1.0), {}
+  v = nnx.Param(1.0)
   with observe() as seen:
     copied([v])
   assert [f() for f in seen.values()] == [v]

@@ -175,13 +175,11 @@ class CompiledCommit(Commit):
   def _made(self, arrays: Iterator) -> list[Any]:
     """What the fresh leaves hold; nobody else may hold the arrays that go into a Ref."""
     found = list(arrays)
-    if self._ref_places:
-      buffers = (
-        found if len(self._ref_places) == len(found) else [found[i] for i in self._ref_places]
-      )
+    if places := self._ref_places:
+      buffers = found if len(places) == len(found) else [found[i] for i in places]
       if self._new_cells is None:
         self._new_cells = _jax.cells_like(buffers)
-      for i, ref in zip(self._ref_places, self._new_cells(buffers), strict=True):
+      for i, ref in zip(places, self._new_cells(buffers), strict=True):
         found[i] = ref
     if self._are_arrays:
       return found

@@ -776,8 +776,19 @@ def _calls_back(jaxpr: Any) -> bool:
   )
 
 
+class AsRef:
+  """A value that a trace is given as a Ref that holds it; see `traced`."""
+
+  __slots__ = ("value",)
+
+  def __init__(self, value: Any):
+    self.value = value
+
+
 def traced(fun: Callable[[Any], Any], values: Any) -> tuple[Any, Any]:
   """`jax.make_jaxpr(fun, return_shape=True)(values)`, for a trace that is used once.
+
+  For an `AsRef` among the values, `fun` is given a Ref, and the jaxpr has one as its input.
 
   Two thirds of what JAX takes to trace a small function go into the options of a new `jax.jit`: 280
   us in place of 70. Private: `trace_to_jaxpr_dynamic`, on which JAX's own transforms are built.
@@ -788,7 +799,18 @@ def traced(fun: Callable[[Any], Any], values: Any) -> tuple[Any, Any]:
 
 
 def _make_jaxpr(fun: Callable[[Any], Any], values: Any) -> tuple[Any, Any]:
-  return jax.make_jaxpr(fun, return_shape=True)(values)
+  flat, tree = jax.tree.flatten(values)
+  are_refs = [type(x) is AsRef for x in flat]
+  if not any(are_refs):
+    return jax.make_jaxpr(fun, return_shape=True)(values)
+  found: list[Any] = []
+
+  def outer(flat: list[Any]) -> None:  # a public way to Refs that hold nothing yet
+    given = [new_cell(x) if is_ref else x for x, is_ref in zip(flat, are_refs, strict=True)]
+    found.append(jax.make_jaxpr(fun, return_shape=True)(tree.unflatten(given)))
+
+  jax.make_jaxpr(outer)([x.value if type(x) is AsRef else x for x in flat])
+  return found[0]
 
 
 @functools.cache
@@ -801,6 +823,11 @@ def _tracer() -> Callable[..., tuple[Any, Any]] | None:
     from jax._src.linear_util import wrap_init
   except ImportError:
     return None
+
+  def aval(x: Any) -> Any:
+    if type(x) is not AsRef:
+      return core.shaped_abstractify(x)
+    return _ref_type(core.shaped_abstractify(x.value).update(weak_type=False))
 
   def trace(fun: Callable[[Any], Any], values: Any) -> tuple[Any, Any]:
     flat, tree = jax.tree.flatten(values)
@@ -816,7 +843,7 @@ def _tracer() -> Callable[..., tuple[Any, Any]] | None:
 
     info = debug_info("jit", fun, (values,), {})
     wrapped = wrap_init(call, debug_info=info._replace(arg_names=None))
-    jaxpr, _, consts = trace_to_jaxpr_dynamic(wrapped, list(map(core.shaped_abstractify, flat)))
+    jaxpr, _, consts = trace_to_jaxpr_dynamic(wrapped, list(map(aval, flat)))
     closed = ClosedJaxpr(jaxpr, consts)
     shapes = [type_struct(aval) for aval in closed.out_avals]
     return closed, jax.tree.unflatten(found[0], shapes)
@@ -856,19 +883,23 @@ def type_struct(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
-  """A jaxpr whose Refs are all local, as a pure one: reads and writes become values.
+  """A jaxpr of Refs as a pure one: reads and writes become values.
+
+  A Ref among its inputs becomes the value that it holds, one among its constants another input,
+  after the others. The values that they hold in the end are more results, in the same order.
 
   Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
   has branches with state that differentiate and batch, and says exactly what depends on a batch.
-  Falls back to the jaxpr as it is: right too, but JAX refuses such branches, aloud.
+  Falls back to a jaxpr that makes the Refs itself: right too, but JAX refuses such branches, aloud.
 
   Discharging lowers the bodies of stateful loops and branches, and lowering inlines derivatives of
   the user's own (`jax.nn.relu`, `custom_vjp`, a `HiPrim`). So equations that hold one, and no
   state, are put behind a primitive that lowering passes by, and taken out again afterwards. Where
   the equation itself has state, its rule would be lost: then the jaxpr stays as it is.
   """
+  closed_jaxpr = _refs_as_inputs(closed_jaxpr)
   if _private() is None:
-    return closed_jaxpr
+    return _making_refs(closed_jaxpr)
   if (renamed := _renamed(closed_jaxpr)) is not None:
     return renamed
   try:
@@ -878,9 +909,36 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
     rules = _custom_rules(jaxpr) if differentiable else 0
     pure = discharge_state(_rewritten(jaxpr, _kept) if rules else jaxpr, lower=False)
   except (ImportError, AttributeError, NotImplementedError, TypeError):
-    return closed_jaxpr
+    return _making_refs(closed_jaxpr)
   pure = _rewritten(pure, _taken_out) if rules else pure
-  return pure if not rules or _custom_rules(pure) == rules else closed_jaxpr
+  return pure if not rules or _custom_rules(pure) == rules else _making_refs(closed_jaxpr)
+
+
+def _refs_as_inputs(closed_jaxpr: Any) -> Any:
+  """A jaxpr with the Refs among its constants as further inputs."""
+  old = closed_jaxpr.jaxpr
+  consts = dict(zip(old.constvars, closed_jaxpr.consts, strict=True))
+  if not (refs := list(filter(is_ref_var, consts))):
+    return closed_jaxpr
+  rest = {v: x for v, x in consts.items() if not is_ref_var(v)}
+  info = old.debug_info.with_unknown_names()
+  jaxpr = old.replace(constvars=list(rest), invars=[*old.invars, *refs], debug_info=info)
+  return ClosedJaxpr(jaxpr, list(rest.values()))
+
+
+def _making_refs(closed_jaxpr: Any) -> Any:
+  """A jaxpr with Refs among its inputs as one of values, which makes the Refs itself."""
+  are_refs = list(map(is_ref_var, closed_jaxpr.jaxpr.invars))
+  if not any(are_refs):
+    return closed_jaxpr
+
+  def run(*values: Any) -> list[Any]:
+    given = [new_cell(x) if is_ref else x for x, is_ref in zip(values, are_refs, strict=True)]
+    results = jaxpr_as_fun(closed_jaxpr)(*given)
+    return [*results, *(ref[...] for ref, is_ref in zip(given, are_refs, strict=True) if is_ref)]
+
+  avals = [getattr(v.aval, "inner_aval", v.aval) for v in closed_jaxpr.jaxpr.invars]
+  return jax.make_jaxpr(run)(*map(type_struct, avals))
 
 
 def _renamed(closed_jaxpr: Any) -> Any:
@@ -889,10 +947,11 @@ def _renamed(closed_jaxpr: Any) -> Any:
   JAX would trace all of it once more. Such a jaxpr has as many operations of other sorts as before,
   and what has derivatives of its own is one of these.
   """
-  if not all(type(e).__name__ == "InternalMutableArrayEffect" for e in closed_jaxpr.effects):
+  is_of_ref = lambda e: hasattr(e, "input") or type(e).__name__ == "InternalMutableArrayEffect"
+  if not all(map(is_of_ref, closed_jaxpr.effects)):
     return None
   try:
-    return _Whole(closed_jaxpr).run([])[0]
+    return _Whole(closed_jaxpr).run_all()
   except (AttributeError, NotImplementedError, TypeError, KeyError, ValueError):
     return None
 
@@ -933,30 +992,45 @@ class _Values:
     self._consts: dict[Any, Any] = {}
 
   def run(self, written: list[Any]) -> tuple[Any, list[Any]]:
+    """See `without_refs`."""
+    kept, inputs = self._add_all()
+    outvars = [*(self._refs[v] for v in written), *map(self._now, self._jaxpr.outvars)]
+    used = {v for eqn in self._eqns for v in eqn.invars if type(v) is not Literal} | {
+      v for v in outvars if type(v) is not Literal
+    }
+    kept = [v for v in kept if v not in inputs or inputs[v] in used]
+    return self._closed_jaxpr([inputs.get(v, v) for v in kept], outvars), kept
+
+  def run_all(self) -> Any:
+    """See `discharge`."""
+    given, inputs = self._add_all()
+    outvars = [*map(self._now, self._jaxpr.outvars), *(self._refs[v] for v in inputs)]
+    return self._closed_jaxpr([inputs.get(v, v) for v in given], outvars)
+
+  def _add_all(self) -> tuple[list[Any], dict[Any, Any]]:
+    """Take over all operations; returns the inputs, and the values of the Refs among them."""
     old = self._jaxpr
     consts = dict(zip(old.constvars, self._closed.consts, strict=True))
-    refs = [v for v in (*old.invars, *consts) if is_ref_var(v)]
-    self._refs = {v: _new_var(v.aval.inner_aval) for v in refs}
+    given = [v for v in (*old.invars, *consts) if v not in consts or is_ref_var(v)]
+    self._refs = {v: _new_var(v.aval.inner_aval) for v in given if is_ref_var(v)}
     inputs = dict(self._refs)
     self._consts = {v: x for v, x in consts.items() if not is_ref_var(v)}
     for eqn in old.eqns:
       self._add(eqn)
-    outvars = [*(self._refs[v] for v in written), *map(self._now, old.outvars)]
-    used = {v for eqn in self._eqns for v in eqn.invars if type(v) is not Literal} | {
-      v for v in outvars if type(v) is not Literal
-    }
-    kept = [v for v in (*old.invars, *consts) if v not in self._consts]
-    kept = [v for v in kept if v not in inputs or inputs[v] in used]
+    return given, inputs
+
+  def _closed_jaxpr(self, invars: list[Any], outvars: list[Any]) -> Any:
+    old = self._jaxpr
     jaxpr = old.replace(
       constvars=list(self._consts),
-      invars=[inputs.get(v, v) for v in kept],
+      invars=invars,
       outvars=outvars,
       eqns=self._eqns,
       effects=frozenset(),
       debug_info=old.debug_info.with_unknown_names(),
       is_high=any(map(_is_high, self._eqns)),
     )
-    return ClosedJaxpr(jaxpr, list(self._consts.values())), kept
+    return ClosedJaxpr(jaxpr, list(self._consts.values()))
 
   def _now(self, atom: Any) -> Any:
     return atom if type(atom) is Literal else self._names.get(atom, atom)

@@ -5,7 +5,7 @@ is put back into its own cell has not been read. So an argument of a nested tran
 in and not used is no read, nor is one that a branch hands back as it was.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from refax import _jax
@@ -49,15 +49,10 @@ def computed(*flows: Flow) -> Flow:
 
 
 class Dependence:
-  """Follow the values of a jaxpr. `reads` has the cells that writes and side effects depend on.
+  """Follow the values of a jaxpr. `reads` has the cells that writes and side effects depend on."""
 
-  Args:
-    cells: by the identity of a variable that stands for a Ref made inside, the key of that cell.
-  """
-
-  def __init__(self, cells: Mapping[int, Key]):
+  def __init__(self):
     self.reads: set[Key] = set()
-    self._cells = cells
     self._content: dict[Key, Flow] = {}
     self._control: list[Flow] = []  # what decides whether an equation is run
 
@@ -103,10 +98,8 @@ class Dependence:
     return [self._new(var, flow) if _jax.is_ref_var(var) else flow for var in eqn.outvars]
 
   def _new(self, var: Any, flow: Flow) -> Cell:
-    key = self._cells.get(id(var))
-    cell = Cell(id(var) if key is None else key)
-    if key is None:  # a cell that the function made: what is read from it was put into it
-      self._put(cell, flow)
+    cell = Cell(id(var))  # the function has made it: what is read from it was put into it
+    self._put(cell, flow)
     return cell
 
   def _put(self, cell: Cell, flow: Flow) -> None:

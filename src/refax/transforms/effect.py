@@ -16,7 +16,7 @@ from refax.core.node import Node
 from refax.core.rebuild import fill, resolver
 from refax.core.variable import Variable
 from refax.errors import NonFiniteError, UnwantedWriteError
-from refax.transforms.dependence import NOTHING, Dependence, Flow
+from refax.transforms.dependence import NOTHING, Cell, Dependence, Flow
 from refax.transforms.effect_graph import Graph, draw, signature
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.stage import Staged, read_closures, values_of
@@ -168,20 +168,16 @@ def _effects_of(staged: Staged) -> Effects:
 
 def _reads(staged: Staged) -> set[tuple[str, int]]:
   """("leaf", index) of the inputs and ("closure", id) of the Refs that what it does depends on."""
-  closed = staged._jaxpr
-  jaxpr = closed.jaxpr
-  finals, outputs = staged._tree.unflatten(jaxpr.outvars)
-  source = {id(out): e.invars[0] for e in jaxpr.eqns for out in e.outvars if e.invars}
-  cells, values = {}, []
-  for index, leaf in enumerate(staged.inputs.leaves):
-    is_hijax = isinstance(leaf, Variable) and leaf.is_hijax
-    is_cell = isinstance(leaf, Variable) and not is_hijax
-    flow = Flow(frozenset([("leaf", index)])) if is_cell else NOTHING
-    count = len(jax.tree.leaves(leaf.get_raw_value() if isinstance(leaf, Variable) else leaf))
-    values += [flow] * count
-    for final in jax.tree.leaves(finals.get(index, ())):
-      cells[id(source[id(final)])] = ("leaf", index)
-  dependence = Dependence(cells)
+  closed = staged.jaxpr
+  jaxpr, outputs = closed.jaxpr, staged.out_tree.unflatten(closed.jaxpr.outvars)
+  values: list[Flow | Cell] = []
+  for index, mine in enumerate(staged.by_leaf(jaxpr.invars)):
+    leaf, value = staged.inputs.leaves[index], NOTHING
+    if isinstance(leaf, Variable):
+      key = ("leaf", index)
+      value = Cell(key) if leaf.is_hijax else Flow(frozenset([key]))
+    values += [value] * len(mine)
+  dependence = Dependence()
   flows = dependence.run(jaxpr, closed.consts, values)
   of = dict(zip(map(id, jaxpr.outvars), flows, strict=True))
   found = set(dependence.reads)

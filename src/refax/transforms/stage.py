@@ -8,6 +8,7 @@ and state that the function reaches by closure is found there too.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -51,53 +52,48 @@ class Staged:
     self._is_final = is_final
 
     def traced(values):
-      with compiled_as_is(()) if is_final else contextlib.nullcontext():
-        return staged(values)
+      refs = filter(_jax.is_ref, jax.tree.leaves(values))
+      with compiled_as_is(refs) if is_final else contextlib.nullcontext():
+        frame = inputs.enter({i: Entered(x, hijax=False) for i, x in enumerate(values)})
+        args, kwargs = frame.args
+        return frame.collect(fn(*args, **kwargs))
 
-    def staged(values):
-      frame = inputs.enter(entered(inputs, values))
-      args, kwargs = frame.args
-      outputs = frame.collect(fn(*args, **kwargs))
-      local = [i for i in range(len(frame.leaves)) if frame.is_local(i)]
-      finals = {i: jax.tree.map(lambda ref: ref[...], frame.leaves[i]._cell) for i in local}
-      return finals, outputs
-
+    self._trees = list(map(jax.tree.structure, values))
+    self._hijax = [i for i, x in enumerate(inputs.leaves) if isinstance(x, Variable) and x.is_hijax]
+    given = list(values)
+    for i in self._hijax:
+      given[i] = jax.tree.map(_jax.AsRef, given[i])
     with observe() as self._observed:
-      self._jaxpr, shapes = _jax.traced(traced, list(values))
-    self._tree = jax.tree.structure(shapes)
-    self.finals, self.outputs = shapes  # shapes and dtypes
-    self._find_effects(values)
+      self.jaxpr, self.outputs = _jax.traced(traced, given)  # of outputs, shapes and dtypes
+    self.out_tree = jax.tree.structure(self.outputs)
+    self._find_effects()
     self._find_closures()
-    self._purify(values)
+    self._pure = _jax.discharge(self.jaxpr)
 
-  def _find_effects(self, values: Sequence[Any]) -> None:
+  def _find_effects(self) -> None:
     """Which of the caller's Variables, and which Refs by closure, are read and written."""
-    jaxpr = self._jaxpr.jaxpr
-    # Each Ref is read once more at the end, for its final value: not the function's doing.
-    last = {id(v) for v in jaxpr.outvars[: len(jax.tree.leaves(self.finals))]}
-    own = [e for e in jaxpr.eqns if not any(id(out) in last for out in e.outvars)]
-    reads, writes = _jax.ref_effects(jaxpr.replace(eqns=own, effects=set()))
-    source = {id(out): e.invars[0] for e in jaxpr.eqns for out in e.outvars if e.invars}
+    jaxpr = self.jaxpr.jaxpr
+    reads, writes = _jax.ref_effects(jaxpr)
+    used = {id(v) for e in jaxpr.eqns for v in e.invars}
     self.read, self.written = set(), set(self.outputs.spec.written)
-    outvars = iter(jaxpr.outvars)
-    for index, final in self.finals.items():
-      refs = [source.get(id(next(outvars))) for _ in jax.tree.leaves(final)]
-      self.read |= {index} if any(ref in reads for ref in refs) else set()
-      self.written |= {index} if any(ref in writes for ref in refs) else set()
-    used = {id(v) for e in own for v in e.invars}
-    invars = iter(jaxpr.invars)
-    for index, value in enumerate(values):  # a lojax Variable is read where its array is used
-      mine = [next(invars) for _ in jax.tree.leaves(value)]
-      leaf = self.inputs.leaves[index]
-      if isinstance(leaf, Variable) and not leaf.is_hijax and any(id(v) in used for v in mine):
-        self.read.add(index)
-    consts = list(zip(jaxpr.constvars, self._jaxpr.consts, strict=True))
+    for index, mine in enumerate(self.by_leaf(jaxpr.invars)):
+      if index in self._hijax:
+        self.read |= {index} if any(v in reads for v in mine) else set()
+        self.written |= {index} if any(v in writes for v in mine) else set()
+      elif isinstance(self.inputs.leaves[index], Variable) and any(id(v) in used for v in mine):
+        self.read.add(index)  # a lojax Variable is read where its array is used
+    consts = list(zip(jaxpr.constvars, self.jaxpr.consts, strict=True))
     self.closures_read = {id(ref) for var, ref in consts if var in reads}
     self.closures_written = {id(ref) for var, ref in consts if var in writes}
 
+  def by_leaf(self, flat: Sequence[Any]) -> list[list[Any]]:
+    """What belongs to the values of each leaf of the inputs, of what there is for all of them."""
+    rest = iter(flat)
+    return [list(islice(rest, tree.num_leaves)) for tree in self._trees]
+
   def _find_closures(self) -> None:
     """The Refs that the function reaches by closure; none of them may be an argument too."""
-    self.closures: Closures = {id(c): c for c in self._jaxpr.consts if _jax.is_ref(c)}
+    self.closures: Closures = {id(c): c for c in self.jaxpr.consts if _jax.is_ref(c)}
     for leaf in self.inputs.leaves:
       if isinstance(leaf, Variable):
         for ref in jax.tree.leaves(leaf._cell):
@@ -109,37 +105,25 @@ class Staged:
     seen = self._observed.get(key)
     return None if seen is None else seen()
 
-  def _purify(self, values: Sequence[Any]) -> None:
-    """Turn the jaxpr into one of values only: Refs inside it become values that are passed on."""
-    self._in_tree = jax.tree.structure(list(values))
-    if not self.closures:  # all Refs are made inside: the second trace would be the first one
-      self._pure = _jax.discharge(self._jaxpr)
-      self._pure_tree = jax.tree.structure(([0] * len(self._jaxpr.out_avals), {}))
-      return
-
-    def with_local_refs(given):
-      flat, closures = given
-      refs = {key: _jax.new_cell(value) for key, value in closures.items()}
-      consts = [refs.get(id(c), c) if _jax.is_ref(c) else c for c in self._jaxpr.consts]
-      results = _jax.jaxpr_as_fun(self._jaxpr.replace(consts=consts))(*flat)
-      return results, {key: ref[...] for key, ref in refs.items()}
-
-    avals = {key: jax.ShapeDtypeStruct(r.shape, r.dtype) for key, r in self.closures.items()}
-    flat = jax.tree.leaves(list(values))
-    closed, shapes = _jax.traced(with_local_refs, (flat, avals))
-    self._pure = _jax.discharge(closed)
-    self._pure_tree = jax.tree.structure(shapes)
+  def _apart(self, results: Sequence[Any]) -> tuple[Outputs, dict[int, Any], dict[int, Any]]:
+    """The outputs, the final values of the caller's hijax Variables, and those of closures."""
+    rest = iter(results)
+    outputs = self.out_tree.unflatten(islice(rest, self.out_tree.num_leaves))
+    finals = {}
+    for i in self._hijax:
+      finals[i] = self._trees[i].unflatten(islice(rest, self._trees[i].num_leaves))
+    return outputs, finals, dict(zip(self.closures, rest, strict=True))
 
   def updated(self) -> set[int]:
     """Which of the caller's Variables are written in part, by `dynamic_update_slice`."""
     jaxpr = self._pure.jaxpr
-    results, _ = self._pure_tree.unflatten(jaxpr.outvars)
-    finals, outputs = self._tree.unflatten(results)
+    outputs, finals, _ = self._apart(jaxpr.outvars)
     after = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
-    before = self._in_tree.unflatten(jaxpr.invars[: self._in_tree.num_leaves])
+    before = self.by_leaf(jaxpr.invars)
     sources = {id(v): eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     source = lambda v: sources.get(id(v))
-    return {i for i in self.written if view.is_updated(after.get(i), before[i], source)}
+    alone = {i: before[i][0] for i in self.written if len(before[i]) == 1}
+    return {i for i, v in alone.items() if view.is_updated(after.get(i), v, source)}
 
   def run(
     self,
@@ -182,8 +166,8 @@ class Staged:
     self, values: Sequence[Any], closures: dict[int, jax.Array]
   ) -> tuple[Any, list[Any]]:
     """The function as a closed jaxpr, and what it is run on: values, then those of closures."""
-    mine = {key: closures[key] for key in self.closures}
-    return self._pure, list(map(_operand, jax.tree.leaves((values, mine))))
+    flat = [*jax.tree.leaves(list(values)), *(closures[key] for key in self.closures)]
+    return self._pure, list(map(_operand, flat))
 
   def _result(
     self,
@@ -193,8 +177,7 @@ class Staged:
     written: list[int],
     wanted: list[int],
   ) -> Result:
-    results, after = self._pure_tree.unflatten(results)
-    finals, outputs = self._tree.unflatten(results)
+    outputs, finals, after = self._apart(results)
     finals = {i: finals[i] for i in written if i in finals}
     if not self._is_final:
       finals, after = jax.tree.map(_without_tangent, (finals, after))

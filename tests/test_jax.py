@@ -1,5 +1,6 @@
 """The private paths of `_jax` and their public fallbacks behave the same."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -328,6 +329,46 @@ def test_refs_made_inside_become_values_without_another_trace(f, is_renamed, mon
       np.testing.assert_array_equal(got, want)
     gradient = jax.grad(lambda x, run=run: run(x)[0].sum())(x)
     np.testing.assert_array_equal(gradient, {_whole: [0, 2], _part: [0, 1], _inside: [3, 3]}[f])
+
+
+CLOSED = nnx.Variable(10.0)
+
+
+def _of_refs(values, *, inside):
+  """Writes a Ref that it is given, and one by closure, wholly or in part."""
+  ref, x = values
+  if inside:
+    jax.lax.fori_loop(0, 2, lambda i, _: ref.__setitem__(i, ref[i] * x), None)
+  else:
+    ref[...] = ref[...] * x
+  CLOSED[...] = CLOSED[...] + x
+  return {"x": x + 1, "sum": ref[...].sum()}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("value", [jnp.ones(3), jax.ShapeDtypeStruct((3,), jnp.float32)])
+def test_a_trace_with_refs_as_inputs_becomes_one_of_values(either, inside, value):
+  f = functools.partial(_of_refs, inside=inside)
+  closed, shapes = _jax.traced(f, [_jax.AsRef(value), jnp.float32(2.0)])
+  assert [_jax.is_ref_var(v) for v in closed.jaxpr.invars] == [True, False]
+  assert jax.tree.structure(shapes) == jax.tree.structure({"x": 0, "sum": 0})
+  reads, writes = _jax.ref_effects(closed.jaxpr)
+  assert closed.jaxpr.invars[0] in reads & writes
+  pure = _jax.discharge(closed)
+  assert not any(map(_jax.is_ref, pure.consts))
+  got = _jax.jaxpr_as_fun(pure)(jnp.ones(3), jnp.float32(2.0), jnp.float32(10.0))
+  after = [2.0, 2.0, 1.0] if inside else [2.0] * 3
+  want = [sum(after), 3.0, after, 12.0]  # the results, the Ref among the inputs, that by closure
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert float(CLOSED) == 10.0
+
+
+@pytest.mark.parametrize("value", [jax.random.key(3), jnp.zeros((0, 2), jnp.bfloat16), True])
+def test_a_ref_of_any_dtype_may_be_the_input_of_a_trace(either, value):
+  closed, _ = _jax.traced(lambda values: values[0][...], [_jax.AsRef(jnp.asarray(value))])
+  (x, final) = _jax.jaxpr_as_fun(_jax.discharge(closed))(jnp.asarray(value))
+  assert x.dtype == final.dtype == jnp.asarray(value).dtype and (x == final).all()
 
 
 def test_what_else_a_jaxpr_does_is_not_lost():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
 from refax.errors import AliasError
 from refax.transforms.lift import Inputs
 from refax.transforms.stage import Staged, read_closures, values_of
@@ -154,3 +154,46 @@ def test_eight_threads_call_one_function_on_one_model(name):
   assert errors == [] and len(results) == 40
   for y in results:
     np.testing.assert_allclose(y, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+def test_a_function_is_traced_once_whatever_state_it_reaches(hijax, monkeypatch):
+  v, closed = nnx.Variable(1.0, is_hijax=hijax), nnx.Variable(2.0)
+  calls, traced = [], _jax.traced
+  monkeypatch.setattr(_jax, "traced", lambda *args: calls.append(args) or traced(*args))
+
+  def f(v, x):
+    v[...] = v[...] + x
+    closed[...] = closed[...] * 2
+    return v[...] + closed[...]
+
+  stage = staged(f, v, 3.0)
+  assert len(calls) == 1
+  _, closures = read_closures([stage])
+  result = stage.run(values_of(stage.inputs), closures)
+  assert [float(x) for x in (*result.outputs.written, *result.outputs.fresh)] == [4.0, 8.0]
+  assert list(map(float, result.closures.values())) == [4.0]
+  assert [float(x) for x in (v, closed)] == [1.0, 2.0], "a run is pure"
+
+
+def test_a_final_value_may_be_asked_for_of_what_is_not_written():
+  a, b = nnx.Variable(jnp.ones(2)), nnx.Variable({"x": 3.0, "y": (4.0,)})
+  stage = staged(lambda a, b: a.set_value(a[...] + 1), a, b)
+  assert stage.written == {0}
+  outputs = stage.run(values_of(stage.inputs), {}, written=(0, 1)).outputs
+  assert outputs.written[0].tolist() == [2.0, 2.0]
+  assert outputs.written[1] == {"x": 3.0, "y": (4.0,)}
+
+
+def test_variables_that_share_a_cell_are_one_input():
+  v = nnx.Variable(1.0)
+  _, twin = nnx.split(v)
+
+  def f(a, b):
+    a[...] = a[...] + 1
+    return b[...]
+
+  stage = staged(f, v, twin)
+  assert len(stage.inputs.leaves) == len(stage.jaxpr.jaxpr.invars) == 1
+  (x,) = stage.run(values_of(stage.inputs), {}).outputs.fresh
+  assert float(x) == 2.0

@@ -2,8 +2,9 @@
 
 State goes in and comes out as arrays, so any JAX transform may be applied to it, also those that
 refuse Refs (a branch under `jax.grad`, a scan carry). Inside, Variables are hijax where those of
-the caller are: their cells are Refs that live in the trace. What is written is read off the jaxpr,
-and state that the function reaches by closure is found there too.
+the caller are: the trace has Refs as inputs for their cells. What is written is read off its jaxpr,
+and state that the function reaches by closure is found there too. Then the jaxpr is made one of
+values: a Ref becomes an input, and one more result.
 """
 
 import contextlib
@@ -64,11 +65,13 @@ class Staged:
     for i in self._hijax:
       given[i] = jax.tree.map(_jax.AsRef, given[i])
     with observe() as self._observed:
-      self.jaxpr, self.outputs = _jax.traced(traced, given)  # of outputs, shapes and dtypes
+      self.jaxpr, self.outputs = _jax.traced(traced, given)
+    """The trace itself, and the shapes and dtypes of what the function gives."""
     self.out_tree = jax.tree.structure(self.outputs)
     self._find_effects()
     self._find_closures()
-    self._pure = _jax.discharge(self.jaxpr)
+    self.pure = _jax.discharge(self.jaxpr)
+    """The function as a closed jaxpr of values."""
 
   def _find_effects(self) -> None:
     """Which of the caller's Variables, and which Refs by closure, are read and written."""
@@ -116,7 +119,7 @@ class Staged:
 
   def updated(self) -> set[int]:
     """Which of the caller's Variables are written in part, by `dynamic_update_slice`."""
-    jaxpr = self._pure.jaxpr
+    jaxpr = self.pure.jaxpr
     outputs, finals, _ = self._apart(jaxpr.outvars)
     after = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
     before = self.by_leaf(jaxpr.invars)
@@ -139,9 +142,9 @@ class Staged:
     """
     _, flat = self.operands(values, closures)
     if any(isinstance(x, View) for x in flat):
-      results = view.evaluate(self._pure, flat)
+      results = view.evaluate(self.pure, flat)
     else:
-      results = _jax.jaxpr_as_fun(self._pure)(*flat)
+      results = _jax.jaxpr_as_fun(self.pure)(*flat)
     written = sorted(self.written if written is None else written)
     wanted = sorted(self.closures_written if closures_written is None else closures_written)
     return self._result(results, values, closures, written, wanted)
@@ -157,17 +160,12 @@ class Staged:
     written, wanted = sorted(self.written), sorted(self.closures_written)
     return self._result(results, values, closures, written, wanted), more
 
-  @property
-  def pure(self) -> Any:
-    """The function as a closed jaxpr of values."""
-    return self._pure
-
   def operands(
     self, values: Sequence[Any], closures: dict[int, jax.Array]
   ) -> tuple[Any, list[Any]]:
     """The function as a closed jaxpr, and what it is run on: values, then those of closures."""
     flat = [*jax.tree.leaves(list(values)), *(closures[key] for key in self.closures)]
-    return self._pure, list(map(_operand, flat))
+    return self.pure, list(map(_operand, flat))
 
   def _result(
     self,
@@ -179,6 +177,7 @@ class Staged:
   ) -> Result:
     outputs, finals, after = self._apart(results)
     finals = {i: finals[i] for i in written if i in finals}
+    after = {key: after[key] for key in wanted if key in after}
     if not self._is_final:
       finals, after = jax.tree.map(_without_tangent, (finals, after))
     given = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals

@@ -60,13 +60,12 @@ def copied(variables: Sequence[Variable], hijax: bool | None = None) -> list[Var
   (1.0, False)
   """
   is_eager = _jax.no_trace_active()
-  together = [v for v in variables if is_eager and type(v._node[0][0]) is jax.Ref]
+  are_refs = [is_eager and type(v._node[0][0]) is jax.Ref for v in variables]
+  together = [v for v, is_ref in zip(variables, are_refs, strict=True) if is_ref]
   copies = iter(_copied_together(together, hijax is None or hijax))
   return [
-    next(copies)
-    if is_eager and type(v._node[0][0]) is jax.Ref
-    else v.with_storage(v.is_hijax if hijax is None else hijax)
-    for v in variables
+    next(copies) if is_ref else v.with_storage(v.is_hijax if hijax is None else hijax)
+    for v, is_ref in zip(variables, are_refs, strict=True)
   ]
 
 

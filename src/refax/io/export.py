@@ -198,7 +198,7 @@ def export(f: Callable, *args: Any, platforms: Sequence[str] | None = None) -> E
 def _outputs(staged: Staged, values: Sequence[Any]) -> Outputs:
   """What the function gives. Where a check in it fails, nothing can be raised: all is poisoned."""
   run = lambda values: staged.run(values, {}).outputs
-  if not _jax.has_checks(staged._pure):
+  if not _jax.has_checks(staged.pure):
     return run(values)
   error, outputs = checkify.checkify(run)(list(values))
   failed = _jax.has_failed(error)

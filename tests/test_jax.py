@@ -354,7 +354,7 @@ def test_a_trace_with_refs_as_inputs_becomes_one_of_values(either, inside, value
   assert jax.tree.structure(shapes) == jax.tree.structure({"x": 0, "sum": 0})
   reads, writes = _jax.ref_effects(closed.jaxpr)
   assert closed.jaxpr.invars[0] in reads & writes
-  pure = _jax.discharge(closed)
+  pure = _jax.discharge(_jax.refs_as_inputs(closed))
   assert not any(map(_jax.is_ref, pure.consts))
   got = _jax.jaxpr_as_fun(pure)(jnp.ones(3), jnp.float32(2.0), jnp.float32(10.0))
   after = [2.0, 2.0, 1.0] if inside else [2.0] * 3

@@ -885,8 +885,8 @@ def type_struct(aval: Any) -> jax.ShapeDtypeStruct:
 def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   """A jaxpr of Refs as a pure one: reads and writes become values.
 
-  A Ref among its inputs becomes the value that it holds, one among its constants another input,
-  after the others. The values that they hold in the end are more results, in the same order.
+  A Ref among its inputs becomes the value that it holds, and the values that they hold in the end are
+  more results, in the same order. Refs among its constants stay what they are; `refs_as_inputs`.
 
   Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
   has branches with state that differentiate and batch, and says exactly what depends on a batch.
@@ -897,7 +897,6 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   state, are put behind a primitive that lowering passes by, and taken out again afterwards. Where
   the equation itself has state, its rule would be lost: then the jaxpr stays as it is.
   """
-  closed_jaxpr = _refs_as_inputs(closed_jaxpr)
   if _private() is None:
     return _making_refs(closed_jaxpr)
   if (renamed := _renamed(closed_jaxpr)) is not None:
@@ -914,8 +913,8 @@ def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   return pure if not rules or _custom_rules(pure) == rules else _making_refs(closed_jaxpr)
 
 
-def _refs_as_inputs(closed_jaxpr: Any) -> Any:
-  """A jaxpr with the Refs among its constants as further inputs."""
+def refs_as_inputs(closed_jaxpr: Any) -> Any:
+  """A jaxpr with the Refs among its constants as further inputs, after the others."""
   old = closed_jaxpr.jaxpr
   consts = dict(zip(old.constvars, closed_jaxpr.consts, strict=True))
   if not (refs := list(filter(is_ref_var, consts))):
@@ -948,7 +947,7 @@ def _renamed(closed_jaxpr: Any) -> Any:
   and what has derivatives of its own is one of these.
   """
   is_of_ref = lambda e: hasattr(e, "input") or type(e).__name__ == "InternalMutableArrayEffect"
-  if not all(map(is_of_ref, closed_jaxpr.effects)):
+  if not all(map(is_of_ref, closed_jaxpr.effects)) or any(map(is_ref, closed_jaxpr.consts)):
     return None
   try:
     return _Whole(closed_jaxpr).run_all()

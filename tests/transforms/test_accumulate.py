@@ -417,3 +417,25 @@ def test_an_argument_that_is_an_array(arg):
 def test_what_cannot_be_differentiated_is_refused_as_ever():
   with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
     nnx.accumulate_grads(lambda w, x: (w * x).mean(), steps=2)(jnp.array(1), jnp.arange(4.0))
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_backward_pass_of_the_users_own_may_reach_state_by_closure(writes):
+  scale, seen = nnx.Variable(3.0), nnx.BatchStat(0.0)
+
+  @jax.custom_vjp
+  def double(x):
+    return x * 2
+
+  def backward(_, g):
+    if writes:
+      seen[...] = seen[...] + 1
+    return (g * scale[...],)
+
+  double.defvjp(lambda x: (x * 2, None), backward)
+  model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+  loss = lambda model, x: double(model.kernel[...]).sum() * x.sum()
+  x = jnp.arange(6.0).reshape(6, 1)
+  _, grads = nnx.accumulate_grads(loss, steps=3)(model, x)
+  np.testing.assert_allclose(grads["kernel"][...], jnp.full((3, 1), 15.0))
+  assert float(seen) == 3.0 * writes

@@ -70,7 +70,7 @@ class Staged:
     self.out_tree = jax.tree.structure(self.outputs)
     self._find_effects()
     self._find_closures()
-    self.pure = _jax.discharge(self.jaxpr)
+    self.pure = _jax.discharge(_jax.refs_as_inputs(self.jaxpr))
     """The function as a closed jaxpr of values."""
 
   def _find_effects(self) -> None:

@@ -885,8 +885,8 @@ def type_struct(aval: Any) -> jax.ShapeDtypeStruct:
 def discharge(closed_jaxpr: Any, *, differentiable: bool = True) -> Any:
   """A jaxpr of Refs as a pure one: reads and writes become values.
 
-  A Ref among its inputs becomes the value that it holds, and the values that they hold in the end are
-  more results, in the same order. Refs among its constants stay what they are; `refs_as_inputs`.
+  A Ref among its inputs becomes the value that it holds, and the values that they hold in the end
+  are more results, in the same order. Refs among its constants stay: see `refs_as_inputs`.
 
   Private: `jax._src.state.discharge.discharge_state`, by which `jax.jit` lowers Refs. A pure jaxpr
   has branches with state that differentiate and batch, and says exactly what depends on a batch.

@@ -39,35 +39,51 @@ def twins(heads, sizes, *, dtype=None, param_dtype=jnp.float32, **options):
 
 
 def assert_equal(model, layer, params, inputs, ours=None, theirs=None, rough=False):
-  """Compare outputs, and gradients of parameters and inputs."""
+  """Compare outputs, and gradients of parameters and inputs.
+
+  With `rough`, what is computed in bfloat16 is compared with Linen's float32, and may be half
+  as far again from it as Linen's bfloat16 is: the norm of a small head has gradients that are all rounding.
+  """
   where = tuple(range(len(inputs) + 1))
+  run = lambda f: jax.jit(jax.grad(f, where, has_aux=True), compiler_options=QUICK)
 
-  def linen_loss(params, *inputs):
-    y = oracle.apply({"params": params}, *inputs, deterministic=True, **theirs or {})
-    return project(y), y
+  def of_linen(layer, params, inputs):
+    def loss(params, *inputs):
+      y = layer.apply({"params": params}, *inputs, deterministic=True, **theirs or {})
+      return project(y), y
 
-  oracle, variables, linen_inputs = layer, params, inputs
-  dtype = jax.eval_shape(linen_loss, params, *inputs)[1].dtype
-  if rough:
-    variables, linen_inputs = jax.tree.map(lambda x: x.astype(jnp.float32), (params, inputs))
-    oracle = layer.clone(dtype=jnp.float32, param_dtype=jnp.float32)
+    return run(loss)(params, *inputs)
+
   graphdef, own, rest = nnx.split(model, nnx.Param, ...)
 
   def refax_loss(params, *inputs):
     y = nnx.merge(graphdef, params, rest)(*inputs, **ours or {})
     return project(y), y
 
-  run = lambda f: jax.jit(jax.grad(f, where, has_aux=True), compiler_options=QUICK)
-  (want, *want_inputs), y = run(linen_loss)(variables, *linen_inputs)
-  (got, *got_inputs), own_y = run(refax_loss)(nnx.to_lojax(own), *inputs)
-  assert own_y.dtype == dtype
+  like = wanted = of_linen(layer, params, inputs)
+  if rough:
+    exact = layer.clone(dtype=jnp.float32, param_dtype=jnp.float32)
+    wanted = of_linen(exact, *jax.tree.map(lambda x: x.astype(jnp.float32), (params, inputs)))
+  (got, *got_inputs), y = run(refax_loss)(nnx.to_lojax(own), *inputs)
+  assert y.dtype == like[1].dtype
   close, close_gradient = (ROUGH, ROUGH) if rough else (TOLERANCE, GRADIENT_TOLERANCE)
   of = (OF[0], "Flax Linen in float32") if rough else OF
-  assert_close(own_y, y.astype(dtype), close, of=of)
-  for (name, kind), gradient in nnx.to_flat_state(got):
-    assert_close(gradient[...], want[name][kind].astype(gradient.dtype), close_gradient, of=of)
-  for a, b in zip(got_inputs, want_inputs, strict=True):
-    assert_close(a, b.astype(a.dtype), close_gradient, of=of)
+
+  def compare(x, pick, tolerance):
+    want, noise = pick(wanted).astype(x.dtype), relative_difference(pick(like), pick(wanted))
+    assert_close(x, want, tolerance | {x.dtype: max(tolerance[x.dtype], 1.5 * noise)}, of=of)
+
+  compare(y, lambda found: found[1], close)
+  for path, gradient in nnx.to_flat_state(got):
+    compare(gradient[...], lambda found, path=path: found[0][0][path[0]][path[1]], close_gradient)
+  for i, x in enumerate(got_inputs):
+    compare(x, lambda found, i=i: found[0][1 + i], close_gradient)
+
+
+def relative_difference(a, b):
+  """The largest difference, relative to the largest element of `b`, if that is above 1."""
+  a, b = (np.asarray(x, np.float32) for x in (a, b))
+  return float(np.abs(a - b).max(initial=0.0)) / max(1.0, float(np.abs(b).max(initial=0.0)))
 
 
 @settings(max_examples=5, deadline=None)

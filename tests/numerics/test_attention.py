@@ -41,8 +41,8 @@ def twins(heads, sizes, *, dtype=None, param_dtype=jnp.float32, **options):
 def assert_equal(model, layer, params, inputs, ours=None, theirs=None, rough=False):
   """Compare outputs, and gradients of parameters and inputs.
 
-  With `rough`, what is computed in bfloat16 is compared with Linen's float32, and may be half
-  as far again from it as Linen's bfloat16 is: the norm of a small head has gradients that are all rounding.
+  With `rough`, what is computed in bfloat16 is compared with Linen's float32, and may be half as
+  far again from it as Linen's bfloat16: gradients of the norm of a small head are all rounding.
   """
   where = tuple(range(len(inputs) + 1))
   run = lambda f: jax.jit(jax.grad(f, where, has_aux=True), compiler_options=QUICK)

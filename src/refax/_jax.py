@@ -762,10 +762,17 @@ def only_refs_are_effects(closed_jaxpr: Any) -> bool:
 
   Anything else may raise while the compiled function runs.
   """
-  return all(
-    hasattr(e, "input") or type(e).__name__ == "InternalMutableArrayEffect"
-    for e in closed_jaxpr.effects
-  ) and not _calls_back(closed_jaxpr.jaxpr)
+  return _effects_are_of_refs(closed_jaxpr) and not _calls_back(closed_jaxpr.jaxpr)
+
+
+def makes_ref(effect: Any) -> bool:
+  """Whether an effect is that a Ref is made. Private: its class, known here by name."""
+  return type(effect).__name__ == "InternalMutableArrayEffect"
+
+
+def _effects_are_of_refs(closed_jaxpr: Any) -> bool:
+  """Whether a jaxpr has no other effects than that Refs are made, read and written."""
+  return all(hasattr(e, "input") or makes_ref(e) for e in closed_jaxpr.effects)
 
 
 def _calls_back(jaxpr: Any) -> bool:
@@ -946,8 +953,7 @@ def _renamed(closed_jaxpr: Any) -> Any:
   JAX would trace all of it once more. Such a jaxpr has as many operations of other sorts as before,
   and what has derivatives of its own is one of these.
   """
-  is_of_ref = lambda e: hasattr(e, "input") or type(e).__name__ == "InternalMutableArrayEffect"
-  if not all(map(is_of_ref, closed_jaxpr.effects)) or any(map(is_ref, closed_jaxpr.consts)):
+  if not _effects_are_of_refs(closed_jaxpr) or any(map(is_ref, closed_jaxpr.consts)):
     return None
   try:
     return _Whole(closed_jaxpr).run_all()
@@ -1188,8 +1194,7 @@ def meant_jaxprs(eqn: Any) -> list[Any]:
 
 def _has_state(eqn: Any) -> bool:
   """Whether an equation is given Refs, or makes some inside."""
-  inside = any(type(e).__name__ == "InternalMutableArrayEffect" for e in eqn.effects)
-  return inside or any(map(is_ref_var, eqn.invars))
+  return any(map(makes_ref, eqn.effects)) or any(map(is_ref_var, eqn.invars))
 
 
 def _rewritten(jaxpr: Any, change: Callable[[Any], Any]) -> Any:

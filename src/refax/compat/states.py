@@ -17,8 +17,8 @@ from refax.core.variable import Variable
 from refax.graph import split as splitting
 from refax.graph.apply import Applied
 from refax.graph.inspect import find_duplicates
-from refax.graph.inspect import map as map_leaves
 from refax.graph.state import FlatState, State, from_flat_state, partition, to_flat_state
+from refax.graph.storage import to_hijax, to_lojax
 from refax.typing import path_str
 
 
@@ -209,7 +209,7 @@ def with_vars(
   if not allow_duplicates and (found := find_duplicates(node, only=predicate)):
     shown = "\n".join("  " + ", ".join(map(path_str, paths)) for paths in found)
     raise ValueError(f"the same Variable is at several paths:\n{shown}")
-  return map_leaves(lambda p, x: x.with_storage(new) if predicate(p, x) else x, node)
+  return (to_hijax if new else to_lojax)(node, only=predicate)
 
 
 def restore_int_paths(pure_dict: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -19,12 +19,7 @@ from refax.core import brief, storage, text
 from refax.core.by_value import ByValue, NotByValue, has_hash
 from refax.core.callables import CALLABLES, taken_apart
 from refax.core.definition import kind
-from refax.core.flatten import (
-  Walk,
-  captured,
-  is_part,
-  register,
-)
+from refax.core.flatten import Walk, captured, is_part, register
 from refax.core.node import Node, Tracked, set_attribute
 from refax.core.rebuild import adopt, fill, resolver
 from refax.core.variable import Variable

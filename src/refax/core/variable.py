@@ -604,13 +604,30 @@ def handles(leaves: Iterable[Any]) -> list[Any]:
   >>> b[...] = 3; int(a), x
   (3, 2.0)
   """
+  return replaced(leaves, _handles)
+
+
+def _handles(variables: list[Variable]) -> list[Variable]:
+  cells, definitions = zip(*(v._node for v in variables), strict=True) if variables else ((), ())
+  return make_variables(map(type, variables), cells, definitions, _jax.trace_state())
+
+
+def replaced(
+  leaves: Iterable[Any],
+  others: Callable[[list[Variable]], Iterable[Variable]],
+  is_wanted: Callable[[int, Variable], bool] = lambda i, v: True,
+) -> list[Any]:
+  """Leaves with others in the places of the Variables among them, which are made all at once.
+
+  Args:
+    leaves: the leaves.
+    others: from Variables to those that take their places.
+    is_wanted: from the index of a Variable, and the Variable, to whether it is replaced.
+  """
   found = list(leaves)
-  places = [i for i, x in enumerate(found) if isinstance(x, Variable)]
-  nodes = [found[i]._node for i in places]
-  classes = [type(found[i]) for i in places]
-  made = make_variables(classes, (n[0] for n in nodes), (n[1] for n in nodes), _jax.trace_state())
-  for i, handle in zip(places, made, strict=True):
-    found[i] = handle
+  places = [i for i, x in enumerate(found) if isinstance(x, Variable) and is_wanted(i, x)]
+  for i, new in zip(places, others([found[i] for i in places]), strict=True):
+    found[i] = new
   return found
 
 

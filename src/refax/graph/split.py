@@ -23,7 +23,7 @@ from refax.core.graphdef import GraphDef
 from refax.core.node import Node
 from refax.core.rebuild import unflatten
 from refax.core.storage import is_array_like, needs_guard
-from refax.core.variable import Variable, handles, identity, is_variable
+from refax.core.variable import Variable, handles, identity, is_variable, replaced
 from refax.core.watch import Watch
 from refax.core.write import copied, write
 from refax.errors import FilterError, TreeMismatchError
@@ -197,11 +197,7 @@ def clone(node: Any, variables: bool = True, *, arrays: bool = False) -> Any:
   False
   """
   flat = flatten(node)
-  leaves = list(flat.leaves)
-  if variables:
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Variable)]
-    for i, new in zip(places, copied([leaves[i] for i in places]), strict=True):
-      leaves[i] = new
+  leaves = replaced(flat.leaves, copied) if variables else flat.leaves
   if arrays:
     leaves = [_with_arrays(x) for x in leaves]
   return unflatten(flat.graphdef, leaves)[0]

@@ -1,5 +1,6 @@
 """to_hijax, to_lojax and pure: a copy of an object whose state is kept in another way."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import flatten
 from refax.core.gather import as_kept
 from refax.core.rebuild import unflatten
-from refax.core.variable import Variable
+from refax.core.variable import Variable, replaced
 from refax.core.write import copied
 
 
@@ -106,9 +107,6 @@ def _abstract(v: Variable) -> Variable:
 
 def _convert(tree: Any, only: Filter, *, hijax: bool) -> Any:
   predicate, flat = to_predicate(only), flatten(tree)
-  leaves = list(flat.leaves)
-  paths = flat.graphdef.paths
-  places = [i for i, x in enumerate(leaves) if isinstance(x, Variable) and predicate(paths[i], x)]
-  for i, new in zip(places, copied([leaves[i] for i in places], hijax), strict=True):
-    leaves[i] = new
+  copies = functools.partial(copied, hijax=hijax)
+  leaves = replaced(flat.leaves, copies, lambda i, v: predicate(flat.graphdef.paths[i], v))
   return unflatten(flat.graphdef, leaves)[0]

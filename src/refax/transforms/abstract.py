@@ -1,14 +1,14 @@
 """nnx.eval_shape and nnx.make_jaxpr: what a function would do, without doing it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
-from refax.transforms.lift import Inputs, Outputs, OutputSpec
-from refax.transforms.stage import entered, values_of
+from refax.transforms.lift import Entered, Inputs, Outputs, OutputSpec
+from refax.transforms.stage import values_of
 
 
 def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -31,7 +31,7 @@ def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
   inputs = Inputs.of(args, kwargs)
 
   def abstract(values):
-    frame = inputs.enter(entered(inputs, values))
+    frame = inputs.enter(_entered(inputs, values))
     inner_args, inner_kwargs = frame.args
     outputs = frame.collect(f(*inner_args, **inner_kwargs))
     final = {i: x.get_value() for i, x in enumerate(frame.leaves) if isinstance(x, Variable)}
@@ -45,6 +45,14 @@ def eval_shape(f: Callable, *args: Any, **kwargs: Any) -> Any:
   spec: OutputSpec = outputs.spec._replace(written=(), hijax=(False,) * len(outputs.fresh))
   copies = Inputs(inputs.graphdef, leaves, unflatten(inputs.graphdef, leaves)[1])
   return copies.commit(Outputs((), outputs.fresh, spec))
+
+
+def _entered(inputs: Inputs, values: Sequence[Any]) -> dict[int, Entered]:
+  """How the caller's leaves enter: Variables in the storage that they have outside."""
+  return {
+    i: Entered(value, isinstance(leaf, Variable) and leaf.is_hijax)
+    for i, (leaf, value) in enumerate(zip(inputs.leaves, values, strict=True))
+  }
 
 
 def _abstract_values(inputs: Inputs) -> list[Any]:
@@ -76,7 +84,7 @@ def make_jaxpr(f: Callable, *, return_shape: bool = False) -> Callable:
     inputs = Inputs.of(args, kwargs)
 
     def pure(values):
-      frame = inputs.enter(entered(inputs, values))
+      frame = inputs.enter(_entered(inputs, values))
       inner_args, inner_kwargs = frame.args
       outputs = frame.collect(f(*inner_args, **inner_kwargs))
       final = {i: x.get_value() for i, x in enumerate(frame.leaves) if frame.is_local(i)}

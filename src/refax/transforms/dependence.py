@@ -93,7 +93,7 @@ class Dependence:
     flow = computed(*(x for x in values if isinstance(x, Flow)), *map(self._get, cells))
     for cell in cells:
       self._put(cell, flow)
-    if cells or any(not hasattr(e, "input") for e in eqn.effects if not _makes_ref(e)):
+    if cells or any(not hasattr(e, "input") for e in eqn.effects if not _jax.makes_ref(e)):
       self.reads |= flow.all.union(*(x.all for x in self._control))
     return [self._new(var, flow) if _jax.is_ref_var(var) else flow for var in eqn.outvars]
 
@@ -183,7 +183,3 @@ def _fits(jaxpr: Any, eqn: Any) -> bool:
 def _is_whole(eqn: Any, value: Any) -> bool:
   """Whether a Ref is read or written as a whole."""
   return value.aval.shape == eqn.invars[0].aval.shape and len(eqn.invars) <= 2
-
-
-def _makes_ref(effect: Any) -> bool:
-  return type(effect).__name__ == "InternalMutableArrayEffect"

@@ -60,7 +60,8 @@ class Staged:
         return frame.collect(fn(*args, **kwargs))
 
     self._trees = list(map(jax.tree.structure, values))
-    self._hijax = [i for i, x in enumerate(inputs.leaves) if isinstance(x, Variable) and x.is_hijax]
+    is_hijax = lambda x: isinstance(x, Variable) and x.is_hijax
+    self._hijax = {i: self._trees[i] for i, x in enumerate(inputs.leaves) if is_hijax(x)}
     given = list(values)
     for i in self._hijax:
       given[i] = jax.tree.map(_jax.AsRef, given[i])
@@ -112,9 +113,7 @@ class Staged:
     """The outputs, the final values of the caller's hijax Variables, and those of closures."""
     rest = iter(results)
     outputs = self.out_tree.unflatten(islice(rest, self.out_tree.num_leaves))
-    finals = {}
-    for i in self._hijax:
-      finals[i] = self._trees[i].unflatten(islice(rest, self._trees[i].num_leaves))
+    finals = {i: t.unflatten(islice(rest, t.num_leaves)) for i, t in self._hijax.items()}
     return outputs, finals, dict(zip(self.closures, rest, strict=True))
 
   def updated(self) -> set[int]:
@@ -204,14 +203,6 @@ def _without_tangent(x: Any) -> Any:
   if isinstance(x, View):
     return View(_without_tangent(x.stacked), x.index)
   return jax.lax.stop_gradient(x) if needs_guard(x) else x
-
-
-def entered(inputs: Inputs, values: Sequence[Any]) -> dict[int, Entered]:
-  """How the caller's leaves enter: Variables in the storage that they have outside."""
-  return {
-    i: Entered(value, isinstance(leaf, Variable) and leaf.is_hijax)
-    for i, (leaf, value) in enumerate(zip(inputs.leaves, values, strict=True))
-  }
 
 
 def values_of(inputs: Inputs) -> list[Any]:

@@ -1,5 +1,6 @@
 """nnx.jit sees what it reaches without being given it: closures, partials, methods, globals."""
 
+import collections
 import functools
 import gc
 import weakref
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refax import nnx
+from refax import _jax, nnx
 
 X = jnp.ones((4, 3))
 
@@ -216,3 +217,193 @@ def test_a_model_that_was_reached_by_a_method_is_not_kept_alive():
   del trainer
   gc.collect()
   assert alive() is None
+
+
+class Slotted:
+  """An object that nothing can refer to weakly."""
+
+  __slots__ = ("net",)
+
+  def __init__(self, net):
+    self.net = net
+
+
+Pair = collections.namedtuple("Pair", "net number")
+BOX = {}
+
+
+def by_global_dict(x):
+  return BOX["net"](x)
+
+
+def through(name):
+  """`(call, place)`: a function of X, and what puts a Net where it finds one."""
+  if name == "a global dict":
+    return by_global_dict, lambda net: BOX.__setitem__("net", net)
+  if name == "a variable of an outer function":
+    net = None
+
+    def bind(new):
+      nonlocal net
+      net = new
+
+    return lambda x: net(x), bind
+  if name == "a helper that is bound anew":
+    helper = None
+
+    def bind_helper(new):
+      nonlocal helper
+      helper = lambda x: new(x)
+
+    return lambda x: helper(x), bind_helper
+  if name in ("a plain object", "an object with slots"):
+    holder = (Trainer if name == "a plain object" else Slotted)(Net())
+    return lambda x: holder.net(x), lambda net: setattr(holder, "net", net)
+  if name == "a plain object that is bound anew":
+    trainer = None
+
+    def bind_trainer(new):
+      nonlocal trainer
+      trainer = Trainer(new)
+
+    return lambda x: trainer.net(x), bind_trainer
+  box = {
+    "a list": [None, 1],
+    "a dict": {0: None, "count": 1},
+    "a dict of lists": {0: [None], "name": "x"},
+    "a list of named tuples": [None],
+  }[name]
+  if name == "a list of named tuples":
+    return lambda x: box[0].net(x), lambda net: box.__setitem__(0, Pair(net, 1))
+  if name == "a dict of lists":
+    return lambda x: box[0][0](x), lambda net: box[0].__setitem__(0, net)
+  return lambda x: box[0](x), lambda net: box.__setitem__(0, net)
+
+
+PLACES = (
+  "a global dict",
+  "a variable of an outer function",
+  "a helper that is bound anew",
+  "a plain object",
+  "an object with slots",
+  "a plain object that is bound anew",
+  "a list",
+  "a dict",
+  "a dict of lists",
+  "a list of named tuples",
+)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_models_in_turn_in_a_place_are_each_traced_once(name):
+  call, place = through(name)
+  traces = []
+
+  def counted(x):
+    traces.append(None)
+    return call(x)
+
+  nets, twins = ([Net(seed) for seed in (0, 1)] for _ in range(2))
+  step = nnx.jit(counted)
+  for _ in range(4):
+    for net, twin in zip(nets, twins, strict=True):
+      place(net)
+      np.testing.assert_allclose(step(X), twin(X), rtol=1e-5, atol=1e-6)
+  assert len(traces) == 2
+  if _jax.no_trace_active():
+    assert step._fast.find((X,)) is not None
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_model_is_gone_when_another_one_is_bound_in_its_place(name):
+  call, place = through(name)
+  step, gone = nnx.jit(call), []
+  for seed in range(3):
+    net = Net(seed)
+    gone += [weakref.ref(net), weakref.ref(net.linear.kernel.get_raw_value())]
+    place(net)
+    del net
+    step(X), step(X)
+    gc.collect()
+    assert [ref() is None for ref in gone] == [True] * (2 * seed) + [False] * 2
+
+
+def grown(box):
+  box["more"] = Net(3)
+
+
+def exchanged(box):
+  box["a"], box["b"] = box["b"], box["a"]
+
+
+def filled(box):
+  box["none"] = Net(4)
+
+
+def renamed(box):
+  box["c"] = box.pop("b")
+
+
+def deeper(box):
+  box["inner"]["list"].append(Net(5))
+
+
+@pytest.mark.parametrize("change", [grown, exchanged, filled, renamed, deeper])
+def test_a_change_of_a_container_is_seen(change):
+  def make():
+    inner = {"list": [Net(2)], "number": 0}
+    box = {"a": Net(0), "b": Net(1), "none": None, "inner": inner, "scale": 2.0}
+
+    def call(x):
+      for key in ("a", "b", "c", "none", "more"):
+        if box.get(key) is not None:
+          x = x + len(key) * (key != "a") + box[key](x)
+      for net in box["inner"]["list"]:
+        x = x + net(x)
+      return x
+
+    return box, call
+
+  (box, call), (twin, by_python) = make(), make()
+  step = nnx.jit(call)
+  for _ in range(3):
+    np.testing.assert_allclose(step(X), by_python(X), rtol=1e-4, atol=1e-5)
+  change(box), change(twin)
+  for _ in range(2):
+    np.testing.assert_allclose(step(X), by_python(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_counter_beside_a_model_does_not_trace_again():
+  box, traces = {"net": Net(), "step": 0, "losses": [], "batch": X}, []
+
+  @nnx.jit
+  def step(x):
+    traces.append(None)
+    return box["net"](x)
+
+  for i in range(5):
+    box["step"], box["batch"] = i, X + i
+    step(X)
+  assert len(traces) == 1
+
+
+def test_a_large_container_and_one_that_holds_itself_are_seen_too():
+  large = [Net(), *range(1000)]
+  loop = {"net": Net()}
+  loop["self"] = loop
+  for box, key in ((large, 0), (loop, "net")):
+    step = nnx.jit(lambda x, box=box, key=key: box[key](x))
+    for seed in (0, 1):
+      box[key], twin = Net(seed), Net(seed)
+      for _ in range(2):
+        np.testing.assert_allclose(step(X), twin(X), rtol=1e-5, atol=1e-6)
+
+
+def test_two_names_for_one_object_may_be_bound_apart():
+  first = second = Trainer(Net())
+  step = nnx.jit(lambda x: first.net(x) + second.net(x))
+  step(X)
+  second = Trainer(Net(1))
+  twins = Net(), Net(1)
+  twins[0](X), twins[0](X)
+  np.testing.assert_allclose(step(X), twins[0](X) + twins[1](X), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ state that is only read is neither. State that the function reaches by closure i
 
 import itertools
 import re
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -203,19 +204,25 @@ class Compiled:
   def _function(self) -> Any:
     """The call as a function of arrays."""
     traces: list[None] = []
-    count = len(self.written)
+    this = weakref.ref(self)  # a cycle would hold Refs that come by closure until the collector runs
 
     def call(written, arrays, read=()):
-      if traces and not self.careful:
+      compiled = this()
+      if compiled is None or (traces and not compiled.careful):
         raise Retraced
       traces.append(None)
-      values = dict(zip([*self.written, *self.read], [*written[:count], *read], strict=True))
-      items = dict(zip(self.items.given, written[count:], strict=True))
-      items |= self.items.by_index(arrays)
-      new, results = self._of_values(values, items) or self._of_refs(values, items)
-      return (*new, *self._own(results))
+      return compiled._trace(written, arrays, read)
 
     return call
+
+  def _trace(self, written: Sequence[Any], arrays: Sequence[Any], read: Sequence[Any]) -> tuple:
+    """What the function of arrays computes."""
+    count = len(self.written)
+    values = dict(zip([*self.written, *self.read], [*written[:count], *read], strict=True))
+    items = dict(zip(self.items.given, written[count:], strict=True))
+    items |= self.items.by_index(arrays)
+    new, results = self._of_values(values, items) or self._of_refs(values, items)
+    return (*new, *self._own(results))
 
   def _of_values(self, values: dict[Any, Any], items: dict[int, Any]) -> Any:
     """What is written, and the results, if the trace could be made one of values."""

@@ -23,7 +23,7 @@ from refax.transforms.bind import Sources, bind
 from refax.transforms.commit import leaves_of
 from refax.transforms.compiled import Compiled, Container, Retraced
 from refax.transforms.lift import Inputs
-from refax.transforms.reach import Slot
+from refax.transforms.places import Slot
 from refax.transforms.tree import Like, Tree, flatten, is_like, type_of
 
 LIMIT = 1024  # entries of one function; more calls than that are not a steady state
@@ -122,8 +122,8 @@ def given_by(quick: Quick, values: tuple, names: Iterable[str]) -> Any:
     x = values[i]
     if x is not value and not (kind(x) == kind_ and x == value):
       return None
-  for read, value in slots:
-    if read() is not value:
+  for read, known in slots:
+    if (now := read()) is None or now is not known():
       return None
   if rows is not None:
     pick, treedef, *likes = rows

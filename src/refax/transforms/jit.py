@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -103,7 +104,14 @@ class _Jitted:
     self._fun = fun
     self._static = _resolve(fun, *static)
     self._donated = _resolve(fun, *donated)
-    self._reach = Reach(fun)
+    this = weakref.ref(self)
+
+    def gone() -> None:
+      if (living := this()) is not None:
+        living._versions.clear()
+        living.clear_cache()
+
+    self._reach = Reach(fun, gone)
     self._versions: dict[tuple, int] = {}
     self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(

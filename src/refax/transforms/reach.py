@@ -10,7 +10,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from refax import _jax
 from refax.core.flatten import Walk, flatten
@@ -18,6 +18,7 @@ from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
 from refax.core.watch import Watch
+from refax.transforms.places import CONTAINERS, Part, Slot, contents
 
 _DEPTH = 8  # of functions that call functions, and of containers in containers
 
@@ -37,24 +38,21 @@ class Same:
     return isinstance(other, Same) and self.value is other.value
 
 
-class Slot(NamedTuple):
-  """A place where a function finds something: a global, an attribute, a cell of a closure."""
-
-  read: Callable[[], Any]
-  value: Any
-
-  def holds(self) -> bool:
-    """Whether what was found is still there."""
-    return self.read() is self.value
-
-
 class Reach:
-  """The Modules and Variables that one function reaches without being given them."""
+  """The Modules and Variables that one function reaches without being given them.
 
-  def __init__(self, fun: Callable):
+  Args:
+    fun: the function.
+    on_gone: called when one of them is gone, also when it is not reached any more: what was
+      compiled holds its arrays.
+  """
+
+  def __init__(self, fun: Callable, on_gone: Callable[[], None] = lambda: None):
     self._fun = fun
+    self._living: dict[int, weakref.ref] = {}  # all that were ever reached
+    self._on_gone = on_gone
     self._seen: dict[int, Callable[[], Any]] = {}  # found while tracing
-    self._objects: list[Any] = []
+    self._objects: list[Callable[[], Any]] = []
     self._slots: list[Slot] = []
     self._scanned = False
     self.is_steady = True
@@ -68,7 +66,8 @@ class Reach:
     """
     if not self._scanned or not self.is_steady or not self.holds():
       self._scan()
-    objects = [*self._objects, *(x for read in self._seen.values() if (x := read()) is not None)]
+    reads = (*self._objects, *self._seen.values())
+    objects = [x for read in reads if (x := read()) is not None]
     parts, steady = [], True
     for x in objects:
       if watch is not None:
@@ -85,11 +84,11 @@ class Reach:
     """The Modules and Variables that the function finds now, before it runs."""
     if not self._scanned or not self._is_listed or not self.holds():
       self._scan()
-    return self._objects
+    return [x for read in self._objects if (x := read()) is not None]
 
   def holds(self) -> bool:
     """Whether the function finds the same objects where it found them last time."""
-    return all(slot.read() is slot.value for slot in self._slots)
+    return all(slot.holds() for slot in self._slots)
 
   @property
   def slots(self) -> list[Slot]:
@@ -99,18 +98,36 @@ class Reach:
   def add(self, variables: Iterable[Variable]) -> bool:
     """Variables were read by a trace that the search did not find; whether any is new."""
     found = {id(root): root for root in map(root_of, variables)}
-    known = {id(x) for x in self._objects} | self._seen.keys()
+    objects = [x for read in self._objects if (x := read()) is not None]
+    known = {*map(id, objects), *(key for key, read in self._seen.items() if read() is not None)}
     new = {key: x for key, x in found.items() if key not in known}
-    covered = {id(leaf) for x in self._objects for leaf in flatten(x).leaves}
+    covered = {id(leaf) for x in objects for leaf in flatten(x).leaves}
     new = {key: x for key, x in new.items() if key not in covered}
-    self._seen |= {key: weakref.ref(x) for key, x in new.items()}
+    self._seen |= {key: self._weakly(x) for key, x in new.items()}
     return bool(new)
 
   def _scan(self) -> None:
     search = _Search()
     search.visit(self._fun, 0)
-    self._objects, self._slots = list(search.objects.values()), search.slots
+    self._objects = list(map(self._weakly, search.objects.values()))
+    self._slots = search.slots
     self._is_listed, self._scanned = search.is_listed, True
+
+
+  def _weakly(self, x: Any) -> weakref.ref:
+    """A reference to an object that was found, whose end is noticed."""
+    known = self._living.get(id(x))
+    if known is not None and known() is x:
+      return known
+    living, on_gone, key = self._living, self._on_gone, id(x)
+
+    def gone(ref: weakref.ref) -> None:
+      if living.get(key) is ref:
+        del living[key]
+      on_gone()
+
+    living[key] = weakref.ref(x, gone)
+    return living[key]
 
 
 class _Search:
@@ -120,39 +137,58 @@ class _Search:
     self.objects: dict[int, Any] = {}
     self.slots: list[Slot] = []
     self.is_listed = True  # no container that may change without a slot
-    self._visited: set[tuple[int, frozenset[str]]] = set()
+    self._leads: dict[tuple[int, frozenset[str]], bool] = {}  # what was visited, to an object?
     self._names: frozenset[str] = frozenset()  # that the function being looked through mentions
+    self._lives = True  # as long as the function: what is looked at has come through no slot
 
-  def visit(self, x: Any, depth: int) -> None:
+  def visit(self, x: Any, depth: int, *, is_watched: bool = False) -> bool:
+    """Look at something; whether it is an object, or leads to one.
+
+    Args:
+      x: anything.
+      depth: of functions and containers around it.
+      is_watched: whether there is a slot that shows what is in it, if it is a container.
+    """
     if isinstance(x, Node | Variable):
       self.objects[id(x)] = x
-      return
+      return True
     key = (id(x), self._names)
-    if depth > _DEPTH or key in self._visited:
-      return
+    if depth > _DEPTH:
+      return False
+    if key in self._leads:
+      return self._leads[key]
     if isinstance(x, type | types.ModuleType):
-      self._attributes(x, depth)
-      return
-    self._visited.add(key)
+      return self._attributes(x, depth)
+    self._leads[key] = False  # meanwhile: it may hold itself
+    self._leads[key] = self._inside(x, depth, is_watched)
+    return self._leads[key]
+
+  def _inside(self, x: Any, depth: int, is_watched: bool) -> bool:
+    """Whether something that holds others leads to an object."""
     if isinstance(x, types.MethodType):
-      self.visit(x.__func__, depth + 1)
+      leads = self.visit(x.__func__, depth + 1)
       with self._mentioning(_mentioned(x.__func__)):
-        self._holder(x.__self__, depth + 1)
-    elif isinstance(x, functools.partial):
-      for part in (x.func, *x.args, *x.keywords.values()):
-        self.visit(part, depth + 1)
-    elif isinstance(x, types.FunctionType):
+        return self._holder(x.__self__, depth + 1) or leads
+    if isinstance(x, functools.partial):
+      return self._all((x.func, *x.args, *x.keywords.values()), depth)
+    if isinstance(x, types.FunctionType):
       with self._mentioning(_mentioned(x)):
-        self._function(x, depth)
-    elif isinstance(x, list | tuple | dict | set):
-      self._container(x, depth)
-    elif callable(getattr(x, "__wrapped__", None)):
-      self.visit(x.__wrapped__, depth + 1)
-    elif depth == 0:
+        return self._function(x, depth)
+    if isinstance(x, CONTAINERS):
+      values = tuple(x.values()) if isinstance(x, dict) else tuple(x)
+      leads = any([self.visit(part, depth + 1, is_watched=True) for part in values])
+      if leads and not is_watched:
+        self._add(Slot.of(lambda: x, x))
+      return leads
+    if callable(getattr(x, "__wrapped__", None)):
+      return self.visit(x.__wrapped__, depth + 1)
+    if depth == 0:
       with self._mentioning(_mentioned(inspect.getattr_static(type(x), "__call__", None))):
-        self._holder(x, depth + 1)  # a callable object
-    else:
-      self._attributes(x, depth)
+        return self._holder(x, depth + 1)  # a callable object
+    return self._attributes(x, depth)
+
+  def _all(self, parts: Iterable[Any], depth: int) -> bool:
+    return any([self.visit(part, depth + 1) for part in parts])
 
   @contextlib.contextmanager
   def _mentioning(self, names: frozenset[str]) -> Iterator[None]:
@@ -163,60 +199,64 @@ class _Search:
     finally:
       self._names = outer
 
-  def _attributes(self, x: Any, depth: int) -> None:
+  def _attributes(self, x: Any, depth: int) -> bool:
     """Look at those attributes of a plain object, a class or a module that the function mentions.
 
     In a class and a module, only at Modules and Variables: the rest leads to all there is.
     """
     is_space = isinstance(x, type | types.ModuleType)
     if not is_space and type(x).__module__.startswith(("builtins", "jax", "numpy")):
-      return
+      return False
+    leads = False
     for name in self._names:
       value = _attribute(x, name)
       if isinstance(value, Node | Variable) or not (is_space or value is None):
-        self._slot(functools.partial(getattr, x, name, None), value, depth)
+        leads |= self._slot(x, lambda x, name=name: getattr(x, name, None), value, depth)
+    return leads
 
-  def _holder(self, x: Any, depth: int) -> None:
+  def _holder(self, x: Any, depth: int) -> bool:
     """An object of a plain class whose method is called: its attributes are within reach."""
     if isinstance(x, Node | Variable | type | types.ModuleType) or not hasattr(x, "__dict__"):
-      self.visit(x, depth)
-      return
-    for name, value in vars(x).items():
-      self._slot(functools.partial(vars(x).get, name), value, depth)
+      return self.visit(x, depth)
+    leads = False
+    for name, value in list(vars(x).items()):
+      leads |= self._slot(x, lambda x, name=name: vars(x).get(name), value, depth)
     with self._mentioning(self._names.difference(vars(x))):
-      self._attributes(x, depth)  # those of its class
+      return self._attributes(x, depth) or leads  # those of its class
 
-  def _function(self, f: types.FunctionType, depth: int) -> None:
+  def _function(self, f: types.FunctionType, depth: int) -> bool:
+    leads = False
     wrapped = getattr(f, "__wrapped__", None)
     if callable(wrapped):
-      self.visit(wrapped, depth + 1)
+      leads = self.visit(wrapped, depth + 1)
       if f.__globals__.get("__name__", "").startswith("refax."):
-        return  # a transform around it
-    for cell in f.__closure__ or ():
-      if (value := _contents(cell)) is not None:
-        self._slot(functools.partial(_contents, cell), value, depth)
-    for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()):
-      self.visit(value, depth + 1)
+        return leads  # a transform around it
+    for i, cell in enumerate(f.__closure__ or ()):
+      if (value := contents(cell)) is not None:
+        leads |= self._slot(f, lambda f, i=i: contents(f.__closure__[i]), value, depth)
+    leads |= self._all((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()), depth)
     for name in _names(f.__code__):
       if name in f.__globals__:
         value = f.__globals__[name]
         if not isinstance(value, types.FunctionType) or value.__module__ == f.__module__:
-          self._slot(functools.partial(f.__globals__.get, name), value, depth)
+          leads |= self._slot(f, lambda f, name=name: f.__globals__.get(name), value, depth)
+    return leads
 
-  def _slot(self, read: Callable[[], Any], value: Any, depth: int) -> None:
-    """Look at what a place holds; it is watched if that may be, or lead to, an object."""
-    before = len(self.objects)
-    self.visit(value, depth + 1)
-    followed = isinstance(value, Node | Variable | types.FunctionType | functools.partial)
-    if followed or len(self.objects) > before:
-      self.slots.append(Slot(read, value))
+  def _slot(self, owner: Any, get: Callable[[Any], Any], value: Any, depth: int) -> bool:
+    """Look at what `get(owner)` is; the place is watched if that may be, or lead to, an object."""
+    read = functools.partial(get, owner) if self._lives else Part(owner, get)
+    lives, self._lives = self._lives, False
+    leads = self.visit(value, depth + 1, is_watched=True)
+    self._lives = lives
+    if leads or isinstance(value, types.FunctionType | functools.partial):
+      self._add(Slot.of(read, value))
+    return leads
 
-  def _container(self, x: Any, depth: int) -> None:
-    before = len(self.objects)
-    for part in x.values() if isinstance(x, dict) else x:
-      self.visit(part, depth + 1)
-    if len(self.objects) > before and not isinstance(x, tuple):
+  def _add(self, slot: Slot | None) -> None:
+    if slot is None:
       self.is_listed = False
+    else:
+      self.slots.append(slot)
 
 
 def _place(cell: Any) -> Any:
@@ -232,13 +272,6 @@ def _attribute(x: Any, name: str) -> Any:
   if isinstance(value, types.MemberDescriptorType):  # of `__slots__`
     return getattr(x, name, None)
   return None if hasattr(type(value), "__get__") else value
-
-
-def _contents(cell: Any) -> Any:
-  try:
-    return cell.cell_contents
-  except ValueError:  # not assigned yet
-    return None
 
 
 def _mentioned(function: Any) -> frozenset[str]:

@@ -1,0 +1,125 @@
+"""Places where a function finds things without being given them: read again before each call.
+
+What was found in a place is held weakly, and so is what the place belongs to: a model that a
+notebook binds to the same name once more must not live as long as the function.
+"""
+
+import collections
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+CONTAINERS = (list, tuple, dict, set)
+_MOST = 256  # items of containers in one place; more of them take long to look at in each call
+_DEEPEST = 8  # containers in containers
+
+_EXACT = frozenset((*CONTAINERS, collections.OrderedDict, collections.defaultdict))
+"""Containers whose items are all that there is to them."""
+
+_PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
+_ANY_PLAIN, _END = object(), object()
+
+
+class Slot(NamedTuple):
+  """A place where a function finds something: a global, an attribute, a cell of a closure."""
+
+  read: Callable[[], Any]
+  """What is there now, or None."""
+  known: Callable[[], Any]
+  """What was there, or None if that is gone."""
+
+  @classmethod
+  def of(cls, read: Callable[[], Any], value: Any) -> "Slot | None":
+    """A place with an object or a container of such; None if that is too large to be watched."""
+    if not isinstance(value, CONTAINERS):
+      return cls(read, weakly(value))
+    items = _items(value)
+    if items is None:
+      return None
+    contents = _Contents(read, items)
+    return cls(contents, weakref.ref(contents))
+
+  def holds(self) -> bool:
+    """Whether what was found is still there."""
+    now = self.read()
+    return now is not None and now is self.known()
+
+
+class Part:
+  """`get(owner)` for an owner that is not kept alive: None when it is gone."""
+
+  __slots__ = ("_get", "_owner")
+
+  def __init__(self, owner: Any, get: Callable[[Any], Any]):
+    self._owner, self._get = weakly(owner), get
+
+  def __call__(self) -> Any:
+    owner = self._owner()
+    return None if owner is None else self._get(owner)
+
+
+class _Contents:
+  """What is in the container in a place: itself as long as that is the same, else None."""
+
+  __slots__ = ("__weakref__", "_known", "_read")
+
+  def __init__(self, read: Callable[[], Any], items: list[Any]):
+    self._read, self._known = read, list(map(weakly, items))
+
+  def __call__(self) -> "_Contents | None":
+    now, known = _items(self._read()), self._known
+    if now is None or len(now) != len(known):
+      return None
+    return self if all(ref() is x for ref, x in zip(known, now, strict=True)) else None
+
+
+def _items(value: Any) -> list[Any] | None:
+  """What containers hold, in one row; None for anything else, and for too much to look at.
+
+  Numbers, strings and arrays are all alike: no object is in them, and they may be counters.
+  """
+  found: list[Any] = []
+  return found if isinstance(value, CONTAINERS) and _spread(value, found, 0) else None
+
+
+def _spread(value: Any, found: list[Any], depth: int) -> bool:
+  cls = type(value)
+  if not isinstance(value, CONTAINERS):
+    is_array = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.Ref)
+    found.append(_ANY_PLAIN if cls in _PLAIN or is_array else value)
+    return True
+  if depth > _DEEPEST or len(value) + len(found) > _MOST or not _is_exact(cls):
+    return False
+  found.append(cls)
+  if isinstance(value, dict):
+    found += (keys := list(value))
+    found.append(_END)
+    return all([_spread(value.get(key), found, depth + 1) for key in keys])
+  inside = all([_spread(x, found, depth + 1) for x in tuple(value)])
+  found.append(_END)
+  return inside
+
+
+def _is_exact(cls: type) -> bool:
+  """Whether a type of containers iterates as the built-in ones do: these, and named tuples."""
+  return cls in _EXACT or (issubclass(cls, tuple) and cls.__iter__ is tuple.__iter__)
+
+
+def weakly(x: Any) -> Callable[[], Any]:
+  """A function to something that it does not keep alive, where Python can refer to it weakly."""
+  try:
+    return weakref.ref(x)
+  except TypeError:  # a string, a list, an object with `__slots__`
+    return lambda: x
+
+
+def contents(cell: types.CellType) -> Any:
+  """What is in a cell of a closure; None if nothing is."""
+  try:
+    return cell.cell_contents
+  except ValueError:  # not assigned yet
+    return None

@@ -1,6 +1,8 @@
 """The fast path of nnx.jit is not to be told from the general one, but by its speed."""
 
 import collections
+import dataclasses
+import functools
 import gc
 import os
 import re
@@ -12,6 +14,7 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from refax import _jax, nnx, testing
@@ -590,3 +593,181 @@ def test_a_state_of_variables_is_compared_with_the_one_before():
   shared = grads()
   shared["c"] = shared["a"]["b"]
   assert find(shared) is None
+
+
+@pytest.mark.parametrize("wrap", [lambda k: k, lambda k: {"key": k}, lambda k: [k, 1]])
+def test_typed_keys_are_told_apart_by_shape_and_implementation(wrap):
+  net, twin = Net(), Net()
+  draw = lambda k: jax.random.uniform(k if k.ndim == 0 else k[1], (4, 3))
+  step, traced = counted(lambda net, lot: net(draw(jax.tree.leaves(lot)[0])), most=3)
+  keys = [jax.random.key(0), jax.random.key(1), jax.random.split(jax.random.key(0), 2)]
+  keys.append(jax.random.key(0, impl="rbg"))
+  for key in [*keys, *keys, *reversed(keys)]:
+    np.testing.assert_allclose(step(net, wrap(key)), twin(draw(key)), rtol=1e-5, atol=1e-6)
+    assert is_fast(step, net, wrap(key))
+  assert traced.traces == 3
+
+
+class Scaled(Net):
+  def scaled(self, x, by=1.0):
+    return by * self(x)
+
+
+def test_bound_methods_and_partials_are_arguments_like_others():
+  nets, twins = ([Scaled(0), Scaled(1)] for _ in range(2))
+  step, traced = counted(lambda f, x: f(x) if callable(f) else f[0](x), most=8)
+  lots = [
+    lambda net: net.scaled,
+    lambda net: functools.partial(Scaled.scaled, net),
+    lambda net: functools.partial(Scaled.scaled, net, by=jnp.float32(2.0)),
+    lambda net: functools.partial(Scaled.scaled, net, by=3.0),
+    lambda net: functools.partial(Scaled.scaled, net, by=4.0),
+    lambda net: [net],
+    lambda net: functools.partial(net.scaled, by=5.0),
+  ]
+  for _ in range(3):
+    for lot in lots:
+      for net, twin in zip(nets, twins, strict=True):
+        f = lot(twin)
+        want = f(X) if callable(f) else f[0](X)
+        np.testing.assert_allclose(step(lot(net), X), want, rtol=1e-5, atol=1e-6)
+  assert all(is_fast(step, lot(net), X) for lot in lots[:6] for net in nets)
+  assert traced.traces == len(lots)
+  for net, twin in zip(nets, twins, strict=True):
+    assert int(net.calls) == int(twin.calls) == 21
+
+
+def test_a_method_of_a_model_keeps_no_model_alive():
+  step, _ = counted(lambda f, x: f(x))
+  net = Scaled()
+  for _ in range(3):
+    step(net.scaled, X), step(functools.partial(Scaled.scaled, net), X)
+  gone = weakref.ref(net)
+  del net
+  gc.collect()
+  assert gone() is None
+
+
+class Tabled(nnx.Module):
+  """What tells nobody that it changes: plain dicts and lists, and another library's pytree."""
+
+  def __init__(self):
+    self.table = nnx.data({"a": jnp.ones(3), "v": nnx.Variable(jnp.zeros(3)), "n": 1.0})
+    self.pair = (nnx.data([nnx.Variable(jnp.ones(3))]), 2.0)
+    self.rows = nnx.data([jnp.ones(3), {"inner": nnx.Variable(jnp.ones(()))}])
+    self.point = nnx.data(Point(jnp.ones(3), nnx.Variable(jnp.ones(3))))
+
+  def __call__(self, x):
+    table, (inner, *more) = self.table, self.rows
+    table["v"][...] += table["a"] * table["n"]
+    total = x + table["v"][...] + inner + self.point.x * self.point.y[...]
+    for row in more:
+      row["inner"][...] += 1
+      total = total + sum(v[...] for v in row.values())
+    return total + sum(v[...] for k, v in table.items() if k not in ("a", "n"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Point:
+  x: jax.Array
+  y: nnx.Variable
+
+
+def replaced_array(net):
+  net.table["a"] = 2 * jnp.ones(3)
+
+
+def replaced_number(net):
+  net.table["n"] = 3.0
+
+
+def new_variable(net):
+  net.table["w"] = nnx.Variable(5 * jnp.ones(3))
+
+
+def another_variable(net):
+  net.table["v"] = nnx.Variable(7 * jnp.ones(3))
+
+
+def longer_list(net):
+  net.rows.append({"inner": nnx.Variable(jnp.ones(())), "more": nnx.Variable(jnp.ones(()))})
+
+
+def deeper(net):
+  net.rows[1]["more"] = nnx.Variable(4 * jnp.ones(()))
+
+
+def another_field(net):
+  net.point.y = nnx.Variable(9 * jnp.ones(3))
+
+
+def another_container(net):
+  net.table = nnx.data(dict(net.table, a=5 * jnp.ones(3)))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    replaced_array,
+    replaced_number,
+    new_variable,
+    another_variable,
+    longer_list,
+    deeper,
+    another_field,
+    another_container,
+  ],
+)
+def test_a_change_in_a_plain_container_of_a_model_is_seen(change):
+  net, twin, x = Tabled(), Tabled(), jnp.ones(3)
+  step, _ = counted(lambda net, x: net(x))
+  close = lambda: np.testing.assert_allclose(step(net, x), twin(x), rtol=1e-6)
+  close(), close()
+  assert is_fast(step, net, x)
+  change(net), change(twin)
+  close(), close()
+  assert is_fast(step, net, x)
+  leaves = [jax.tree.leaves(nnx.to_lojax(m)) for m in (net, twin)]
+  for a, b in zip(*leaves, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_what_was_sown_beside_a_plain_container_is_popped_with_what_came_into_it():
+  net = Tabled()
+  for i in range(4):
+    net.sow(nnx.Intermediate, "seen", i)
+    if i == 3:
+      net.table["late"] = nnx.Intermediate(jnp.ones(()))
+    popped = nnx.pop(net, nnx.Intermediate)
+    assert len(jax.tree.leaves(popped)) == 1 + (i == 3)
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [
+    optax.inject_hyperparams(optax.adam)(1e-2),
+    optax.partition({"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, lambda p: _labels(p)),
+    optax.chain(optax.clip(1.0), optax.masked(optax.adam(1e-2), True)),
+    optax.MultiSteps(optax.adam(1e-2), 2),
+    optax.contrib.schedule_free_sgd(1e-2),
+    optax.apply_if_finite(optax.adam(1e-2), 3),
+    optax.lion(1e-2),
+  ],
+)
+def test_steps_of_any_optimizer_of_optax_are_known(tx):
+  net = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(net, optimizer, x):
+    grads = nnx.grad(lambda net: (net(x) ** 2).mean())(net)
+    optimizer.update(net, grads)
+
+  for _ in range(3):
+    step(net, optimizer, X)
+  assert is_fast(step, net, optimizer, X)
+
+
+def _labels(params):
+  return jax.tree_util.tree_map_with_path(lambda path, _: "a" if "bias" in str(path) else "b", params)

@@ -28,7 +28,7 @@ from refax.core.node import Node, Tracked
 from refax.core.orbax import on_arrays
 from refax.core.rebuild import unflatten
 from refax.core.variable import Variable, identity
-from refax.core.watch import Watch, Watches
+from refax.core.watch import Parts, Watch, Watches
 from refax.errors import RefArgumentError, ReturnedRefError
 from refax.typing import Path, path_str
 
@@ -51,7 +51,6 @@ class Walk:
     self.leaves: list[Any] = []
     self.objects: list[Node] = []  # by node index
     self.nodes: list[Any] = []
-    self.cacheable = True  # a watch knows of every change to what is in the objects
     self._watch = watch
     self._leaf_index: dict[int, int] = {}
     self._node_index: dict[int, int] = {}
@@ -163,8 +162,8 @@ class Walk:
         entries.append((key, (NODE, index)))
       else:
         entries.append((key, entry := self.entry(value, before.get(key))))
-        if entry[0] == REGION and not _tracked(value, self._watch):
-          self.cacheable = False
+        if entry[0] == REGION:
+          _track(value, self._watch)
     return type(node), tuple(entries)
 
 
@@ -183,13 +182,22 @@ def _watch(node: Node, watch: Watch) -> None:
   state.watches.add(watch)
 
 
-def _tracked(value: Any, watch: Watch | None) -> bool:
-  """Whether every container in a region is immutable or reports its changes, to the watch."""
+def _track(value: Any, watch: Watch | None) -> None:
+  """Let a watch know of changes to all that is in a region: they are reported, or looked for."""
+  if value is None or isinstance(value, Node | Variable):
+    return
   if isinstance(value, tuple):
-    return all(_tracked(x, watch) for x in value)
-  if isinstance(value, Tracked):
-    return all(_tracked(x, watch) for x in value._visit(watch))
-  return value is None or isinstance(value, Node | Variable) or jax.tree_util.all_leaves([value])
+    children: Iterable[Any] = value
+  elif isinstance(value, Tracked):
+    children = value._visit(watch)
+  elif jax.tree_util.all_leaves([value]):
+    return
+  else:
+    children = Parts.of(value)
+    if watch is not None:
+      watch.compare(value, Parts(value))
+  for child in children:
+    _track(child, watch)
 
 
 def flatten(root: Any) -> Flat:
@@ -206,14 +214,14 @@ def flatten(root: Any) -> Flat:
   watch, then = Watch(), epoch.value
   rebuilt = None if state.changed else state.rebuilt
   if rebuilt is not None and rebuilt.holds():
-    flat, cacheable = rebuilt.flat, True
+    flat = rebuilt.flat
     for node in (root, *rebuilt.objects):
       _watch(node, watch)
   else:
     walk = Walk(watch)
     entry = walk.entry(root)
-    flat, cacheable = Flat(tuple(walk.leaves), walk.graphdef(entry)), walk.cacheable
-  state.rebuilt, state.cache = None, (watch, then, flat) if cacheable else None
+    flat = Flat(tuple(walk.leaves), walk.graphdef(entry))
+  state.rebuilt, state.cache = None, (watch, then, flat)
   return flat
 
 

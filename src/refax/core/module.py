@@ -99,11 +99,8 @@ class Module(Pytree, Habits):
     kept = self._pytree.having
     if kept is None or kept[0] != names or not kept[1].holds():
       watch = Watch(seen_as=_modules_only)
-      walk = Walk(watch)
-      walk.entry(self)
+      Walk(watch).entry(self)
       found = _having(self, names, (...,))
-      if not walk.cacheable:
-        return found
       kept = (names, watch, [(weakref.ref(module), name) for module, name in found])
       self._pytree.having = kept
     return [(module, name) for ref, name in kept[2] if (module := ref()) is not None]

@@ -30,6 +30,46 @@ class _Weak(weakref.ref):
   __slots__ = ()
 
 
+def weakly(x: Any) -> Callable[[], Any]:
+  """A function to something that it does not keep alive, where Python can refer to it weakly."""
+  try:
+    return weakref.ref(x)
+  except TypeError:  # a number, a string, a list, an object with `__slots__`
+    return lambda: x
+
+
+class Parts:
+  """What a dict, a list or another pytree that is no object holds directly, by identity."""
+
+  __slots__ = ("_children", "_sort")
+
+  def __init__(self, value: Any):
+    children, self._sort = _parts(value)
+    self._children = list(map(weakly, children))
+
+  def holds(self, value: Any) -> bool:
+    """Whether the same is still in it."""
+    now, sort = _parts(value)
+    known = self._children
+    if len(now) != len(known) or sort != self._sort:
+      return False
+    return all([ref() is x for ref, x in zip(known, now, strict=True)])
+
+  @staticmethod
+  def of(value: Any) -> list[Any]:
+    """What it holds."""
+    return _parts(value)[0]
+
+
+def _parts(value: Any) -> tuple[list[Any], Any]:
+  """What a pytree holds directly, and how."""
+  if type(value) is list:
+    return list(value), list
+  if type(value) is dict:
+    return list(value.values()), list(value)
+  return jax.tree_util.tree_flatten(value, is_leaf=lambda x: x is not value)
+
+
 class Watch:
   """Whether what a walk saw is still there.
 
@@ -80,11 +120,11 @@ class Watch:
     self.mark = object()
 
   def compare(self, value: Any, seen: Any) -> None:
-    """A static value tells nobody that it changes: it is looked at each time.
+    """What tells nobody that it changes is looked at each time.
 
     Args:
-      value: a value without a hash.
-      seen: what it was, a `ByValue`.
+      value: a static value without a hash, or a container that is no object.
+      seen: what it was: a `ByValue`, or its `Parts`.
     """
     self._compared.append((value, seen))
 
@@ -113,14 +153,17 @@ class Watch:
           return False
       if now is not old:
         return False
-    if self._compared:
-      return all(seen.holds(value) for value, seen in self._compared)
-    self.held = mark
+    for value, seen in self._compared:
+      if not seen.holds(value):
+        self._dead = type(seen) is Parts  # who exchanges what is in a dict does so at each step
+        return False
+    if not self._compared:
+      self.held = mark
     return True
 
   def additions(self) -> list[tuple[Any, Any, Any]] | None:
     """(node, key, value) of the data that came where nothing was; None if more has changed."""
-    if self._dead:
+    if self._dead or not all(seen.holds(value) for value, seen in self._compared):
       return None
     found = []
     for (_, key), (ref, old, was_data) in list(self._touched.items()):

@@ -363,10 +363,9 @@ def _remember(node: Any, filters: tuple) -> None:
   if kept[0] is not None and not kept[0].is_dead:
     return
   watch = Watch()
-  walk = Walk(watch)
-  walk.entry(node)
+  Walk(watch).entry(node)
   paths = {id(x): path for path, x in walk_nodes(node)}
-  node._pytree.popped = (watch, filters, paths) if walk.cacheable else None
+  node._pytree.popped = (watch, filters, paths)
 
 
 def _home(node: Any, path: Path) -> Any:

@@ -24,7 +24,7 @@ from refax.transforms.commit import leaves_of
 from refax.transforms.compiled import Compiled, Container, Retraced
 from refax.transforms.lift import Inputs
 from refax.transforms.places import Slot
-from refax.transforms.tree import Like, Tree, flatten, is_like, type_of
+from refax.transforms.tree import NO_AVAL, Like, Tree, flatten, is_like, type_of
 
 LIMIT = 1024  # entries of one function; more calls than that are not a steady state
 _ALIKE = 64  # entries for the same object, as for batches of many lengths
@@ -113,8 +113,8 @@ def given_by(quick: Quick, values: tuple, names: Iterable[str]) -> Any:
     x = values[i]
     if type(x) is type_:
       continue
-    is_alike = getattr(x, "aval", None) is aval and x.committed is is_committed
-    if is_alike and (x.sharding is place or x.sharding == place):
+    is_alike = aval is not NO_AVAL and getattr(x, "aval", None) is aval
+    if is_alike and x.committed is is_committed and (x.sharding is place or x.sharding == place):
       continue
     if type_of(x) != type_:
       return None
@@ -311,8 +311,6 @@ class Seen:
     Args:
       containers: those that JAX is given as they are.
     """
-    if not self.inputs.is_watched:
-      return False
     first = len(self.values) - len(self.names)
     names = [first + self.names.index(name) for name in self.inputs.names]
     handed = {c.argument for c in containers}

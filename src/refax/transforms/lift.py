@@ -50,15 +50,12 @@ class Inputs:
     leaves: list[Any],
     objects: list[Node],
     names: tuple[str, ...] = (),
-    is_watched: bool = False,
   ):
     self.graphdef = graphdef
     self.leaves = leaves
     self.objects = objects
     self.names = names
     """The keywords of the call, sorted."""
-    self.is_watched = is_watched
-    """Whether the watch knows of all changes to the objects."""
 
   @classmethod
   def of(
@@ -85,7 +82,7 @@ class Inputs:
       arguments_meet(walk.leaves)
     names = tuple(sorted(kwargs))
     graphdef = walk.graphdef(root).at(places_of(walk.objects))
-    return cls(graphdef, walk.leaves, walk.objects, names, walk.cacheable)
+    return cls(graphdef, walk.leaves, walk.objects, names)
 
   @property
   def arguments(self) -> tuple:

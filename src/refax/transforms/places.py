@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from refax.core.watch import weakly
+
 CONTAINERS = (list, tuple, dict, set)
 _MOST = 256  # items of containers in one place; more of them take long to look at in each call
 _DEEPEST = 8  # containers in containers
@@ -107,14 +109,6 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
 def _is_exact(cls: type) -> bool:
   """Whether a type of containers iterates as the built-in ones do: these, and named tuples."""
   return cls in _EXACT or (issubclass(cls, tuple) and cls.__iter__ is tuple.__iter__)
-
-
-def weakly(x: Any) -> Callable[[], Any]:
-  """A function to something that it does not keep alive, where Python can refer to it weakly."""
-  try:
-    return weakref.ref(x)
-  except TypeError:  # a string, a list, an object with `__slots__`
-    return lambda: x
 
 
 def contents(cell: types.CellType) -> Any:

@@ -5,15 +5,18 @@ these anew for each call, so they are known by what is in them and not by their 
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from refax import _jax
+from refax.core.by_value import ByValue
+from refax.core.callables import CALLABLES, taken_apart
+from refax.core.definition import kind
 from refax.core.flatten import is_followed
-from refax.core.graphdef import LEAF, REGION
+from refax.core.graphdef import LEAF, REGION, STATIC
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.graph.state import State
@@ -39,6 +42,8 @@ class Tree(NamedTuple):
   """The place, type and definition of each Variable, and what is known of its cell."""
   alike: "_Alike | None" = None
   """In place of `variables`, where all leaves are lojax Variables of arrays."""
+  constants: Sequence[tuple[int, Any, Any]] = ()
+  """Of a bound method or a partial, the place, value and kind of each part that is static."""
 
   @classmethod
   def of(cls, index: int, x: Any, entry: tuple) -> "Tree | None":
@@ -49,17 +54,18 @@ class Tree(NamedTuple):
       x: the argument.
       entry: what the walk made of it.
     """
-    if is_followed(x):
-      return None
-    leaves, treedef = flatten(x, is_object)
+    leaves, treedef = taken_apart(x) if is_followed(x) else flatten(x, is_object)
     children = entry[2] if entry[0] == REGION else [entry]
-    if len(children) != len(leaves):
+    if len(children) != len(leaves) or any(e[0] == REGION or e[1] is ByValue for e in children):
       return None
     entries = [e[1] if e[0] == LEAF else None for e in children]
-    tree = cls(index, treedef, _shape_of(x), None, entries, [], [], [])
+    static = [(j, leaves[j], e[1]) for j, e in enumerate(children) if e[0] == STATIC]
+    tree = cls(index, treedef, _shape_of(x), None, entries, [], [], [], constants=static)
     if (alike := _Alike.of(leaves)) is not None:
       return tree._replace(is_leaf=is_object, alike=alike)
     for j, leaf in enumerate(leaves):
+      if children[j][0] == STATIC:
+        continue
       if isinstance(leaf, Node) or _jax.is_ref(leaf):
         tree.objects.append((j, weakref.ref(leaf)))
       elif isinstance(leaf, Variable):
@@ -84,9 +90,13 @@ class Tree(NamedTuple):
       if not _take(x, self.shape, found):
         return False
     else:
-      found, treedef = flatten(x, self.is_leaf)
-      if treedef != self.treedef:
+      found, treedef = taken_apart(x) if type(x) in CALLABLES else flatten(x, self.is_leaf)
+      # JAX says of a treedef and of something else that they are neither equal nor unequal.
+      if type(treedef) is not type(self.treedef) or treedef != self.treedef:
         return False
+      for j, value, kind_ in self.constants:
+        if found[j] is not value and not (kind(found[j]) == kind_ and found[j] == value):
+          return False
     if self.alike is not None:
       arrays = self.alike.arrays_of(found)
       if arrays is None:
@@ -282,12 +292,13 @@ class Like(NamedTuple):
   @classmethod
   def of(cls, x: Any) -> "Like":
     """What is like `x`; its type is None if nothing is."""
-    if not isinstance(x, jax.Array):
-      return cls(_NONE, None, None, type_of(x))
-    return cls(getattr(x, "aval", _NONE), x.sharding, getattr(x, "committed", None), type_of(x))
+    if not isinstance(x, jax.Array) or _jax.bits(x) is not x:
+      return cls(NO_AVAL, None, None, type_of(x))
+    return cls(getattr(x, "aval", NO_AVAL), x.sharding, getattr(x, "committed", None), type_of(x))
 
 
-_NONE = object()  # the aval of a number: no array has it
+NO_AVAL = object()
+"""In place of an aval: numbers have none, and typed keys make theirs anew in 9 us."""
 
 
 def is_like(x: Any, aval: Any, place: Any, is_committed: Any, type_: Any) -> bool:
@@ -297,7 +308,12 @@ def is_like(x: Any, aval: Any, place: Any, is_committed: Any, type_: Any) -> boo
   """
   if type(x) is type_:
     return True
-  if getattr(x, "aval", None) is aval and x.committed is is_committed and x.sharding == place:
+  if (
+    aval is not NO_AVAL
+    and getattr(x, "aval", None) is aval
+    and x.committed is is_committed
+    and x.sharding == place
+  ):
     return True
   return type_of(x) == type_
 
@@ -305,7 +321,9 @@ def is_like(x: Any, aval: Any, place: Any, is_committed: Any, type_: Any) -> boo
 def type_of(x: Any) -> Any:
   """The type that JAX traces an array or number with; None for anything else, a Ref too."""
   if isinstance(x, jax.Array) and type(x) is not jax.Ref:
-    weak = getattr(x, "weak_type", False)  # typed keys have none
+    if (data := _jax.bits(x)) is not x:  # typed keys, whose sharding takes 6 us
+      return x.dtype, type_of(data)
+    weak = getattr(x, "weak_type", False)
     return x.shape, x.dtype, weak, x.sharding, getattr(x, "committed", True)
   if isinstance(x, np.ndarray):
     return type(x), x.shape, x.dtype

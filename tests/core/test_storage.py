@@ -213,6 +213,6 @@ def test_an_error_of_jax_is_no_mismatch_of_shapes(monkeypatch):
   with monkeypatch.context() as m:
     m.setattr(jnp, "broadcast_to", interrupted)
     with pytest.raises(ValueError, match="KeyboardInterrupt") as caught:
-      variable[...] = 1.0
+      variable[...] = jnp.ones(())
   assert not isinstance(caught.value, ShapeMismatchError)
   assert (variable[...] == 0).all()

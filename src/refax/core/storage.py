@@ -118,7 +118,7 @@ def _from_host(x: np.ndarray, want: Any, origin: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.array(x), want.shape)
   x = np.broadcast_to(x, want.shape) if x.shape != want.shape else x
   place = _jax.peek_cell(want).sharding if type(want) is jax.Ref else None
-  if isinstance(place, jax.sharding.SingleDeviceSharding):
+  if isinstance(place, jax.sharding.SingleDeviceSharding) and _jax.wide_mesh() is None:
     return _jax.copied_from_host(x, place)
   return jnp.array(x)
 

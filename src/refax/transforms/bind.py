@@ -157,6 +157,17 @@ def bind(
     sources: where each call finds the rest.
     call: the executable, if it is not the compiled function's own.
   """
+  run, is_short = _bound(compiled, leaves, sources, call)
+  # Where the user's Python runs in the middle of it, JAX would make another error of Ctrl-C.
+  if is_short and not compiled.careful:
+    return run
+  return lambda args: uninterrupted(lambda: run(args))
+
+
+def _bound(
+  compiled: Compiled, leaves: Sequence[Any], sources: Given | Sources, call: Any
+) -> tuple[Callable[[Any], Any], bool]:
+  """The function, and whether all that may not be left half-done is done in one step."""
   commit, items = compiled.commit, compiled.items
   exchange = functools.partial(
     _jax.exchange,
@@ -170,7 +181,7 @@ def bind(
   store = functools.partial(_stored, variables) if commit.written and one_by_one else None
   result = commit.plain_result
   if result is not None and one_by_one:
-    return exchange(result, store=store)
+    return exchange(result, store=store), True
   # Where nothing is written, `iter` might not ask for the call; callbacks are to run all the same.
   start = iter if compiled.written else _called
   run, objects, wanted = exchange(start, store=store), sources.objects(), commit.leaves
@@ -187,9 +198,7 @@ def bind(
     found += commit.make(arrays, now)
     return commit.build(found, objects())
 
-  if commit.is_quiet and one_by_one:
-    return whole
-  return lambda args: uninterrupted(lambda: whole(args))
+  return whole, commit.is_quiet and one_by_one
 
 
 def _stored(variables: Callable[[Any], list[Variable]], args: Any, arrays: Iterator) -> Iterator:

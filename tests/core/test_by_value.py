@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
-from refax.core.by_value import ByValue, NotByValue
+from refax.core.by_value import ByValue, NotByValue, Unchanged
 from refax.errors import StaticAttributeError
 
 
@@ -204,10 +204,65 @@ def test_a_configuration_that_layers_share_is_looked_at_once_a_call(monkeypatch)
   f = nnx.jit(lambda model, x: model[0](x))
   for _ in range(3):
     f(model, jnp.ones(2))
-  holds = ByValue.holds
-  monkeypatch.setattr(ByValue, "holds", lambda self, value: looks.append(1) or holds(self, value))
+  holds = Unchanged.holds
+  monkeypatch.setattr(Unchanged, "holds", lambda self, value: looks.append(1) or holds(self, value))
   f(model, jnp.ones(2))
   assert 1 <= len(looks) <= 2
+
+
+class Odd(list):
+  """A list with attributes."""
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+  sizes: list = dataclasses.field(default_factory=lambda: [1])
+
+
+def with_attribute(value):
+  value.note = [1]
+  return value
+
+
+MUTATIONS = [
+  (lambda: [1, [2, {"a": 3}]], lambda v: v[1][1].update(a=4)),
+  (lambda: [1, [2, {"a": 3}]], lambda v: v[1][1].update(b=3)),
+  (lambda: [1, [2, {"a": 3}]], lambda v: v[1].append(1)),
+  (lambda: {"b": 1, "a": [2]}, lambda v: v.update(b=True)),
+  (lambda: {"b": 0.0}, lambda v: v.update(b=-0.0)),
+  (lambda: {"b": 1, "a": [2]}, lambda v: v.update(b=v.pop("b"))),
+  (lambda: {1, 2}, lambda v: v.add(3)),
+  (lambda: ([1], {2}), lambda v: v[0].clear()),
+  (lambda: Config(), lambda v: v.options["sizes"].append(1)),
+  (lambda: Config(), lambda v: setattr(v, "extra", 1)),
+  (lambda: Config(), lambda v: delattr(v, "layers")),
+  (lambda: {"x": np.arange(3)}, lambda v: v["x"].fill(7)),
+  (lambda: {"x": [np.arange(3)]}, lambda v: v["x"][0].fill(7)),
+  (lambda: types.SimpleNamespace(a=[1], f=jax.nn.relu), lambda v: v.a.append(1)),
+  (lambda: types.SimpleNamespace(a=[1], f=jax.nn.relu), lambda v: setattr(v, "f", jax.nn.gelu)),
+  (lambda: Odd([1, [2]]), lambda v: v[1].append(1)),
+  (lambda: with_attribute(Odd([1])), lambda v: v.note.append(1)),
+  (lambda: Slotted(), lambda v: v.sizes.append(2)),
+  (lambda: [Slotted()], lambda v: setattr(v[0], "sizes", [3])),
+  (lambda: Config(layers=jnp.arange(3.0)), lambda v: setattr(v, "layers", jnp.arange(4.0))),
+]
+
+
+@pytest.mark.parametrize("make, change", MUTATIONS)
+def test_every_change_of_a_value_is_noticed_and_undoing_it_too(make, change):
+  value = make()
+  seen = ByValue(value)
+  watched = Unchanged(value, seen)
+  assert watched.holds(value) and watched.holds(value)
+  change(value)
+  assert not watched.holds(value)
+  again = make()
+  for name in getattr(again, "__dict__", {}):
+    setattr(value, name, getattr(again, name))
+  if isinstance(value, list | set | dict):
+    value.clear()
+    (value.extend if isinstance(value, list) else value.update)(again)
+    assert watched.holds(value)
 
 
 # arrays of JAX in a configuration

@@ -6,6 +6,8 @@ the value was when a walk saw it, in a copy that nobody else has, and compared b
 
 import copy as copylib
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,6 +64,62 @@ class ByValue:
 
   def __reduce__(self) -> Any:
     return ByValue, (self._value,)
+
+
+class Unchanged:
+  """Whether one value without a hash is still as it was, asked before each call of a function.
+
+  Mostly it holds the very same things as before. Only where it does not, or where an array of NumPy
+  may have been written to, is it compared by what is in it: that takes 2 us for each field.
+
+  Args:
+    value: the value.
+    seen: what it is now.
+  """
+
+  __slots__ = ("_containers", "_seen")
+
+  def __init__(self, value: Any, seen: ByValue):
+    self._seen = seen
+    found: list[tuple[Callable[[], list[Any]], list[Any]]] = []
+    self._containers = found if _list_containers(value, found) else None
+
+  def holds(self, value: Any) -> bool:
+    """Whether it is; `value` is always the same one."""
+    if self._containers is not None and all(
+      len(now := read()) == len(known) and all(map(operator.is_, now, known))
+      for read, known in self._containers
+    ):
+      return True
+    return self._seen.holds(value)
+
+
+def _list_containers(value: Any, found: list[tuple[Callable[[], list[Any]], list[Any]]]) -> bool:
+  """List (read, what was read) for each container in a value; False if one cannot be read so."""
+  if has_hash(value) or isinstance(value, jax.Array):
+    return True
+  if isinstance(value, tuple):
+    return all([_list_containers(x, found) for x in value])
+  read = _reader(value)
+  if read is None:
+    return False
+  now = read()
+  found.append((read, now))
+  return all([_list_containers(x, found) for x in now])
+
+
+def _reader(value: Any) -> Callable[[], list[Any]] | None:
+  """The function to all that is in a list, a set, a dict, or an object by its attributes."""
+  if type(value) in (list, set):
+    return functools.partial(list, value)
+  if type(value) is dict:
+    return lambda: [*value, *value.values()]
+  if isinstance(value, list | set | frozenset | dict | np.ndarray) or not hasattr(value, "__dict__"):
+    return None
+  attributes = vars(value)
+  if not attributes.keys() >= set(_names(value) or ()):
+    return None
+  return lambda: [*attributes, *attributes.values()]
 
 
 class _Content:

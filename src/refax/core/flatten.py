@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from refax import _jax
 from refax.core import callables
-from refax.core.by_value import ByValue, has_hash
+from refax.core.by_value import ByValue, Unchanged, has_hash
 from refax.core.callables import CALLABLES, taken_apart
 from refax.core.calls import places_of
 from refax.core.definition import kind
@@ -109,7 +109,7 @@ class Walk:
     if id(value) not in self._compared:  # a model's layers share their configuration
       self._compared[id(value)] = value, (seen := ByValue(value))
       if self._watch is not None:
-        self._watch.compare(value, seen)
+        self._watch.compare(value, Unchanged(value, seen))
     return (STATIC, ByValue, self._compared[id(value)][1])
 
   def _leaf(self, key: int, value: Any) -> int:

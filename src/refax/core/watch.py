@@ -124,7 +124,7 @@ class Watch:
 
     Args:
       value: a static value without a hash, or a container that is no object.
-      seen: what it was: a `ByValue`, or its `Parts`.
+      seen: tells whether it is as it was, by `holds(value)`.
     """
     self._compared.append((value, seen))
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 from benchmarks import (
+  around,
   dispatch,
   eager,
   files,
@@ -21,7 +22,7 @@ from benchmarks.measure import Case
 def _patterns() -> dict[str, Case]:
   return {
     f"{name}, {n}": Case(partial(make, n), "patterns", rounds=7)
-    for name, make in patterns.PATTERNS.items()
+    for name, make in (patterns.PATTERNS | around.AROUND).items()
     for n in (10, 100)
   }
 

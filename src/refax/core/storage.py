@@ -18,6 +18,7 @@ from refax.core.observe import before_write, has_no_tangents
 from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
 
 NUMBERS = (bool, int, float, complex, np.generic)
+HOST = (*NUMBERS, np.ndarray)
 
 
 def is_array(x: Any) -> bool:

@@ -249,6 +249,11 @@ class Variable(ArrayProtocol, Generic[A]):
       before_write(cell)
       _jax.write_copy(cell, value)
       return
+    if index is ... and self._is_write_from_host(value):
+      new = storage.fit(value, cell, self._def.origin)
+      note(self, cell)
+      storage.write_ref(cell, new, value, self._def.origin)
+      return
     self.commit(self.prepare(value, index=index))
 
   def _is_plain_write(self, value: Any) -> TypeGuard[jax.Array]:
@@ -258,6 +263,15 @@ class Variable(ArrayProtocol, Generic[A]):
       type(cell) is jax.Ref
       and isinstance(value, jax.Array)
       and _jax.is_write_now(cell, value)
+      and not self._def.selected
+    )
+
+  def _is_write_from_host(self, value: Any) -> bool:
+    """Whether a number or an array of NumPy is written to a concrete Ref: nothing is to be undone."""
+    return (
+      type(self._cell) is jax.Ref
+      and isinstance(value, storage.HOST)
+      and _jax.no_trace_active()
       and not self._def.selected
     )
 

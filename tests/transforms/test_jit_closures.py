@@ -228,6 +228,30 @@ class Slotted:
     self.net = net
 
 
+class Runner:
+  """Whoever uses it does not name where it keeps its Net."""
+
+  def __init__(self, net=None):
+    self._net = net
+
+  @property
+  def current(self):
+    return self._net
+
+  def run(self, x):
+    return self.inner(x)
+
+  def inner(self, x):
+    return self.current(x)
+
+  def __call__(self, x):
+    return self._net(x)
+
+
+def runs(runner, x):
+  return runner._net(x)
+
+
 Pair = collections.namedtuple("Pair", "net number")
 BOX = {}
 
@@ -259,6 +283,17 @@ def through(name):
   if name in ("a plain object", "an object with slots"):
     holder = (Trainer if name == "a plain object" else Slotted)(Net())
     return lambda x: holder.net(x), lambda net: setattr(holder, "net", net)
+  runner, runners = Runner(), [Runner()]
+  put, put_first = (lambda net, r=r: setattr(r, "_net", net) for r in (runner, runners[0]))
+  calls = {
+    "a plain object with methods": (lambda x: runner.run(x), put),
+    "a property": (lambda x: runner.current(x), put),
+    "an object that a helper is given": (lambda x: runs(runner, x), put),
+    "a callable object in a list": (lambda x: runners[0](x), put_first),
+    "an object in a partial": (functools.partial(lambda r, x: r.run(x), runner), put),
+  }
+  if name in calls:
+    return calls[name]
   if name == "a plain object that is bound anew":
     trainer = None
 
@@ -287,6 +322,11 @@ PLACES = (
   "a plain object",
   "an object with slots",
   "a plain object that is bound anew",
+  "a plain object with methods",
+  "a property",
+  "an object that a helper is given",
+  "a callable object in a list",
+  "an object in a partial",
   "a list",
   "a dict",
   "a dict of lists",
@@ -373,6 +413,34 @@ def test_a_change_of_a_container_is_seen(change):
     np.testing.assert_allclose(step(X), by_python(X), rtol=1e-4, atol=1e-5)
 
 
+def test_the_same_model_in_another_way_is_seen():
+  net = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+  lists, dicts, traces = [net], {"a": net}, []
+
+  @nnx.jit
+  def step(x):
+    traces.append(None)
+    for layer in lists:
+      x = layer(x)
+    return dicts["a"](x) if "a" in dicts else -dicts["b"](x)
+
+  def check(traced):
+    for _ in range(2):
+      y = functools.reduce(lambda y, layer: layer(y), lists, X)
+      np.testing.assert_allclose(step(X), net(y) * (1 if "a" in dicts else -1), rtol=1e-5)
+    assert len(traces) == traced
+
+  check(1)
+  lists.append(net)
+  check(2)
+  dicts["b"] = dicts.pop("a")
+  check(3)
+  lists.pop()
+  check(4)
+  dicts["a"] = dicts.pop("b")
+  check(4)
+
+
 def test_a_counter_beside_a_model_does_not_trace_again():
   box, traces = {"net": Net(), "step": 0, "losses": [], "batch": X}, []
 
@@ -382,7 +450,8 @@ def test_a_counter_beside_a_model_does_not_trace_again():
     return box["net"](x)
 
   for i in range(5):
-    box["step"], box["batch"] = i, X + i
+    box["step"], box["batch"], box[f"note {i}"] = i, X + i, "x"
+    box["losses"].append(i)
     step(X)
   assert len(traces) == 1
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -106,8 +107,8 @@ class _Jitted:
     self._donated = _resolve(fun, *donated)
     this = weakref.ref(self)
 
-    def gone() -> None:
-      if (living := this()) is not None:
+    def gone(is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+      if not is_finalizing() and (living := this()) is not None:
         living._versions.clear()
         living.clear_cache()
 

@@ -7,7 +7,7 @@ notebook binds to the same name once more must not live as long as the function.
 import collections
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,8 @@ _DEEPEST = 8  # containers in containers
 _EXACT = frozenset((*CONTAINERS, collections.OrderedDict, collections.defaultdict))
 """Containers whose items are all that there is to them."""
 
-_PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
-_ANY_PLAIN, _END = object(), object()
+_PLAIN_TYPES = frozenset((bool, int, float, complex, str, bytes, type(None)))
+_PLAIN, _END = object(), object()
 
 
 class Slot(NamedTuple):
@@ -42,7 +42,7 @@ class Slot(NamedTuple):
     items = _items(value)
     if items is None:
       return None
-    contents = _Contents(read, items)
+    contents = Contents(read, items)
     return cls(contents, weakref.ref(contents))
 
   def holds(self) -> bool:
@@ -64,25 +64,46 @@ class Part:
     return None if owner is None else self._get(owner)
 
 
-class _Contents:
+class Contents:
   """What is in the container in a place: itself as long as that is the same, else None."""
 
   __slots__ = ("__weakref__", "_known", "_read")
 
   def __init__(self, read: Callable[[], Any], items: list[Any]):
-    self._read, self._known = read, list(map(weakly, items))
+    self._read, self._known = read, Row(items)
 
-  def __call__(self) -> "_Contents | None":
-    now, known = _items(self._read()), self._known
-    if now is None or len(now) != len(known):
-      return None
-    return self if all(ref() is x for ref, x in zip(known, now, strict=True)) else None
+  def __call__(self) -> "Contents | None":
+    now = _items(self._read())
+    return self if now is not None and self._known.is_of(now) else None
+
+  def items(self) -> list[Any]:
+    """What was in it, in one row."""
+    return self._known.items()
+
+
+class Row:
+  """Things in a row, by identity, of which none is kept alive."""
+
+  __slots__ = ("_known",)
+
+  def __init__(self, items: Iterable[Any]):
+    self._known = list(map(weakly, items))
+
+  def is_of(self, items: list[Any]) -> bool:
+    """Whether it is a row of these things."""
+    known = self._known
+    return len(items) == len(known) and all([ref() is x for ref, x in zip(known, items, strict=True)])
+
+  def items(self) -> list[Any]:
+    """The things; None for each that is gone."""
+    return [ref() for ref in self._known]
 
 
 def _items(value: Any) -> list[Any] | None:
   """What containers hold, in one row; None for anything else, and for too much to look at.
 
-  Numbers, strings and arrays are all alike: no object is in them, and they may be counters.
+  Numbers, strings, arrays, and containers of nothing else are all alike: no object is in them, and
+  they may be counters, and lists of losses.
   """
   found: list[Any] = []
   return found if isinstance(value, CONTAINERS) and _spread(value, found, 0) else None
@@ -92,18 +113,27 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
   cls = type(value)
   if not isinstance(value, CONTAINERS):
     is_array = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.Ref)
-    found.append(_ANY_PLAIN if cls in _PLAIN or is_array else value)
+    found.append(_PLAIN if cls in _PLAIN_TYPES or is_array else value)
     return True
-  if depth > _DEEPEST or len(value) + len(found) > _MOST or not _is_exact(cls):
+  if depth > _DEEPEST or len(found) > _MOST or not _is_exact(cls):
     return False
-  found.append(cls)
+  inside: list[Any] = [cls]
   if isinstance(value, dict):
-    found += (keys := list(value))
-    found.append(_END)
-    return all([_spread(value.get(key), found, depth + 1) for key in keys])
-  inside = all([_spread(x, found, depth + 1) for x in tuple(value)])
-  found.append(_END)
-  return inside
+    for key in list(value):
+      start = len(inside)
+      inside.append(key)
+      if not _spread(value.get(key), inside, depth + 1):
+        return False
+      if len(inside) == start + 2 and inside[-1] is _PLAIN:
+        del inside[start:]
+  elif len(value) > _MOST:
+    if not all(type(x) in _PLAIN_TYPES for x in value):
+      return False
+  elif not all([_spread(x, inside, depth + 1) for x in tuple(value)]):
+    return False
+  is_plain = all(x is _PLAIN for x in inside[1:])
+  found += [_PLAIN] if is_plain and depth else [*inside, _END]
+  return len(found) <= _MOST
 
 
 def _is_exact(cls: type) -> bool:

@@ -18,8 +18,9 @@ from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
 from refax.core.watch import Watch
-from refax.transforms.places import CONTAINERS, Part, Slot, contents
+from refax.transforms.places import CONTAINERS, Contents, Part, Row, Slot, contents
 
+_MOST = 64  # ways in which containers have held the same objects
 _DEPTH = 8  # of functions that call functions, and of containers in containers
 
 
@@ -54,6 +55,8 @@ class Reach:
     self._seen: dict[int, Callable[[], Any]] = {}  # found while tracing
     self._objects: list[Callable[[], Any]] = []
     self._slots: list[Slot] = []
+    self._held: list[Row] = []  # the contents of all containers, as they have been
+    self._holds = 0  # which of these they are now
     self._scanned = False
     self.is_steady = True
     """Whether a change of what is reached shows in the slots, in a watch, and in the epoch."""
@@ -78,7 +81,7 @@ class Reach:
       steady = steady and all(map(_jax.is_ref, cells))
       steady = steady and (not isinstance(x, Node) or x._pytree.cache is not None)
     self.is_steady = self._is_listed and steady
-    return tuple(parts)
+    return (self._holds, *parts) if parts else ()
 
   def objects(self) -> list[Any]:
     """The Modules and Variables that the function finds now, before it runs."""
@@ -111,8 +114,23 @@ class Reach:
     search.visit(self._fun, 0)
     self._objects = list(map(self._weakly, search.objects.values()))
     self._slots = search.slots
+    self._note_contents()
     self._is_listed, self._scanned = search.is_listed, True
 
+
+  def _note_contents(self) -> None:
+    """The same objects may be in containers in another way: twice, or under another key."""
+    slots = [slot.read for slot in self._slots]
+    items = [x for read in slots if isinstance(read, Contents) for x in read.items()]
+    if len(self._held) > _MOST:
+      self._held.clear()
+      self._on_gone()
+    for i, row in enumerate(self._held):
+      if row.is_of(items):
+        self._holds = i
+        return
+    self._holds = len(self._held)
+    self._held.append(Row(items))
 
   def _weakly(self, x: Any) -> weakref.ref:
     """A reference to an object that was found, whose end is noticed."""
@@ -170,7 +188,9 @@ class _Search:
       with self._mentioning(_mentioned(x.__func__)):
         return self._holder(x.__self__, depth + 1) or leads
     if isinstance(x, functools.partial):
-      return self._all((x.func, *x.args, *x.keywords.values()), depth)
+      leads = self.visit(x.func, depth + 1)
+      with self._mentioning(self._names | _mentioned(getattr(x.func, "__func__", x.func))):
+        return self._all((*x.args, *x.keywords.values()), depth) or leads
     if isinstance(x, types.FunctionType):
       with self._mentioning(_mentioned(x)):
         return self._function(x, depth)
@@ -205,13 +225,15 @@ class _Search:
     In a class and a module, only at Modules and Variables: the rest leads to all there is.
     """
     is_space = isinstance(x, type | types.ModuleType)
-    if not is_space and type(x).__module__.startswith(("builtins", "jax", "numpy")):
+    if not is_space and type(x).__module__.startswith(_LIBRARIES):
       return False
     leads = False
-    for name in self._names:
-      value = _attribute(x, name)
-      if isinstance(value, Node | Variable) or not (is_space or value is None):
-        leads |= self._slot(x, lambda x, name=name: getattr(x, name, None), value, depth)
+    names = self._names if is_space else _by_methods(type(x), self._names)
+    with self._mentioning(names):
+      for name in names:
+        value = _attribute(x, name)
+        if isinstance(value, Node | Variable) or not (is_space or value is None):
+          leads |= self._slot(x, lambda x, name=name: getattr(x, name, None), value, depth)
     return leads
 
   def _holder(self, x: Any, depth: int) -> bool:
@@ -274,10 +296,39 @@ def _attribute(x: Any, name: str) -> Any:
   return None if hasattr(type(value), "__get__") else value
 
 
+_LIBRARIES = ("builtins", "jax", "numpy", "refax", "optax")
+
+
 def _mentioned(function: Any) -> frozenset[str]:
-  """The names that a function mentions; of one that is not in Python, none."""
-  code = getattr(function, "__code__", None)
-  return frozenset() if code is None else frozenset(_names(code))
+  """The names that a function, and functions that it calls by name, mention."""
+  found: set[str] = set()
+  seen: set[Any] = set()
+  open_ = [function]
+  while open_:
+    f = open_.pop()
+    if not isinstance(f, types.FunctionType) or f in seen or len(seen) > _MOST:
+      continue
+    if seen and (f.__module__ or "").startswith(_LIBRARIES):
+      continue
+    seen.add(f)
+    names = set(_names(f.__code__))
+    found |= names
+    open_ += [f.__globals__.get(name) for name in names]
+    open_ += map(contents, f.__closure__ or ())
+  return frozenset(found)
+
+
+def _by_methods(cls: type, names: frozenset[str]) -> frozenset[str]:
+  """These names, and those that the methods mention which they name."""
+  found, open_ = {"__call__", *names}, ["__call__", *names]
+  while open_:
+    method = inspect.getattr_static(cls, open_.pop(), None)
+    for part in ("__func__", "fget", "func"):  # of class methods, properties, cached ones
+      method = getattr(method, part, method)
+    new = _mentioned(method) - found
+    found |= new
+    open_ += new
+  return frozenset(found)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

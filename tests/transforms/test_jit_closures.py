@@ -476,3 +476,62 @@ def test_two_names_for_one_object_may_be_bound_apart():
   twins = Net(), Net(1)
   twins[0](X), twins[0](X)
   np.testing.assert_allclose(step(X), twins[0](X) + twins[1](X), rtol=1e-5, atol=1e-6)
+
+
+class Tables(nnx.Module):
+  """Arrays that are in no Ref: a compiled function keeps those that it reaches by closure."""
+
+  def __init__(self):
+    self.net = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    self.table = jnp.ones(3)
+    self.host = np.ones(3)
+    self.rows = nnx.List([jnp.ones(3), jnp.ones(3)])
+    self.named = nnx.Dict(a=jnp.ones(3))
+    self.pair = nnx.data((jnp.ones(3), {"inner": jnp.ones(3)}))
+    self.tree = nnx.Variable({"a": jnp.ones(3)}, is_hijax=False)
+    self.plain = nnx.Variable(jnp.ones(3), is_hijax=False)
+    self.gains = nnx.data(nnx.State({"a": jnp.ones(3)}))
+
+  def __call__(self, x):
+    rows = self.rows[0] * self.rows[1] * self.pair[0] * self.pair[1]["inner"]
+    tables = self.table * self.host * self.named["a"] * self.gains["a"]
+    return self.net(x) * rows * tables * self.tree[...]["a"] * self.plain[...]
+
+
+ARRAYS = {
+  "an attribute": lambda m, x: setattr(m, "table", x),
+  "one of NumPy": lambda m, x: setattr(m, "host", np.asarray(x)),
+  "in a List": lambda m, x: m.rows.__setitem__(1, x),
+  "in a Dict": lambda m, x: m.named.__setitem__("a", x),
+  "in a tuple": lambda m, x: setattr(m, "pair", (x, m.pair[1])),
+  "in a dict in a tuple": lambda m, x: m.pair[1].__setitem__("inner", x),
+  "in a pytree of a Variable": lambda m, x: m.tree.set_value({"a": x}),
+  "in a lojax Variable": lambda m, x: m.plain.set_value(x),
+  "in a State": lambda m, x: m.gains.__setitem__("a", x),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_another_array_is_seen_in_what_comes_by_closure(name):
+  model, twin = Tables(), Tables()
+  step = nnx.jit(lambda x: model(x))
+  for i in range(4):
+    for _ in range(3):
+      np.testing.assert_allclose(step(X), twin(X), rtol=1e-5)
+    for m in (model, twin):
+      ARRAYS[name](m, jnp.full(3, 2.0 + i))
+
+
+def test_arrays_by_closure_take_the_steady_path_and_old_ones_are_not_kept():
+  model = Tables()
+  del model.gains, model.pair  # of these, each call is compared as a whole
+  step = nnx.jit(lambda x: model.net(x) * model.table * model.rows[0])
+  gone = []
+  for i in range(4):
+    model.table = jnp.full(3, float(i))
+    gone.append(weakref.ref(model.table))
+    step(X), step(X)
+    if _jax.no_trace_active():
+      assert step._fast.find((X,)) is not None
+  gc.collect()
+  assert [ref() is None for ref in gone] == [True, True, True, False]

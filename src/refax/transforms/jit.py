@@ -241,7 +241,8 @@ class _Jitted:
   ) -> tuple:
     """The static half of a call. What the function reaches by closure has a number in it."""
     found = self._reach.snapshot(watch)
-    stale = not self._reach.is_steady or len(self._versions) >= REACHED
+    reach = self._reach
+    stale = reach.has_arrays or not reach.is_steady or len(self._versions) >= REACHED
     if stale and found not in self._versions:
       self._versions.clear()  # arrays by closure, or many models: do not keep them alive
       self.clear_cache()

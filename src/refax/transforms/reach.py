@@ -14,10 +14,11 @@ from typing import Any
 
 from refax import _jax
 from refax.core.flatten import Walk, flatten
+from refax.core.graphdef import LEAF
 from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
-from refax.core.watch import Watch
+from refax.core.watch import Watch, weakly
 from refax.transforms.places import CONTAINERS, Contents, Part, Row, Slot, contents
 
 _MOST = 64  # ways in which containers have held the same objects
@@ -58,8 +59,11 @@ class Reach:
     self._held: list[Row] = []  # the contents of all containers, as they have been
     self._holds = 0  # which of these they are now
     self._scanned = False
+    self._arrays: list[Slot] = []
     self.is_steady = True
     """Whether a change of what is reached shows in the slots, in a watch, and in the epoch."""
+    self.has_arrays = False
+    """Whether there are arrays without a Ref in it, which a compiled function keeps as they are."""
 
   def snapshot(self, watch: Watch | None = None) -> tuple:
     """What a trace depends on: hashable, equal as long as another trace would be the same.
@@ -71,16 +75,18 @@ class Reach:
       self._scan()
     reads = (*self._objects, *self._seen.values())
     objects = [x for read in reads if (x := read()) is not None]
-    parts, steady = [], True
+    parts: list[tuple] = []
+    arrays: list[Slot | None] = []
     for x in objects:
-      if watch is not None:
-        Walk(watch).entry(x)
+      walk = Walk(watch)
+      walk.entry(x)
+      arrays += _arrays_in(walk)
       flat = flatten(x)
       cells = [leaf.get_raw_value() if isinstance(leaf, Variable) else leaf for leaf in flat.leaves]
       parts.append((flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
-      steady = steady and all(map(_jax.is_ref, cells))
-      steady = steady and (not isinstance(x, Node) or x._pytree.cache is not None)
-    self.is_steady = self._is_listed and steady
+    self._arrays = [slot for slot in arrays if slot is not None]
+    self.has_arrays = bool(arrays)
+    self.is_steady = self._is_listed and len(self._arrays) == len(arrays)
     return (self._holds, *parts) if parts else ()
 
   def objects(self) -> list[Any]:
@@ -96,7 +102,7 @@ class Reach:
   @property
   def slots(self) -> list[Slot]:
     """The places to look at before each call."""
-    return self._slots
+    return [*self._slots, *self._arrays]
 
   def add(self, variables: Iterable[Variable]) -> bool:
     """Variables were read by a trace that the search did not find; whether any is new."""
@@ -279,6 +285,33 @@ class _Search:
       self.is_listed = False
     else:
       self.slots.append(slot)
+
+
+def _arrays_in(walk: Walk) -> Iterator[Slot | None]:
+  """A slot for each cell without a Ref, and each array, in what was walked through; None if none is.
+
+  The watch of the walk sees no other array in the place of one.
+  """
+  places = {
+    entry[1]: (node, key)
+    for node, (_, entries) in zip(walk.objects, walk.nodes, strict=True)
+    for key, entry in entries
+    if entry[0] == LEAF
+  }
+  for i, leaf in enumerate(walk.leaves):
+    if isinstance(leaf, Variable):
+      cell = leaf.get_raw_value()
+      if not _jax.is_ref(cell):
+        yield Slot(Part(leaf, lambda v: v.get_raw_value()), weakly(cell))
+    elif i in places:
+      node, key = places[i]
+      yield Slot(Part(node, lambda node, key=key: _data_at(node, key)), weakly(leaf))
+    elif not _jax.is_ref(leaf):
+      yield None
+
+
+def _data_at(node: Node, key: Any) -> Any:
+  return node.__dict__.get(key) if key in node.__dict__ else node[key]  # pyright: ignore[reportIndexIssue]
 
 
 def _place(cell: Any) -> Any:

@@ -22,7 +22,7 @@ from refax.core.watch import Watch, weakly
 from refax.transforms.places import CONTAINERS, Contents, Part, Row, Slot, contents
 
 _MOST = 64  # ways in which containers have held the same objects
-_DEPTH = 8  # of functions that call functions, and of containers in containers
+_DEPTH = 16  # of functions that call functions, and of containers in containers
 
 
 class Same:

@@ -770,4 +770,5 @@ def test_steps_of_any_optimizer_of_optax_are_known(tx):
 
 
 def _labels(params):
-  return jax.tree_util.tree_map_with_path(lambda path, _: "a" if "bias" in str(path) else "b", params)
+  label = lambda path, _: "a" if "bias" in str(path) else "b"
+  return jax.tree_util.tree_map_with_path(label, params)

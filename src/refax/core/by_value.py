@@ -99,13 +99,13 @@ def _list_containers(value: Any, found: list[tuple[Callable[[], list[Any]], list
   if has_hash(value) or isinstance(value, jax.Array):
     return True
   if isinstance(value, tuple):
-    return all([_list_containers(x, found) for x in value])
+    return all(_list_containers(x, found) for x in value)
   read = _reader(value)
   if read is None:
     return False
   now = read()
   found.append((read, now))
-  return all([_list_containers(x, found) for x in now])
+  return all(_list_containers(x, found) for x in now)
 
 
 def _reader(value: Any) -> Callable[[], list[Any]] | None:
@@ -114,7 +114,9 @@ def _reader(value: Any) -> Callable[[], list[Any]] | None:
     return functools.partial(list, value)
   if type(value) is dict:
     return lambda: [*value, *value.values()]
-  if isinstance(value, list | set | frozenset | dict | np.ndarray) or not hasattr(value, "__dict__"):
+  if isinstance(value, list | set | frozenset | dict | np.ndarray):
+    return None  # of another class, or written to in place
+  if not hasattr(value, "__dict__"):
     return None
   attributes = vars(value)
   if not attributes.keys() >= set(_names(value) or ()):

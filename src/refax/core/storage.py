@@ -195,7 +195,7 @@ def _from_sequence(value: Any, want: Any, origin: Any) -> Any:
   return x
 
 
-def _widens(x: jax.Array, dtype: Any) -> bool:
+def _widens(x: jax.Array | np.ndarray, dtype: Any) -> bool:
   """Whether a number like `x` becomes a `dtype` without losing its kind (bool < int < float)."""
   kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
   rank = lambda d: next((i for i, kind in enumerate(kinds) if jnp.issubdtype(d, kind)), -1)

@@ -267,7 +267,7 @@ class Variable(ArrayProtocol, Generic[A]):
     )
 
   def _is_write_from_host(self, value: Any) -> bool:
-    """Whether a number or an array of NumPy is written to a concrete Ref: nothing is to be undone."""
+    """Whether a number or an array of NumPy is written to a concrete Ref, in one step."""
     return (
       type(self._cell) is jax.Ref
       and isinstance(value, storage.HOST)

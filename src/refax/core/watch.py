@@ -53,7 +53,7 @@ class Parts:
     known = self._children
     if len(now) != len(known) or sort != self._sort:
       return False
-    return all([ref() is x for ref, x in zip(known, now, strict=True)])
+    return all(ref() is x for ref, x in zip(known, now, strict=True))
 
   @staticmethod
   def of(value: Any) -> list[Any]:

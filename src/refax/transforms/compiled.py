@@ -204,7 +204,7 @@ class Compiled:
   def _function(self) -> Any:
     """The call as a function of arrays."""
     traces: list[None] = []
-    this = weakref.ref(self)  # a cycle would hold Refs that come by closure until the collector runs
+    this = weakref.ref(self)  # a cycle would hold Refs by closure until the collector runs
 
     def call(written, arrays, read=()):
       compiled = this()

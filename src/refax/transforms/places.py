@@ -91,8 +91,9 @@ class Row:
 
   def is_of(self, items: list[Any]) -> bool:
     """Whether it is a row of these things."""
-    known = self._known
-    return len(items) == len(known) and all([ref() is x for ref, x in zip(known, items, strict=True)])
+    if len(items) != len(self._known):
+      return False
+    return all(ref() is x for ref, x in zip(self._known, items, strict=True))
 
   def items(self) -> list[Any]:
     """The things; None for each that is gone."""
@@ -129,7 +130,7 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
   elif len(value) > _MOST:
     if not all(type(x) in _PLAIN_TYPES for x in value):
       return False
-  elif not all([_spread(x, inside, depth + 1) for x in tuple(value)]):
+  elif not all(_spread(x, inside, depth + 1) for x in tuple(value)):
     return False
   is_plain = all(x is _PLAIN for x in inside[1:])
   found += [_PLAIN] if is_plain and depth else [*inside, _END]

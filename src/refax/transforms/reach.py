@@ -123,7 +123,6 @@ class Reach:
     self._note_contents()
     self._is_listed, self._scanned = search.is_listed, True
 
-
   def _note_contents(self) -> None:
     """The same objects may be in containers in another way: twice, or under another key."""
     slots = [slot.read for slot in self._slots]
@@ -202,7 +201,7 @@ class _Search:
         return self._function(x, depth)
     if isinstance(x, CONTAINERS):
       values = tuple(x.values()) if isinstance(x, dict) else tuple(x)
-      leads = any([self.visit(part, depth + 1, is_watched=True) for part in values])
+      leads = self._all(values, depth, is_watched=True)
       if leads and not is_watched:
         self._add(Slot.of(lambda: x, x))
       return leads
@@ -213,8 +212,11 @@ class _Search:
         return self._holder(x, depth + 1)  # a callable object
     return self._attributes(x, depth)
 
-  def _all(self, parts: Iterable[Any], depth: int) -> bool:
-    return any([self.visit(part, depth + 1) for part in parts])
+  def _all(self, parts: Iterable[Any], depth: int, *, is_watched: bool = False) -> bool:
+    leads = False
+    for part in parts:
+      leads |= self.visit(part, depth + 1, is_watched=is_watched)
+    return leads
 
   @contextlib.contextmanager
   def _mentioning(self, names: frozenset[str]) -> Iterator[None]:
@@ -288,7 +290,7 @@ class _Search:
 
 
 def _arrays_in(walk: Walk) -> Iterator[Slot | None]:
-  """A slot for each cell without a Ref, and each array, in what was walked through; None if none is.
+  """A slot, or None if there is none, for each cell without a Ref, and each array, of a walk.
 
   The watch of the walk sees no other array in the place of one.
   """

@@ -22,8 +22,8 @@ _DEEPEST = 8  # containers in containers
 _EXACT = frozenset((*CONTAINERS, collections.OrderedDict, collections.defaultdict))
 """Containers whose items are all that there is to them."""
 
-_PLAIN_TYPES = frozenset((bool, int, float, complex, str, bytes, type(None)))
-_PLAIN, _END = object(), object()
+PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
+_ANY_PLAIN, _END = object(), object()
 
 
 class Slot(NamedTuple):
@@ -114,7 +114,7 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
   cls = type(value)
   if not isinstance(value, CONTAINERS):
     is_array = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.Ref)
-    found.append(_PLAIN if cls in _PLAIN_TYPES or is_array else value)
+    found.append(_ANY_PLAIN if cls in PLAIN or is_array else value)
     return True
   if depth > _DEEPEST or len(found) > _MOST or not _is_exact(cls):
     return False
@@ -125,15 +125,15 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
       inside.append(key)
       if not _spread(value.get(key), inside, depth + 1):
         return False
-      if len(inside) == start + 2 and inside[-1] is _PLAIN:
+      if len(inside) == start + 2 and inside[-1] is _ANY_PLAIN:
         del inside[start:]
   elif len(value) > _MOST:
-    if not all(type(x) in _PLAIN_TYPES for x in value):
+    if not all(type(x) in PLAIN for x in value):
       return False
   elif not all(_spread(x, inside, depth + 1) for x in tuple(value)):
     return False
-  is_plain = all(x is _PLAIN for x in inside[1:])
-  found += [_PLAIN] if is_plain and depth else [*inside, _END]
+  is_plain = all(x is _ANY_PLAIN for x in inside[1:])
+  found += [_ANY_PLAIN] if is_plain and depth else [*inside, _END]
   return len(found) <= _MOST
 
 

@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from refax import _jax
 from refax.core.flatten import Walk, flatten
 from refax.core.graphdef import LEAF
@@ -19,9 +21,10 @@ from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
 from refax.core.watch import Watch, weakly
-from refax.transforms.places import CONTAINERS, Contents, Part, Row, Slot, contents
+from refax.transforms.places import CONTAINERS, PLAIN, Contents, Part, Row, Slot, contents
 
 _MOST = 64  # ways in which containers have held the same objects
+_LONG = 4096  # items of a list of data: the rest of them is not looked through
 _DEPTH = 16  # of functions that call functions, and of containers in containers
 
 
@@ -201,6 +204,8 @@ class _Search:
         return self._function(x, depth)
     if isinstance(x, CONTAINERS):
       values = tuple(x.values()) if isinstance(x, dict) else tuple(x)
+      if len(values) > _LONG:
+        values = () if _is_plain(set(map(type, values))) else values[:_LONG]
       leads = self._all(values, depth, is_watched=True)
       if leads and not is_watched:
         self._add(Slot.of(lambda: x, x))
@@ -287,6 +292,11 @@ class _Search:
       self.is_listed = False
     else:
       self.slots.append(slot)
+
+
+def _is_plain(classes: Iterable[type]) -> bool:
+  """Whether nothing of these types is an object or leads to one."""
+  return all(cls in PLAIN or issubclass(cls, np.ndarray | np.generic) for cls in classes)
 
 
 def _arrays_in(walk: Walk) -> Iterator[Slot | None]:

@@ -13,7 +13,7 @@ import optax
 
 from benchmarks.dispatch import threaded
 from benchmarks.measure import BASE, Steps
-from benchmarks.patterns import ONE, base, both, increment, model_of, zeros
+from benchmarks.patterns import ONE, base, both, by_hand, increment, model_of, zeros
 from refax import nnx
 
 
@@ -92,6 +92,14 @@ def hyperparameter(n: int) -> Steps:
   return both(make, threaded(lambda arrays: hand(arrays, ONE, 1e-3), zeros(n)))
 
 
+def ahead(n: int) -> Steps:
+  """What was compiled ahead of time; by hand too."""
+  model = model_of(nnx, n)
+  step = nnx.jit(increment).lower(model, ONE).compile()
+  hand = by_hand.lower(zeros(n), ONE).compile()
+  return {BASE: threaded(hand, zeros(n), ONE), "Refax nnx.jit": lambda: step(model, ONE)}
+
+
 def callback(n: int) -> Steps:
   """The step calls Python; by hand, it is waited for too: a callback may fail."""
   called = lambda x: None
@@ -135,5 +143,6 @@ AROUND: dict[str, Callable[[int], Steps]] = {
   "a config without a hash": config,
   "a learning rate is written": hyperparameter,
   "a number is written": number_written,
+  "compiled ahead of time": ahead,
   "jax.debug.callback": callback,
 }

@@ -169,6 +169,46 @@ def test_a_compiled_call_is_made_with_the_arguments_of_the_function():
   np.testing.assert_array_equal(model.mean, mean)
 
 
+def by_closure(m):
+  return (lambda x: m(x)), lambda f, m, x: f(x)
+
+
+def by_keyword(m):
+  return (lambda m, *, x: m(x)), lambda f, m, x: f(m, x=x)
+
+
+def returning(m):
+  return (lambda m, x: (m(x), m)), lambda f, m, x: f(m, x)[0]
+
+
+def plain(m):
+  return (lambda m, x: m(x)), lambda f, m, x: f(m, x)
+
+
+@pytest.mark.parametrize("way", [plain, by_keyword, by_closure, returning])
+@pytest.mark.parametrize("hijax", [True, False], ids=["hijax", "lojax"])
+def test_many_calls_of_what_was_compiled_ahead_are_known(way, hijax):
+  with nnx.use_hijax(hijax):
+    model, x = nnx.BatchNorm(2, rngs=nnx.Rngs(0)), jnp.arange(6.0).reshape(3, 2)
+    if way is by_closure and not hijax:
+      model.eval()
+    twin = nnx.clone(model)
+    f, call = way(model)
+    lower = lambda *args, **kwargs: nnx.jit(f).lower(*args, **kwargs).compile()
+    compiled = call(lambda *args, **kwargs: (lower(*args, **kwargs),), model, x)
+    compiled = compiled[0] if isinstance(compiled, tuple) else compiled
+    for i in range(4):
+      np.testing.assert_allclose(call(compiled, model, x + i), twin(x + i), rtol=1e-5)
+      np.testing.assert_allclose(model.mean, twin.mean, rtol=1e-5)
+    mean = np.asarray(model.mean)
+    with pytest.raises(ArgumentError, match="compiled for other arguments"):
+      call(compiled, model, x[:2])
+    model.eval() if model.use_running_average is not True else model.train()
+    with pytest.raises(ArgumentError, match="compiled for other arguments"):
+      call(compiled, model, x)
+    np.testing.assert_array_equal(model.mean, mean)
+
+
 def test_a_number_that_is_too_large_is_named():
   model, f = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.jit(lambda m, batch: m(batch["x"]))
   with pytest.raises(OverflowError, match=r"argument path is batch\.x"):

@@ -29,11 +29,11 @@ class AheadCompiled:
   All else that `jax.stages.Compiled` has, this has too.
   """
 
-  def __init__(self, compiled: Any, call: Callable[[tuple, dict], Any]):
+  def __init__(self, compiled: Any, call: Callable[..., Any]):
     self._compiled, self._call = compiled, call
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
-    return self._call(args, kwargs)
+    return self._call(*args, **kwargs)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._compiled, name)

@@ -39,12 +39,18 @@ class Entry:
     compiled: what was compiled for it.
     slots: places where the function finds objects without being given them.
     forget: called with the entry when an object among the arguments is gone, or a cell.
+    executable: what is run, if it is not the compiled function's own.
   """
 
   __slots__ = ("__weakref__", "_cells", "_compiled", "_objects", "quick", "run")
 
   def __init__(
-    self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot], forget: Callable[["Entry"], None]
+    self,
+    seen: "Seen",
+    compiled: Compiled,
+    slots: Sequence[Slot],
+    forget: Callable[["Entry"], None],
+    executable: Any = None,
   ):
     self._compiled = compiled
     this = weakref.ref(self)
@@ -57,7 +63,7 @@ class Entry:
     # `run` holds the buffers of all cells: what it holds of a model must not outlive the model.
     cells = (ref for refs in compiled.cells(seen.inputs.leaves) for ref in refs)
     self._cells = [weakref.ref(ref, gone) for ref in cells]
-    self.run = bind(compiled, seen.inputs.leaves, seen.sources(compiled))
+    self.run = bind(compiled, seen.inputs.leaves, seen.sources(compiled), executable)
     # Without `self`: a cycle would keep the buffers of `run` until the collector comes.
     parts = functools.partial(_parts_of, seen.trees, seen.distinct) if seen.trees else None
     self.quick: Quick = (
@@ -225,8 +231,17 @@ class FastCalls:
       self._compiled.clear()
     self._compiled[key] = compiled
 
-  def learn(self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot]) -> None:
-    """A new entry for a call that has been made, if it can be known by its arguments."""
+  def learn(
+    self, seen: "Seen", compiled: Compiled, slots: Sequence[Slot], executable: Any = None
+  ) -> None:
+    """A new entry for a call that has been made, if it can be known by its arguments.
+
+    Args:
+      seen: the call.
+      compiled: what was compiled for it.
+      slots: places where the function finds objects without being given them.
+      executable: what is run, if it is not the compiled function's own.
+    """
     if _jax.checks_results() or compiled.commit.spec.redefined or seen.watch.is_dead:
       return
     if not seen.describe(compiled.items.containers):
@@ -240,7 +255,7 @@ class FastCalls:
     if sum(map(len, self._entries.values())) >= LIMIT:
       self._entries.clear()
     lot = self._entries.setdefault(key, [])
-    entry = Entry(seen, compiled, slots, forget)
+    entry = Entry(seen, compiled, slots, forget, executable)
     lot[:] = [entry, *(e for e in lot if e.may_hold)][:_ALIKE]
     self.last = entry.quick
 

@@ -182,6 +182,7 @@ class _Jitted:
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
+    compiled = None
     if is_eager() and not any(map(_is_abstract, inputs.leaves)):
       compiled = self._trace(inputs, spec, leaves)[0]
       lowered = compiled.lower(inputs.leaves)
@@ -193,13 +194,21 @@ class _Jitted:
     is_for_mesh = _jax.wide_mesh() is not None
 
     def make(executable: Any) -> AheadCompiled:
-      def call(args: tuple, kwargs: dict[str, Any]) -> Any:
-        args, kwargs = _with_static(spec[1], args, kwargs)
-        inputs, spec_now, now = self._split(args, kwargs, enters_mesh=is_for_mesh)
-        checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
-        return run(executable, inputs, now)
+      fast = FastCalls()
+      by_position = any(isinstance(key, int) for key, *_ in spec[1])  # arguments left out in a call
 
-      return AheadCompiled(executable, call)
+      def call(args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]) -> Any:
+        watch, then = Watch(seen_as=any_array), epoch.value
+        args, kwargs = _with_static(spec[1], args, kwargs)
+        inputs, spec_now, now = self._split(args, kwargs, watch, enters_mesh=is_for_mesh)
+        checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
+        result = run(executable, inputs, now)
+        if compiled is not None and not by_position and self._reach.is_steady and is_eager():
+          seen = Seen(values, names, (), inputs, watch, then)
+          fast.learn(seen, compiled, self._reach.slots, executable)
+        return result
+
+      return AheadCompiled(executable, steady(fast, call))
 
     return Lowered(lowered, make)
 

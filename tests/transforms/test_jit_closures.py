@@ -535,3 +535,55 @@ def test_arrays_by_closure_take_the_steady_path_and_old_ones_are_not_kept():
       assert step._fast.find((X,)) is not None
   gc.collect()
   assert [ref() is None for ref in gone] == [True, True, True, False]
+
+
+def test_a_model_that_goes_leaves_what_was_compiled_for_others():
+  keep, traces = Net(), []
+  box = {"net": keep}
+
+  @nnx.jit
+  def step(x):
+    traces.append(None)
+    return box["net"](x)
+
+  step(X), step(X)
+  for seed in range(3):
+    box["net"] = Net(seed)
+    step(X), step(X)
+    box["net"] = keep
+    gc.collect()
+    step(X)
+  assert len(traces) == 4
+
+
+def made_inside(x):
+  return nnx.Variable(CONSTANT, is_hijax=False)[...] + x
+
+
+def cloned_inside(x):
+  return nnx.clone(LOJAX)(x)
+
+
+def made_before_compiling(x):
+  with jax.ensure_compile_time_eval():
+    layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+  return layer(x)
+
+
+CONSTANT = jnp.ones(3)
+LOJAX = nnx.to_lojax(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("f", [made_inside, cloned_inside, made_before_compiling])
+def test_what_a_trace_makes_and_drops_is_traced_once(f):
+  traces = []
+
+  @nnx.jit
+  def step(x):
+    traces.append(None)
+    return f(x)
+
+  for _ in range(3):
+    step(X)
+    gc.collect()
+  assert len(traces) == 1

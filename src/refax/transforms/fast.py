@@ -273,6 +273,14 @@ class FastCalls:
     self._entries.clear()
     self._compiled.pop(key, None)
 
+  def forget_all(self, is_meant: Callable[[tuple], bool]) -> None:
+    """Forget what was compiled for some structures, and the entries for it."""
+    self.last = _NO_CALL
+    gone = {id(c) for key, c in list(self._compiled.items()) if is_meant(key)}
+    self._compiled = {k: c for k, c in list(self._compiled.items()) if id(c) not in gone}
+    for lot in list(self._entries.values()):
+      lot[:] = [entry for entry in lot if id(entry._compiled) not in gone]
+
   def renamed(self, run: Callable, error: Exception) -> Exception:
     """An error of JAX in an entry's `run`, in the user's words."""
     entries = [e for lot in list(self._entries.values()) for e in lot if e.run is run]

@@ -107,10 +107,9 @@ class _Jitted:
     self._donated = _resolve(fun, *donated)
     this = weakref.ref(self)
 
-    def gone(is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+    def gone(key: int, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
       if not is_finalizing() and (living := this()) is not None:
-        living._versions.clear()
-        living.clear_cache()
+        living._forget_reached(key)
 
     self._reach = Reach(fun, gone)
     self._versions: dict[tuple, int] = {}
@@ -257,6 +256,15 @@ class _Jitted:
       self.clear_cache()
     version = self._versions.setdefault(found, next(_VERSIONS)) if found else 0
     return inputs.graphdef, static, mask, version
+
+  def _forget_reached(self, key: int) -> None:
+    """An object that was reached by closure is gone: forget what was compiled with it."""
+    versions = {n for found, n in list(self._versions.items()) if key in [x[0] for x in found[1:]]}
+    if versions:
+      self._versions = {f: n for f, n in list(self._versions.items()) if n not in versions}
+      self._statics = {k: x for k, x in list(self._statics.items()) if k[0][3] not in versions}
+      self.fast.forget_all(lambda key: key[0][3] in versions)
+      self._jitted.clear_cache()
 
   def _static_of(self, spec: tuple, *, is_compiled: bool = False) -> "_Static":
     """The argument that stands for `spec`: one for each; `is_compiled` as in `_Static`."""

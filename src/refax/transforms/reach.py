@@ -7,6 +7,7 @@ A compiled function keeps what it found there. These objects are therefore part 
 import contextlib
 import functools
 import inspect
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -48,19 +49,20 @@ class Reach:
 
   Args:
     fun: the function.
-    on_gone: called when one of them is gone, also when it is not reached any more: what was
-      compiled holds its arrays.
+    on_gone: called with the `id` of one that is gone, also when it is not reached any more: what
+      was compiled holds its arrays.
   """
 
-  def __init__(self, fun: Callable, on_gone: Callable[[], None] = lambda: None):
+  def __init__(self, fun: Callable, on_gone: Callable[[int], None] = lambda key: None):
     self._fun = fun
     self._living: dict[int, weakref.ref] = {}  # all that were ever reached
     self._on_gone = on_gone
     self._seen: dict[int, Callable[[], Any]] = {}  # found while tracing
     self._objects: list[Callable[[], Any]] = []
     self._slots: list[Slot] = []
-    self._held: list[Row] = []  # the contents of all containers, as they have been
+    self._held: dict[int, Row] = {}  # the contents of all containers, as they have been
     self._holds = 0  # which of these they are now
+    self._numbers = itertools.count()
     self._scanned = False
     self._arrays: list[Slot] = []
     self.is_steady = True
@@ -70,6 +72,8 @@ class Reach:
 
   def snapshot(self, watch: Watch | None = None) -> tuple:
     """What a trace depends on: hashable, equal as long as another trace would be the same.
+
+    Its first item says how containers hold the objects; each other one begins with an object's `id`.
 
     Args:
       watch: is told of changes to the objects from now on.
@@ -86,7 +90,7 @@ class Reach:
       arrays += _arrays_in(walk)
       flat = flatten(x)
       cells = [leaf.get_raw_value() if isinstance(leaf, Variable) else leaf for leaf in flat.leaves]
-      parts.append((flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
+      parts.append((id(x), flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
     self._arrays = [slot for slot in arrays if slot is not None]
     self.has_arrays = bool(arrays)
     self.is_steady = self._is_listed and len(self._arrays) == len(arrays)
@@ -110,12 +114,16 @@ class Reach:
   def add(self, variables: Iterable[Variable]) -> bool:
     """Variables were read by a trace that the search did not find; whether any is new."""
     found = {id(root): root for root in map(root_of, variables)}
+    is_eager = _jax.no_trace_active()
+    if is_eager:  # what the trace has made itself is gone with it, and nobody reaches it again
+      found = {key: x for key, x in found.items() if _made_in(x) is _jax.EAGER}
     objects = [x for read in self._objects if (x := read()) is not None]
     known = {*map(id, objects), *(key for key, read in self._seen.items() if read() is not None)}
     new = {key: x for key, x in found.items() if key not in known}
     covered = {id(leaf) for x in objects for leaf in flatten(x).leaves}
     new = {key: x for key, x in new.items() if key not in covered}
-    self._seen |= {key: self._weakly(x) for key, x in new.items()}
+    weak = self._weakly if is_eager else weakref.ref
+    self._seen |= {key: weak(x) for key, x in new.items()}
     return bool(new)
 
   def _scan(self) -> None:
@@ -132,13 +140,12 @@ class Reach:
     items = [x for read in slots if isinstance(read, Contents) for x in read.items()]
     if len(self._held) > _MOST:
       self._held.clear()
-      self._on_gone()
-    for i, row in enumerate(self._held):
+    for number, row in self._held.items():
       if row.is_of(items):
-        self._holds = i
+        self._holds = number
         return
-    self._holds = len(self._held)
-    self._held.append(Row(items))
+    self._holds = next(self._numbers)
+    self._held[self._holds] = Row(items)
 
   def _weakly(self, x: Any) -> weakref.ref:
     """A reference to an object that was found, whose end is noticed."""
@@ -150,7 +157,7 @@ class Reach:
     def gone(ref: weakref.ref) -> None:
       if living.get(key) is ref:
         del living[key]
-      on_gone()
+        on_gone(key)
 
     living[key] = weakref.ref(x, gone)
     return living[key]
@@ -292,6 +299,11 @@ class _Search:
       self.is_listed = False
     else:
       self.slots.append(slot)
+
+
+def _made_in(x: Node | Variable) -> Any:
+  """The trace state when an object was made."""
+  return x._trace if isinstance(x, Variable) else x._pytree.trace
 
 
 def _is_plain(classes: Iterable[type]) -> bool:

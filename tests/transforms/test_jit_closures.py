@@ -365,6 +365,7 @@ def test_a_model_is_gone_when_another_one_is_bound_in_its_place(name):
     del net
     step(X), step(X)
     gc.collect()
+    step(X)  # what it knew with a model that is gone, it forgets at its next call
     assert [ref() is None for ref in gone] == [True] * (2 * seed) + [False] * 2
 
 
@@ -554,6 +555,22 @@ def test_a_model_that_goes_leaves_what_was_compiled_for_others():
     gc.collect()
     step(X)
   assert len(traces) == 4
+
+
+def test_new_objects_on_the_same_cells_are_no_reason_to_trace_again():
+  graphdef, state = nnx.split(Net())
+  traces, net = [], None
+
+  @nnx.jit
+  def step(x):
+    traces.append(None)
+    return net(x)
+
+  for _ in range(4):
+    net = nnx.merge(graphdef, state)
+    gc.collect()
+    step(X)
+  assert len(traces) == 1
 
 
 def made_inside(x):

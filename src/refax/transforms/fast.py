@@ -269,17 +269,18 @@ class FastCalls:
 
   def forget(self, key: tuple) -> None:
     """Forget all entries, and what was compiled for a structure."""
-    self.last = _NO_CALL
-    self._entries.clear()
+    self.forget_entries()
     self._compiled.pop(key, None)
 
-  def forget_all(self, is_meant: Callable[[tuple], bool]) -> None:
-    """Forget what was compiled for some structures, and the entries for it."""
+  def forget_entries(self) -> None:
+    """Forget which calls are known, and nothing that was compiled."""
     self.last = _NO_CALL
-    gone = {id(c) for key, c in list(self._compiled.items()) if is_meant(key)}
-    self._compiled = {k: c for k, c in list(self._compiled.items()) if id(c) not in gone}
-    for lot in list(self._entries.values()):
-      lot[:] = [entry for entry in lot if id(entry._compiled) not in gone]
+    self._entries.clear()
+
+  def forget_all(self, is_meant: Callable[[tuple], bool]) -> None:
+    """Forget all entries, and what was compiled for some structures."""
+    self.forget_entries()
+    self._compiled = {k: c for k, c in list(self._compiled.items()) if not is_meant(k)}
 
   def renamed(self, run: Callable, error: Exception) -> Exception:
     """An error of JAX in an entry's `run`, in the user's words."""
@@ -288,8 +289,7 @@ class FastCalls:
 
   def clear(self) -> None:
     """Forget everything."""
-    self.last = _NO_CALL
-    self._entries.clear()
+    self.forget_entries()
     self._compiled.clear()
 
 

@@ -109,10 +109,12 @@ class _Jitted:
 
     def gone(key: int, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
       if not is_finalizing() and (living := this()) is not None:
-        living._forget_reached(key)
+        living._note_gone(key)
 
     self._reach = Reach(fun, gone)
     self._versions: dict[tuple, int] = {}
+    self._holders: dict[int, list[set[int]]] = {}  # of a version, who has each lot of its cells
+    self._orphans: set[int] = set()  # the versions of which nobody has some lot any more
     self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(
       _named(functools.partial(_call, fun), fun), static_argnums=0, **options
@@ -252,18 +254,38 @@ class _Jitted:
     reach = self._reach
     stale = reach.has_arrays or not reach.is_steady or len(self._versions) >= REACHED
     if stale and found not in self._versions:
+      self._holders.clear()
       self._versions.clear()  # arrays by closure, or many models: do not keep them alive
       self.clear_cache()
     version = self._versions.setdefault(found, next(_VERSIONS)) if found else 0
+    if self._orphans:
+      self._drop_orphans(version)
+    if found:
+      lots = self._holders.setdefault(version, [set() for _ in reach.ids])
+      for lot, key in zip(lots, reach.ids, strict=True):
+        lot.add(key)
     return inputs.graphdef, static, mask, version
 
-  def _forget_reached(self, key: int) -> None:
-    """An object that was reached by closure is gone: forget what was compiled with it."""
-    versions = {n for found, n in list(self._versions.items()) if key in [x[0] for x in found[1:]]}
-    if versions:
-      self._versions = {f: n for f, n in list(self._versions.items()) if n not in versions}
-      self._statics = {k: x for k, x in list(self._statics.items()) if k[0][3] not in versions}
-      self.fast.forget_all(lambda key: key[0][3] in versions)
+  def _note_gone(self, key: int) -> None:
+    """An object that was reached by closure is gone: the next call is to look for others."""
+    for version, lots in list(self._holders.items()):
+      for lot in lots:
+        if key in lot:
+          lot.discard(key)
+          if not lot:
+            self._orphans.add(version)
+    if self._orphans:
+      self.fast.forget_entries()
+
+  def _drop_orphans(self, version: int) -> None:
+    """Forget what was compiled with cells whose objects are gone, unless a new one has them."""
+    self._orphans.discard(version)
+    if gone := frozenset(self._orphans):
+      self._orphans -= gone
+      self._holders = {n: x for n, x in list(self._holders.items()) if n not in gone}
+      self._versions = {f: n for f, n in list(self._versions.items()) if n not in gone}
+      self._statics = {k: x for k, x in list(self._statics.items()) if k[0][3] not in gone}
+      self.fast.forget_all(lambda key: key[0][3] in gone)
       self._jitted.clear_cache()
 
   def _static_of(self, spec: tuple, *, is_compiled: bool = False) -> "_Static":

@@ -65,6 +65,8 @@ class Reach:
     self._numbers = itertools.count()
     self._scanned = False
     self._arrays: list[Slot] = []
+    self.ids: list[int] = []
+    """The `id` of each object of the last snapshot."""
     self.is_steady = True
     """Whether a change of what is reached shows in the slots, in a watch, and in the epoch."""
     self.has_arrays = False
@@ -72,8 +74,6 @@ class Reach:
 
   def snapshot(self, watch: Watch | None = None) -> tuple:
     """What a trace depends on: hashable, equal as long as another trace would be the same.
-
-    Its first item says how containers hold the objects; each other one begins with an object's `id`.
 
     Args:
       watch: is told of changes to the objects from now on.
@@ -90,7 +90,8 @@ class Reach:
       arrays += _arrays_in(walk)
       flat = flatten(x)
       cells = [leaf.get_raw_value() if isinstance(leaf, Variable) else leaf for leaf in flat.leaves]
-      parts.append((id(x), flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
+      parts.append((flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
+    self.ids = list(map(id, objects))
     self._arrays = [slot for slot in arrays if slot is not None]
     self.has_arrays = bool(arrays)
     self.is_steady = self._is_listed and len(self._arrays) == len(arrays)

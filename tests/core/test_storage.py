@@ -216,3 +216,45 @@ def test_an_error_of_jax_is_no_mismatch_of_shapes(monkeypatch):
       variable[...] = jnp.ones(())
   assert not isinstance(caught.value, ShapeMismatchError)
   assert (variable[...] == 0).all()
+
+
+HOST_VALUES = [
+  *(True, 0, -1, 300, 2**31, 2**40, -(2**70), 0.0, -0.0, 1e-3, 1e40, float("nan"), 1j),
+  *(np.float32(1.1), np.float64(1.1), np.int64(2**40), np.int8(-3), np.bool_(True)),
+  *(np.ones(3), np.arange(3), np.ones((1, 1, 3), np.float32), np.ones((3, 1)), np.ones(2)),
+  *(np.arange(6.0)[::2], np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array(["a"] * 3)),
+  *([1, 2, 3], [1.0, 2, 3], [[1, 2, 3], [4, 5, 6]], [2**40, 1, 2], [1, [2]], [], "a", None),
+]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (200, 200)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "complex64"])
+def test_numbers_and_arrays_of_numpy_are_written_as_in_a_trace(dtype, shape):
+  def written(value, jit):
+    v = nnx.Variable(jnp.zeros(shape, dtype))
+    try:
+      jit(lambda v: v.set_value(value))(v)
+    except Exception as error:
+      return type(error).__name__, str(error)
+    return str(v.dtype), v.shape, np.asarray(v[...]).tobytes()
+
+  for value in HOST_VALUES:
+    assert written(value, lambda f: f) == written(value, jax.jit), value
+
+
+def test_an_array_of_numpy_that_is_written_may_change_afterwards():
+  given = np.ones(3, np.float32)
+  v = nnx.Variable(jnp.zeros(3))
+  v[...] = given
+  given[:] = 7
+  assert v[...].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_a_float_cell_takes_large_integers_and_refuses_what_no_float_holds(dtype):
+  v = nnx.Variable(jnp.zeros(3, dtype))
+  v[...] = 2**40
+  assert np.asarray(v[...], complex).tolist() == [2**40] * 3
+  with pytest.raises(ShapeMismatchError, match="cannot hold this number"):
+    v[...] = 10**400
+  assert np.asarray(v[...], complex).tolist() == [2**40] * 3

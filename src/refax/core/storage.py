@@ -125,6 +125,7 @@ def _from_host(x: np.ndarray, want: Any, origin: Any) -> jax.Array:
 
 
 _SMALL = 1 << 14
+_LARGEST = 1 << 1023  # which a Python float still holds
 
 
 def _broadcastable(x: Any, want: Any, origin: Any) -> Any:
@@ -155,6 +156,12 @@ def fit_dtype(value: Any, want: Any, origin: Any) -> jax.Array | np.ndarray:
     raise ShapeMismatchError.not_an_array(origin, want, value)
   if weak and isinstance(value, int | np.ndarray) and jnp.issubdtype(want.dtype, jnp.integer):
     value = _in_range(value, want, origin)
+  elif type(value) is int and abs(value) >> 31:
+    if not jnp.issubdtype(want.dtype, jnp.inexact):
+      raise ShapeMismatchError.dtype(origin, want, np.zeros((), np.int64))
+    if abs(value) >= _LARGEST:
+      raise ShapeMismatchError.range(origin, want, value, jnp.finfo(want.dtype))
+    value = float(value)  # it takes what an int32 cannot hold
   x = value if isinstance(value, jax.Array) else _as_traced(value)
   if x.dtype != want.dtype:
     if not weak or not _widens(x, want.dtype):

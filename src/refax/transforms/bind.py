@@ -158,8 +158,9 @@ def bind(
     call: the executable, if it is not the compiled function's own.
   """
   run, is_short = _bound(compiled, leaves, sources, call)
-  # Where the user's Python runs in the middle of it, JAX would make another error of Ctrl-C.
-  if is_short and not compiled.careful:
+  # What was compiled ahead of time is called by JAX in Python, after which buffers are given up.
+  # Where the user's Python runs in the middle of a call, JAX would make another error of Ctrl-C.
+  if is_short and call is None and not compiled.careful:
     return run
   return lambda args: uninterrupted(lambda: run(args))
 

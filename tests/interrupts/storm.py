@@ -51,6 +51,10 @@ def train_for_nothing(model, optimizer, x):
   train(model, optimizer, x)
 
 
+def train_and_call(model, optimizer, x):
+  jax.debug.callback(lambda x: None, train(model, optimizer, x))
+
+
 def train_and_sow(model, optimizer, x):
   train(model, optimizer, x)
   model.kept = nnx.Intermediate(x.sum())
@@ -82,6 +86,11 @@ class Scenario:
     self.all = nnx.jit(train_all)
     self.plain = jax.jit(train)
     self.closure = nnx.jit(lambda x: train(self.model, self.optimizer, x))
+    box = {"model": self.model, "rest": [self.optimizer]}
+    self.boxed = nnx.jit(lambda x: train(box["model"], box["rest"][0], x))
+    self.bound = nnx.jit(lambda update, model, x: update(model, nnx.grad(loss)(model, x)))
+    self.ahead = nnx.jit(train).lower(self.model, self.optimizer, X).compile()
+    self.called = nnx.jit(train_and_call)
     self.checkpointer = nnx.Checkpointer(folder) if name == "save" else None
     self.count = 0
 
@@ -121,6 +130,18 @@ class Scenario:
 
   def _closure(self):
     self.closure(X)
+
+  def _boxed(self):
+    self.boxed(X)
+
+  def _bound(self):
+    self.bound(self.optimizer.update, self.model, X)
+
+  def _ahead(self):
+    self.ahead(self.model, self.optimizer, X)
+
+  def _called(self):
+    self.called(self.model, self.optimizer, X)
 
   def _eager(self):
     self.model(X)
@@ -167,7 +188,7 @@ def lost(objects):
 def is_between(scenario):
   """Whether a step has been made in part: the model has counted it and the optimizer has not."""
   whole = {"steady", "nothing", "first", "places", "closure", "structure"}
-  whole |= {"lojax", "containers", "modes"}
+  whole |= {"lojax", "containers", "modes", "boxed", "bound", "ahead", "called"}
   steps, updates = float(scenario.model.steps), int(scenario.optimizer.step)
   return scenario.name in whole and steps - scenario.before != updates
 

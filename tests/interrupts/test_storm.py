@@ -8,7 +8,7 @@ import pytest
 
 STORM = pathlib.Path(__file__).with_name("storm.py")
 COMPILED = ["steady", "nothing", "closure", "structure", "places"]
-ARGUMENTS = ["lojax", "containers", "modes"]
+ARGUMENTS = ["lojax", "containers", "modes", "boxed", "bound", "ahead", "called"]
 EAGER = ["eager", "grad", "update", "ema", "transaction"]
 
 

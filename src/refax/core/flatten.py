@@ -193,9 +193,10 @@ def _track(value: Any, watch: Watch | None) -> None:
   elif jax.tree_util.all_leaves([value]):
     return
   else:
-    children = Parts.of(value)
+    parts = Parts(value)
+    children = parts.items()
     if watch is not None:
-      watch.compare(value, Parts(value))
+      watch.compare(value, parts)
   for child in children:
     _track(child, watch)
 

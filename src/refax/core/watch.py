@@ -8,7 +8,7 @@ evaluation and back, or from which `nnx.pop` takes what a step has sown, need no
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,27 +38,42 @@ def weakly(x: Any) -> Callable[[], Any]:
     return lambda: x
 
 
+class Row:
+  """Things in a row, by identity, of which none is kept alive."""
+
+  __slots__ = ("_known",)
+
+  def __init__(self, items: Iterable[Any]):
+    self._known = list(map(weakly, items))
+
+  def is_of(self, items: list[Any]) -> bool:
+    """Whether it is a row of these things."""
+    if len(items) != len(self._known):
+      return False
+    return all(ref() is x for ref, x in zip(self._known, items, strict=True))
+
+  def items(self) -> list[Any]:
+    """The things; None for each that is gone."""
+    return [ref() for ref in self._known]
+
+
 class Parts:
   """What a dict, a list or another pytree that is no object holds directly, by identity."""
 
-  __slots__ = ("_children", "_sort")
+  __slots__ = ("_row", "_sort")
 
   def __init__(self, value: Any):
-    children, self._sort = _parts(value)
-    self._children = list(map(weakly, children))
+    items, self._sort = _parts(value)
+    self._row = Row(items)
 
   def holds(self, value: Any) -> bool:
     """Whether the same is still in it."""
     now, sort = _parts(value)
-    known = self._children
-    if len(now) != len(known) or sort != self._sort:
-      return False
-    return all(ref() is x for ref, x in zip(known, now, strict=True))
+    return self._row.is_of(now) and sort == self._sort
 
-  @staticmethod
-  def of(value: Any) -> list[Any]:
+  def items(self) -> list[Any]:
     """What it holds."""
-    return _parts(value)[0]
+    return self._row.items()
 
 
 def _parts(value: Any) -> tuple[list[Any], Any]:

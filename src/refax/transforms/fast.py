@@ -24,7 +24,7 @@ from refax.transforms.commit import leaves_of
 from refax.transforms.compiled import Compiled, Container, Retraced
 from refax.transforms.lift import Inputs
 from refax.transforms.places import Slot
-from refax.transforms.tree import NO_AVAL, Like, Tree, flatten, is_like, type_of
+from refax.transforms.tree import NO_AVAL, Like, Tree, flatten, is_equal, is_like, type_of
 
 LIMIT = 1024  # entries of one function; more calls than that are not a steady state
 _ALIKE = 64  # entries for the same object, as for batches of many lengths
@@ -126,7 +126,7 @@ def given_by(quick: Quick, values: tuple, names: Iterable[str]) -> Any:
       return None
   for i, value, kind_ in constants:
     x = values[i]
-    if x is not value and not (kind(x) == kind_ and x == value):
+    if x is not value and not is_equal(x, value, kind_):
       return None
   for read, known in slots:
     if (now := read()) is None or now is not known():

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import itertools
 import re
 import sys
 import weakref
@@ -31,6 +30,7 @@ from refax.transforms.layout import constrained, laid_out
 from refax.transforms.lift import Frame, Inputs
 from refax.transforms.reach import Reach
 from refax.transforms.tree import signature
+from refax.transforms.versions import Versions
 from refax.typing import Path, path_str
 
 
@@ -112,9 +112,7 @@ class _Jitted:
         living._note_gone(key)
 
     self._reach = Reach(fun, gone)
-    self._versions: dict[tuple, int] = {}
-    self._holders: dict[int, list[set[int]]] = {}  # of a version, who has each lot of its cells
-    self._orphans: set[int] = set()  # the versions of which nobody has some lot any more
+    self._versions = Versions()
     self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(
       _named(functools.partial(_call, fun), fun), static_argnums=0, **options
@@ -250,40 +248,24 @@ class _Jitted:
     self, inputs: Inputs, static: tuple, mask: tuple[bool, ...], watch: Watch | None = None
   ) -> tuple:
     """The static half of a call. What the function reaches by closure has a number in it."""
-    found = self._reach.snapshot(watch)
     reach = self._reach
+    found = reach.snapshot(watch)
     stale = reach.has_arrays or not reach.is_steady or len(self._versions) >= REACHED
     if stale and found not in self._versions:
-      self._holders.clear()
       self._versions.clear()  # arrays by closure, or many models: do not keep them alive
       self.clear_cache()
-    version = self._versions.setdefault(found, next(_VERSIONS)) if found else 0
-    if self._orphans:
-      self._drop_orphans(version)
-    if found:
-      lots = self._holders.setdefault(version, [set() for _ in reach.ids])
-      for lot, key in zip(lots, reach.ids, strict=True):
-        lot.add(key)
+    version = self._versions.number(found, reach.ids)
+    self._drop_orphans()
     return inputs.graphdef, static, mask, version
 
   def _note_gone(self, key: int) -> None:
     """An object that was reached by closure is gone: the next call is to look for others."""
-    for version, lots in list(self._holders.items()):
-      for lot in lots:
-        if key in lot:
-          lot.discard(key)
-          if not lot:
-            self._orphans.add(version)
-    if self._orphans:
+    if self._versions.note_gone(key):
       self.fast.forget_entries()
 
-  def _drop_orphans(self, version: int) -> None:
-    """Forget what was compiled with cells whose objects are gone, unless a new one has them."""
-    self._orphans.discard(version)
-    if gone := frozenset(self._orphans):
-      self._orphans -= gone
-      self._holders = {n: x for n, x in list(self._holders.items()) if n not in gone}
-      self._versions = {f: n for f, n in list(self._versions.items()) if n not in gone}
+  def _drop_orphans(self) -> None:
+    """Forget what was compiled with cells whose objects are gone."""
+    if gone := self._versions.take_orphans():
       self._statics = {k: x for k, x in list(self._statics.items()) if k[0][3] not in gone}
       self.fast.forget_all(lambda key: key[0][3] in gone)
       self._jitted.clear_cache()
@@ -342,7 +324,6 @@ class _Jitted:
     )
 
 
-_VERSIONS = itertools.count(1)
 REACHED = 64  # lots of objects that one function finds by closure, one after the other
 STRUCTURES = 1024  # of one function; a program with more makes new ones all the time
 

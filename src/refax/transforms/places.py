@@ -5,15 +5,17 @@ notebook binds to the same name once more must not live as long as the function.
 """
 
 import collections
+import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from refax.core.watch import weakly
+from refax import _jax
+from refax.core.watch import Row, weakly
 
 CONTAINERS = (list, tuple, dict, set)
 _MOST = 256  # items of containers in one place; more of them take long to look at in each call
@@ -22,7 +24,6 @@ _DEEPEST = 8  # containers in containers
 _EXACT = frozenset((*CONTAINERS, collections.OrderedDict, collections.defaultdict))
 """Containers whose items are all that there is to them."""
 
-PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
 _ANY_PLAIN, _END = object(), object()
 
 
@@ -81,23 +82,14 @@ class Contents:
     return self._known.items()
 
 
-class Row:
-  """Things in a row, by identity, of which none is kept alive."""
+@functools.lru_cache(maxsize=1024)
+def is_plain(cls: type) -> bool:
+  """Whether a value of this type is a number, text or an array: no object is in it."""
+  arrays = (jax.Array, np.ndarray, np.generic)
+  return (issubclass(cls, arrays) and not issubclass(cls, jax.Ref)) or cls in _PLAIN
 
-  __slots__ = ("_known",)
 
-  def __init__(self, items: Iterable[Any]):
-    self._known = list(map(weakly, items))
-
-  def is_of(self, items: list[Any]) -> bool:
-    """Whether it is a row of these things."""
-    if len(items) != len(self._known):
-      return False
-    return all(ref() is x for ref, x in zip(self._known, items, strict=True))
-
-  def items(self) -> list[Any]:
-    """The things; None for each that is gone."""
-    return [ref() for ref in self._known]
+_PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
 
 
 def _items(value: Any) -> list[Any] | None:
@@ -113,13 +105,17 @@ def _items(value: Any) -> list[Any] | None:
 def _spread(value: Any, found: list[Any], depth: int) -> bool:
   cls = type(value)
   if not isinstance(value, CONTAINERS):
-    is_array = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.Ref)
-    found.append(_ANY_PLAIN if cls in PLAIN or is_array else value)
+    is_array = _jax.is_tracer(value) and not _jax.is_ref(value)
+    found.append(_ANY_PLAIN if is_plain(cls) or is_array else value)
     return True
   if depth > _DEEPEST or len(found) > _MOST or not _is_exact(cls):
     return False
   inside: list[Any] = [cls]
-  if isinstance(value, dict):
+  if len(value) > _MOST:  # one look at the types of all takes 10 ns an item
+    values = value.values() if isinstance(value, dict) else value
+    if not all(map(is_plain, set(map(type, values)))):
+      return False
+  elif isinstance(value, dict):
     for key in list(value):
       start = len(inside)
       inside.append(key)
@@ -127,13 +123,10 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
         return False
       if len(inside) == start + 2 and inside[-1] is _ANY_PLAIN:
         del inside[start:]
-  elif len(value) > _MOST:
-    if not all(type(x) in PLAIN for x in value):
-      return False
   elif not all(_spread(x, inside, depth + 1) for x in tuple(value)):
     return False
-  is_plain = all(x is _ANY_PLAIN for x in inside[1:])
-  found += [_ANY_PLAIN] if is_plain and depth else [*inside, _END]
+  holds_none = all(x is _ANY_PLAIN for x in inside[1:])
+  found += [_ANY_PLAIN] if holds_none and depth else [*inside, _END]
   return len(found) <= _MOST
 
 

@@ -13,16 +13,14 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
 from refax import _jax
 from refax.core.flatten import Walk, flatten
 from refax.core.graphdef import LEAF
 from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
-from refax.core.watch import Watch, weakly
-from refax.transforms.places import CONTAINERS, PLAIN, Contents, Part, Row, Slot, contents
+from refax.core.watch import Row, Watch, weakly
+from refax.transforms.places import CONTAINERS, Contents, Part, Slot, contents, is_plain
 
 _MOST = 64  # ways in which containers have held the same objects
 _LONG = 4096  # items of a list of data: the rest of them is not looked through
@@ -80,8 +78,7 @@ class Reach:
     """
     if not self._scanned or not self.is_steady or not self.holds():
       self._scan()
-    reads = (*self._objects, *self._seen.values())
-    objects = [x for read in reads if (x := read()) is not None]
+    objects = _alive((*self._objects, *self._seen.values()))
     parts: list[tuple] = []
     arrays: list[Slot | None] = []
     for x in objects:
@@ -101,7 +98,7 @@ class Reach:
     """The Modules and Variables that the function finds now, before it runs."""
     if not self._scanned or not self._is_listed or not self.holds():
       self._scan()
-    return [x for read in self._objects if (x := read()) is not None]
+    return _alive(self._objects)
 
   def holds(self) -> bool:
     """Whether the function finds the same objects where it found them last time."""
@@ -118,8 +115,8 @@ class Reach:
     is_eager = _jax.no_trace_active()
     if is_eager:  # what the trace has made itself is gone with it, and nobody reaches it again
       found = {key: x for key, x in found.items() if _made_in(x) is _jax.EAGER}
-    objects = [x for read in self._objects if (x := read()) is not None]
-    known = {*map(id, objects), *(key for key, read in self._seen.items() if read() is not None)}
+    objects = _alive(self._objects)
+    known = set(map(id, (*objects, *_alive(self._seen.values()))))
     new = {key: x for key, x in found.items() if key not in known}
     covered = {id(leaf) for x in objects for leaf in flatten(x).leaves}
     new = {key: x for key, x in new.items() if key not in covered}
@@ -173,6 +170,9 @@ class _Search:
     self.is_listed = True  # no container that may change without a slot
     self._leads: dict[tuple[int, frozenset[str]], bool] = {}  # what was visited, to an object?
     self._names: frozenset[str] = frozenset()  # that the function being looked through mentions
+    self._mentions: dict[Any, frozenset[str]] = {}  # by function
+    self._class_names: dict[type, frozenset[str]] = {}
+    self._expanded: dict[tuple[type, frozenset[str]], frozenset[str]] = {}
     self._lives = True  # as long as the function: what is looked at has come through no slot
 
   def visit(self, x: Any, depth: int, *, is_watched: bool = False) -> bool:
@@ -187,7 +187,7 @@ class _Search:
       self.objects[id(x)] = x
       return True
     key = (id(x), self._names)
-    if depth > _DEPTH:
+    if depth > _DEPTH or is_plain(type(x)):
       return False
     if key in self._leads:
       return self._leads[key]
@@ -201,19 +201,19 @@ class _Search:
     """Whether something that holds others leads to an object."""
     if isinstance(x, types.MethodType):
       leads = self.visit(x.__func__, depth + 1)
-      with self._mentioning(_mentioned(x.__func__)):
+      with self._mentioning(self._mentioned(x.__func__)):
         return self._holder(x.__self__, depth + 1) or leads
     if isinstance(x, functools.partial):
       leads = self.visit(x.func, depth + 1)
-      with self._mentioning(self._names | _mentioned(getattr(x.func, "__func__", x.func))):
+      with self._mentioning(self._names | self._mentioned(getattr(x.func, "__func__", x.func))):
         return self._all((*x.args, *x.keywords.values()), depth) or leads
     if isinstance(x, types.FunctionType):
-      with self._mentioning(_mentioned(x)):
+      with self._mentioning(self._mentioned(x)):
         return self._function(x, depth)
     if isinstance(x, CONTAINERS):
       values = tuple(x.values()) if isinstance(x, dict) else tuple(x)
       if len(values) > _LONG:
-        values = () if _is_plain(set(map(type, values))) else values[:_LONG]
+        values = () if all(map(is_plain, set(map(type, values)))) else values[:_LONG]
       leads = self._all(values, depth, is_watched=True)
       if leads and not is_watched:
         self._add(Slot.of(lambda: x, x))
@@ -221,7 +221,8 @@ class _Search:
     if callable(getattr(x, "__wrapped__", None)):
       return self.visit(x.__wrapped__, depth + 1)
     if depth == 0:
-      with self._mentioning(_mentioned(inspect.getattr_static(type(x), "__call__", None))):
+      call = inspect.getattr_static(type(x), "__call__", None)
+      with self._mentioning(self._mentioned(call)):
         return self._holder(x, depth + 1)  # a callable object
     return self._attributes(x, depth)
 
@@ -249,13 +250,60 @@ class _Search:
     if not is_space and type(x).__module__.startswith(_LIBRARIES):
       return False
     leads = False
-    names = self._names if is_space else _by_methods(type(x), self._names)
+    names, there = self._names, self._names
+    if not is_space:
+      names = self._with_methods(type(x), names)
+      there = names & (getattr(x, "__dict__", {}).keys() | self._names_of(type(x)))
     with self._mentioning(names):
-      for name in names:
+      for name in there:
         value = _attribute(x, name)
         if isinstance(value, Node | Variable) or not (is_space or value is None):
           leads |= self._slot(x, lambda x, name=name: getattr(x, name, None), value, depth)
     return leads
+
+  def _mentioned(self, function: Any) -> frozenset[str]:
+    """The names that a function, and functions that it calls by name, mention."""
+    if not isinstance(function, types.FunctionType):
+      return frozenset()
+    if function in self._mentions:
+      return self._mentions[function]
+    found: set[str] = set()
+    seen: set[Any] = set()
+    open_ = [function]
+    while open_:
+      f = open_.pop()
+      if not isinstance(f, types.FunctionType) or f in seen or len(seen) > _MOST:
+        continue
+      if seen and (f.__module__ or "").startswith(_LIBRARIES):
+        continue
+      seen.add(f)
+      names = set(_names(f.__code__))
+      found |= names
+      open_ += [f.__globals__.get(name) for name in names]
+      open_ += map(contents, f.__closure__ or ())
+    self._mentions[function] = frozenset(found)
+    return self._mentions[function]
+
+  def _names_of(self, cls: type) -> frozenset[str]:
+    """What a class and those above it define, by name."""
+    if cls not in self._class_names:
+      self._class_names[cls] = frozenset().union(*map(vars, cls.__mro__))
+    return self._class_names[cls]
+
+  def _with_methods(self, cls: type, names: frozenset[str]) -> frozenset[str]:
+    """Names, and those that the methods mention which are named by them."""
+    if (cls, names) in self._expanded:
+      return self._expanded[cls, names]
+    defined = self._names_of(cls)
+    found = {"__call__", *names}
+    open_ = list(found & defined)
+    while open_:
+      method = _function_of(inspect.getattr_static(cls, open_.pop(), None))
+      new = self._mentioned(method) - found
+      found |= new
+      open_ += new & defined
+    self._expanded[cls, names] = frozenset(found)
+    return self._expanded[cls, names]
 
   def _holder(self, x: Any, depth: int) -> bool:
     """An object of a plain class whose method is called: its attributes are within reach."""
@@ -302,14 +350,14 @@ class _Search:
       self.slots.append(slot)
 
 
+def _alive(reads: Iterable[Callable[[], Any]]) -> list[Any]:
+  """What these weak references refer to, without what is gone."""
+  return [x for read in reads if (x := read()) is not None]
+
+
 def _made_in(x: Node | Variable) -> Any:
   """The trace state when an object was made."""
   return x._trace if isinstance(x, Variable) else x._pytree.trace
-
-
-def _is_plain(classes: Iterable[type]) -> bool:
-  """Whether nothing of these types is an object or leads to one."""
-  return all(cls in PLAIN or issubclass(cls, np.ndarray | np.generic) for cls in classes)
 
 
 def _arrays_in(walk: Walk) -> Iterator[Slot | None]:
@@ -336,7 +384,7 @@ def _arrays_in(walk: Walk) -> Iterator[Slot | None]:
 
 
 def _data_at(node: Node, key: Any) -> Any:
-  return node.__dict__.get(key) if key in node.__dict__ else node[key]  # pyright: ignore[reportIndexIssue]
+  return node.__dict__[key] if key in node.__dict__ else node[key]  # pyright: ignore[reportIndexIssue]
 
 
 def _place(cell: Any) -> Any:
@@ -357,36 +405,15 @@ def _attribute(x: Any, name: str) -> Any:
 _LIBRARIES = ("builtins", "jax", "numpy", "refax", "optax")
 
 
-def _mentioned(function: Any) -> frozenset[str]:
-  """The names that a function, and functions that it calls by name, mention."""
-  found: set[str] = set()
-  seen: set[Any] = set()
-  open_ = [function]
-  while open_:
-    f = open_.pop()
-    if not isinstance(f, types.FunctionType) or f in seen or len(seen) > _MOST:
-      continue
-    if seen and (f.__module__ or "").startswith(_LIBRARIES):
-      continue
-    seen.add(f)
-    names = set(_names(f.__code__))
-    found |= names
-    open_ += [f.__globals__.get(name) for name in names]
-    open_ += map(contents, f.__closure__ or ())
-  return frozenset(found)
-
-
-def _by_methods(cls: type, names: frozenset[str]) -> frozenset[str]:
-  """These names, and those that the methods mention which they name."""
-  found, open_ = {"__call__", *names}, ["__call__", *names]
-  while open_:
-    method = inspect.getattr_static(cls, open_.pop(), None)
-    for part in ("__func__", "fget", "func"):  # of class methods, properties, cached ones
-      method = getattr(method, part, method)
-    new = _mentioned(method) - found
-    found |= new
-    open_ += new
-  return frozenset(found)
+def _function_of(attribute: Any) -> types.FunctionType | None:
+  """The function behind a method or a property of a class; None for another attribute."""
+  if isinstance(attribute, classmethod | staticmethod):
+    attribute = attribute.__func__
+  elif isinstance(attribute, property):
+    attribute = attribute.fget
+  elif isinstance(attribute, functools.cached_property):
+    attribute = attribute.func
+  return attribute if isinstance(attribute, types.FunctionType) else None
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -95,7 +95,7 @@ class Tree(NamedTuple):
       if type(treedef) is not type(self.treedef) or treedef != self.treedef:
         return False
       for j, value, kind_ in self.constants:
-        if found[j] is not value and not (kind(found[j]) == kind_ and found[j] == value):
+        if found[j] is not value and not is_equal(found[j], value, kind_):
           return False
     if self.alike is not None:
       arrays = self.alike.arrays_of(found)
@@ -316,6 +316,11 @@ def is_like(x: Any, aval: Any, place: Any, is_committed: Any, type_: Any) -> boo
   ):
     return True
   return type_of(x) == type_
+
+
+def is_equal(x: Any, value: Any, kind_: Any) -> bool:
+  """Whether a static value is the same as one that was of this kind: 1 is not True."""
+  return kind(x) == kind_ and bool(x == value)
 
 
 def type_of(x: Any) -> Any:

@@ -3,6 +3,7 @@
 import collections
 import functools
 import gc
+import types
 import weakref
 
 import jax
@@ -294,6 +295,9 @@ def through(name):
   }
   if name in calls:
     return calls[name]
+  if name in ODD:
+    box, put_in, get = ODD[name]()
+    return lambda x: get(box)(x), lambda net: put_in(box, net)
   if name == "a plain object that is bound anew":
     trainer = None
 
@@ -315,7 +319,53 @@ def through(name):
   return lambda x: box[0](x), lambda net: box.__setitem__(0, net)
 
 
+class ByKey:
+  """A class of the user's that only looks like a container."""
+
+  def __init__(self, inside):
+    self._inside = inside
+
+  def __getitem__(self, key):
+    return self._inside[key]
+
+
+def around(make, inside):
+  """A container around another one, which is written to."""
+  return (
+    make(inside),
+    lambda box, net: inside.__setitem__(0, net),
+    lambda box: box[0],
+  )
+
+
+def itself(box):
+  return box, lambda box, net: box.__setitem__(0, net), lambda box: box[0]
+
+
+def kept_alive(box, net):
+  KEPT.append(net)
+  box[0] = net
+
+
+KEPT = []
+ODD = {
+  "a deque": lambda: itself(collections.deque([None])),
+  "a UserDict": lambda: itself(collections.UserDict({0: None})),
+  "a UserList": lambda: itself(collections.UserList([None])),
+  "a ChainMap": lambda: itself(collections.ChainMap({0: None})),
+  "an OrderedDict": lambda: itself(collections.OrderedDict({0: None})),
+  "a read-only dict": lambda: around(types.MappingProxyType, {0: None}),
+  "a class with __getitem__": lambda: around(ByKey, {0: None}),
+  "weak values": lambda: (weakref.WeakValueDictionary(), kept_alive, lambda box: box[0]),
+  "a set": lambda: (
+    set(),
+    lambda box, net: (box.clear(), box.add(net)),
+    lambda box: next(iter(box)),
+  ),
+}
+
 PLACES = (
+  *(name for name in ODD if name != "weak values"),
   "a global dict",
   "a variable of an outer function",
   "a helper that is bound anew",
@@ -334,7 +384,7 @@ PLACES = (
 )
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", [*PLACES, "weak values"])
 def test_models_in_turn_in_a_place_are_each_traced_once(name):
   call, place = through(name)
   traces = []

@@ -6,6 +6,7 @@ notebook binds to the same name once more must not live as long as the function.
 
 import collections
 import functools
+import operator
 import types
 import weakref
 from collections.abc import Callable
@@ -17,12 +18,22 @@ import numpy as np
 from refax import _jax
 from refax.core.watch import Row, weakly
 
-CONTAINERS = (list, tuple, dict, set)
 _MOST = 256  # items of containers in one place; more of them take long to look at in each call
 _DEEPEST = 8  # containers in containers
 
-_EXACT = frozenset((*CONTAINERS, collections.OrderedDict, collections.defaultdict))
+_BUILT_IN = (list, tuple, dict, set, frozenset, collections.deque)
+_EXACT = frozenset((*_BUILT_IN, collections.OrderedDict, collections.defaultdict))
 """Containers whose items are all that there is to them."""
+
+_AROUND: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+  (types.MappingProxyType, dict),
+  (weakref.WeakValueDictionary, dict),
+  (weakref.ref, lambda ref: (ref(),)),
+  (collections.ChainMap, operator.attrgetter("maps")),
+  (collections.UserDict, operator.attrgetter("data")),
+  (collections.UserList, operator.attrgetter("data")),
+)
+"""Containers around another one, and the function to that."""
 
 _ANY_PLAIN, _END = object(), object()
 
@@ -38,7 +49,7 @@ class Slot(NamedTuple):
   @classmethod
   def of(cls, read: Callable[[], Any], value: Any) -> "Slot | None":
     """A place with an object or a container of such; None if that is too large to be watched."""
-    if not isinstance(value, CONTAINERS):
+    if opened(type(value)) is None:
       return cls(read, weakly(value))
     items = _items(value)
     if items is None:
@@ -83,6 +94,18 @@ class Contents:
 
 
 @functools.lru_cache(maxsize=1024)
+def opened(cls: type) -> Callable[[Any], Any] | None:
+  """The function from a container of this type to the dict or sequence in it; None for others."""
+  if issubclass(cls, _BUILT_IN):
+    return _itself
+  return next((open_ for sort, open_ in _AROUND if issubclass(cls, sort)), None)
+
+
+def _itself(value: Any) -> Any:
+  return value
+
+
+@functools.lru_cache(maxsize=1024)
 def is_plain(cls: type) -> bool:
   """Whether a value of this type is a number, text or an array: no object is in it."""
   arrays = (jax.Array, np.ndarray, np.generic)
@@ -99,16 +122,23 @@ def _items(value: Any) -> list[Any] | None:
   they may be counters, and lists of losses.
   """
   found: list[Any] = []
-  return found if isinstance(value, CONTAINERS) and _spread(value, found, 0) else None
+  is_container = opened(type(value)) is not None
+  return found if is_container and _spread(value, found, 0) else None
 
 
 def _spread(value: Any, found: list[Any], depth: int) -> bool:
   cls = type(value)
-  if not isinstance(value, CONTAINERS):
+  open_ = opened(cls)
+  if open_ is None:
     is_array = _jax.is_tracer(value) and not _jax.is_ref(value)
     found.append(_ANY_PLAIN if is_plain(cls) or is_array else value)
     return True
-  if depth > _DEEPEST or len(found) > _MOST or not _is_exact(cls):
+  if depth > _DEEPEST or len(found) > _MOST:
+    return False
+  if (held := open_(value)) is not value:
+    found.append(cls)
+    return _spread(held, found, depth + 1)
+  if not _is_exact(cls):
     return False
   inside: list[Any] = [cls]
   if len(value) > _MOST:  # one look at the types of all takes 10 ns an item

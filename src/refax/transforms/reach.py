@@ -20,7 +20,7 @@ from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
 from refax.core.watch import Row, Watch, weakly
-from refax.transforms.places import CONTAINERS, Contents, Part, Slot, contents, is_plain
+from refax.transforms.places import Contents, Part, Slot, contents, is_plain, opened
 
 _MOST = 64  # ways in which containers have held the same objects
 _LONG = 4096  # items of a list of data: the rest of them is not looked through
@@ -210,8 +210,9 @@ class _Search:
     if isinstance(x, types.FunctionType):
       with self._mentioning(self._mentioned(x)):
         return self._function(x, depth)
-    if isinstance(x, CONTAINERS):
-      values = tuple(x.values()) if isinstance(x, dict) else tuple(x)
+    if (open_ := opened(type(x))) is not None:
+      held = open_(x)
+      values = tuple(held.values()) if isinstance(held, dict) else tuple(held)
       if len(values) > _LONG:
         values = () if all(map(is_plain, set(map(type, values)))) else values[:_LONG]
       leads = self._all(values, depth, is_watched=True)
@@ -295,7 +296,7 @@ class _Search:
     if (cls, names) in self._expanded:
       return self._expanded[cls, names]
     defined = self._names_of(cls)
-    found = {"__call__", *names}
+    found = {*_BY_SYNTAX, *names}
     open_ = list(found & defined)
     while open_:
       method = _function_of(inspect.getattr_static(cls, open_.pop(), None))
@@ -401,6 +402,9 @@ def _attribute(x: Any, name: str) -> Any:
     return getattr(x, name, None)
   return None if hasattr(type(value), "__get__") else value
 
+
+_BY_SYNTAX = ("__call__", "__getitem__", "__iter__", "__getattr__")
+"""Methods that are called without being named."""
 
 _LIBRARIES = ("builtins", "jax", "numpy", "refax", "optax")
 

@@ -1,5 +1,6 @@
 """Compiling ahead of time: `nnx.jit(f).lower(model, x).compile()(model, x)`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,12 @@ class Lowered:
   def compile(self, *args: Any, **kwargs: Any) -> "AheadCompiled":
     """Compile it, with the options of `jax.stages.Lowered.compile`."""
     return self._make(self._lowered.compile(*args, **kwargs))
+
+  def bound(self, first: Any) -> "Lowered":
+    """The same for a function that is called without its first argument, which is always this."""
+    with_first = lambda made: functools.partial(made, first)
+    make = lambda executable: AheadCompiled(executable, with_first(self._make(executable)))
+    return Lowered(self._lowered, make)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._lowered, name)

@@ -19,10 +19,17 @@ from refax.core.gather import as_kept
 from refax.core.graphdef import LEAF, NODE
 from refax.core.observe import differentiated, undo_on_error
 from refax.core.variable import Param, Variable
-from refax.errors import AliasError, GradientOutputError, TreeMismatchError
+from refax.errors import (
+  AliasError,
+  GradientOutputError,
+  InvalidArgumentError,
+  TreeMismatchError,
+)
 from refax.graph.split import state
 from refax.graph.state import State, from_flat_state, to_flat_state
 from refax.transforms.lift import Entered, Inputs, Outputs
+from refax.transforms.positions import by_position
+from refax.transforms.shared import derived
 from refax.typing import Path, describe, path_str
 
 
@@ -52,7 +59,8 @@ def grad(
 
   Args:
     f: a function that returns a scalar, or `(scalar, aux)`; without it, a decorator is returned.
-    argnums: which arguments; `nnx.DiffState(i, filter)` for a filter of its own.
+    argnums: which arguments, by position, also if they are given by keyword;
+      `nnx.DiffState(i, filter)` for a filter of its own.
     has_aux: whether `f` returns `(scalar, aux)`.
     holomorphic: whether `f` is holomorphic, as in `jax.grad`.
     allow_int: whether to differentiate with respect to integers too, as in `jax.grad`.
@@ -68,6 +76,7 @@ def grad(
     DifferentiatedWriteError: `f` writes a Variable that is differentiated, or a value that
       depends on one to a Variable that is not detached and not in `through`.
     AliasError: two of the arguments share a Variable that is differentiated.
+    InvalidArgumentError: `argnums` names no argument of the call.
 
   >>> from refax import nnx; import jax.numpy as jnp
   >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
@@ -75,14 +84,15 @@ def grad(
   >>> grads["kernel"][...].tolist()
   [[3.0], [3.0]]
   """
-  value_and = value_and_grad(
-    argnums=argnums,
-    has_aux=has_aux,
-    holomorphic=holomorphic,
-    allow_int=allow_int,
-    wrt=wrt,
-    through=through,
-  )
+  options = {
+    "argnums": argnums,
+    "has_aux": has_aux,
+    "holomorphic": holomorphic,
+    "allow_int": allow_int,
+    "wrt": wrt,
+    "through": through,
+  }
+  value_and = value_and_grad(**options)
 
   def decorate(f: Callable) -> Callable:
     inner = value_and(f)
@@ -92,7 +102,7 @@ def grad(
       value, grads = inner(*args, **kwargs)
       return (grads, value[1]) if has_aux else grads
 
-    return wrapper
+    return derived(wrapper, "grad", f, **options)
 
   return decorate if f is None else decorate(f)
 
@@ -120,10 +130,13 @@ def value_and_grad(
   >>> float(loss), float(grad)
   (9.0, 6.0)
   """
+  cases: Sequence[Any] = [argnums] if isinstance(argnums, int | DiffState) else argnums
+  count = 1 + max((x.argnum if isinstance(x, DiffState) else x for x in cases), default=-1)
 
   def decorate(f: Callable) -> Callable:
     @functools.wraps(f)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+      args, kwargs = by_position(f, args, kwargs, count)
       call = Differentiated(args, kwargs, argnums, wrt, through)
       pure = functools.partial(call.run_scalar, f, has_aux)
       transformed = jax.value_and_grad(
@@ -134,7 +147,8 @@ def value_and_grad(
         aux = call.inputs.commit(outputs)
       return ((value, aux) if has_aux else value), call.gradients(grads)
 
-    return wrapper
+    options = (argnums, has_aux, holomorphic, allow_int, wrt, through)
+    return derived(wrapper, "value_and_grad", f, options=options)
 
   return decorate if f is None else decorate(f)
 
@@ -228,7 +242,10 @@ class Differentiated:
     owners: dict[int, int] = {}
     for case in cases:
       argnum, filter = case if isinstance(case, DiffState) else DiffState(case, wrt)
-      argnum = range(len(args))[argnum]
+      if not -len(args) <= argnum < len(args):
+        want = f"the number of a positional argument; there are {len(args)}"
+        raise InvalidArgumentError.value("a gradient", "argnums", argnum, want)
+      argnum %= len(args)
       form = self._form(argnum, to_predicate(filter))
       for index in jax.tree.leaves(form):
         if owners.setdefault(index, argnum) != argnum:

@@ -15,6 +15,7 @@ from refax.core.rebuild import unflatten
 from refax.core.variable import Variable
 from refax.errors import FilterError, TreeMismatchError
 from refax.graph.state import State, to_flat_state
+from refax.transforms.positions import by_position
 from refax.typing import Path, path_str
 
 
@@ -169,6 +170,11 @@ def size_of(
   if len(set(sizes.values())) > 1:
     raise TreeMismatchError.sizes(function, sizes)
   return next(iter(sizes.values()), None)
+
+
+def counted(f: Callable, args: tuple, kwargs: dict[str, Any], in_axes: Any) -> tuple[tuple, dict]:
+  """The arguments of a call, by position where a tuple has an axis for each."""
+  return (args, kwargs) if is_prefix(in_axes) else by_position(f, args, kwargs, len(in_axes))
 
 
 def argument_axes(inputs: Any, in_axes: Any, positional: int, *, default: Any) -> dict[int, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from refax import _jax, config
 from refax.core.definition import kind
 from refax.core.epoch import epoch
+from refax.core.flatten import walk_nodes
 from refax.core.graphdef import GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.observe import compiled_as_is, observe
@@ -28,7 +29,9 @@ from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.fast import FastCalls, Seen, is_eager, steady
 from refax.transforms.layout import constrained, laid_out
 from refax.transforms.lift import Frame, Inputs
+from refax.transforms.method import bound, method_of, shifted
 from refax.transforms.reach import Reach
+from refax.transforms.shared import Around, Known
 from refax.transforms.tree import signature
 from refax.transforms.versions import Versions
 from refax.typing import Path, path_str
@@ -77,8 +80,8 @@ def jit(
   """
   decorate = functools.partial(
     _jit,
-    static=(static_argnums, static_argnames),
-    donated=(donate_argnums, donate_argnames),
+    static=(_listed(static_argnums), _listed(static_argnames)),
+    donated=(_listed(donate_argnums), _listed(donate_argnames)),
     keep_unused=keep_unused,
     inline=inline,
     shardings=(in_shardings, out_shardings),
@@ -86,9 +89,26 @@ def jit(
   return decorate if fun is None else decorate(fun)
 
 
+def _listed(x: Any) -> tuple:
+  """Numbers or names of arguments; one of them may be given by itself."""
+  return () if x is None else (x,) if isinstance(x, int | str) else tuple(x)
+
+
 def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
+  if shardings == (None, None) and (method := method_of(fun)) is not None:
+    return bound(_jit(method[0], shardings=shardings, **shifted(options)), method[1], fun)
+  make = lambda around: _jitted(fun, shardings, around, options)
+  return make(None) if shardings != (None, None) else _KNOWN.shared(fun, tuple(options.items()), make)
+
+
+_KNOWN = Known()
+
+
+def _jitted(
+  fun: Callable, shardings: tuple, around: Around | None, options: dict[str, Any]
+) -> Callable:
   into, out_of = shardings
-  jitted = _Jitted(fun if out_of is None else constrained(fun, out_of), **options)
+  jitted = _Jitted(fun if out_of is None else constrained(fun, out_of), around, **options)
   call: Any = functools.update_wrapper(steady(jitted.fast, jitted.call), fun)
   if into is not None:
     call = laid_out(call, into, _resolve(fun, *options["static"]))
@@ -98,11 +118,22 @@ def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
 
 
 class _Jitted:
-  """A function compiled by `nnx.jit`."""
+  """A function compiled by `nnx.jit`.
 
-  def __init__(self, fun: Callable, *, static: tuple, donated: tuple, **options: Any):
+  Args:
+    fun: the function.
+    around: what its code finds around itself is noted there as it is traced.
+    static: the numbers and names of static arguments,
+    donated: and of donated ones.
+    **options: those of `jax.jit`.
+  """
+
+  def __init__(
+    self, fun: Callable, around: Around | None, *, static: tuple, donated: tuple, **options: Any
+  ):
     self.fast = FastCalls()
     self._fun = fun
+    self._around = around
     self._static = _resolve(fun, *static)
     self._donated = _resolve(fun, *donated)
     this = weakref.ref(self)
@@ -123,6 +154,7 @@ class _Jitted:
     watch, then = Watch(seen_as=any_array), epoch.value
     inputs, spec, leaves = self._split(args, kwargs, watch)
     if not is_eager():
+      self._look_around(inputs, spec)
       with observe() as seen, self._naming(inputs, spec[2]):
         outputs = self._jitted(self._static_of(spec), *leaves)
       self._reach.add(_concrete(seen))
@@ -166,6 +198,7 @@ class _Jitted:
   def _trace(self, inputs: Inputs, spec: tuple, leaves: tuple) -> tuple[Compiled, list[Variable]]:
     """What is compiled for these leaves, and the Variables that are reached by closure."""
     static = self._static_of(spec, is_compiled=True)
+    self._look_around(inputs, spec)
     with observe() as seen, self._naming(inputs, spec[2]):
       traced = self._jitted.trace(static, *leaves)
     compiled = Compiled(
@@ -178,6 +211,13 @@ class _Jitted:
     )
     return compiled, _concrete(seen)
 
+  def _look_around(self, inputs: Inputs, spec: tuple) -> None:
+    """Note what the function, static arguments, and classes of objects in reach mention."""
+    if self._around is not None:
+      nodes = [node for x in self._reach.objects() for _, node in walk_nodes(x)]
+      static = [value for *_, value in spec[1]]
+      self._around.add((self._fun, *static, *map(type, (*inputs.objects, *nodes))))
+
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
@@ -187,6 +227,7 @@ class _Jitted:
       lowered = compiled.lower(inputs.leaves)
       run = lambda executable, inputs, _: self._run(compiled, inputs, executable)
     else:
+      self._look_around(inputs, spec)
       lowered = self._jitted.lower(self._static_of(spec), *leaves)
       run = lambda executable, inputs, now: inputs.commit(executable(*now))
     was = description(spec, (*leaves[0], *leaves[1]))
@@ -213,7 +254,8 @@ class _Jitted:
 
   def trace(self, *args: Any, **kwargs: Any) -> Any:
     """The traced computation for these arguments, as `jax.jit(f).trace`."""
-    _, spec, leaves = self._split(args, kwargs, abstract=True)
+    inputs, spec, leaves = self._split(args, kwargs, abstract=True)
+    self._look_around(inputs, spec)
     return self._jitted.trace(self._static_of(spec), *leaves)
 
   def clear_cache(self) -> None:
@@ -412,10 +454,8 @@ def _is_abstract(leaf: Any) -> bool:
   return any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
 
-def _resolve(fun: Callable, nums: Any, names: Any) -> tuple[frozenset[int], frozenset[str]]:
+def _resolve(fun: Callable, nums: tuple, names: tuple) -> tuple[frozenset[int], frozenset[str]]:
   """Argument numbers and names, each completed by the other from the signature, as jax.jit does."""
-  nums = () if nums is None else (nums,) if isinstance(nums, int) else tuple(nums)
-  names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
   try:
     parameters = list(inspect.signature(fun).parameters.values())
   except (TypeError, ValueError):

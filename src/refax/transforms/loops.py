@@ -16,7 +16,7 @@ from refax.core.array_protocol import unwrap
 from refax.core.graphdef import LEAF, NODE, REGION, GraphDef
 from refax.core.variable import Variable
 from refax.errors import TreeMismatchError
-from refax.transforms.axes import Carry, argument_axes, assign, move, size_of
+from refax.transforms.axes import Carry, argument_axes, assign, counted, move, size_of
 from refax.transforms.axis_names import kept_up
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.stage import Result, Staged, read_closures, values_of, write_closures
@@ -78,6 +78,7 @@ def scan(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
+    args, kwargs = counted(f, args, kwargs, in_axes)
     call = Scan(f, args, kwargs, in_axes=in_axes, out_axes=out_axes, length=length)
     return call.run(reverse, unroll)
 

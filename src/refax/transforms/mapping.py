@@ -23,12 +23,14 @@ from refax.transforms.axes import (
   StateAxes,
   argument_axes,
   assign,
+  counted,
   is_axis,
   is_prefix,
   size_of,
 )
 from refax.transforms.axis_names import kept_up
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
+from refax.transforms.shared import derived
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
 from refax.typing import Path, path_str
 
@@ -56,7 +58,7 @@ def vmap(
   Args:
     f: a function of Modules, Variables and arrays; without it, a decorator is returned.
     in_axes: an axis, None or `nnx.StateAxes` for all positional arguments, or a tuple with one for
-      each. Keyword arguments are mapped over axis 0.
+      each. Keyword arguments are mapped over axis 0, except those for which a tuple has an axis.
     out_axes: the same for what `f` returns. State that was mapped on the way in is written back
       along the same axis.
     axis_name: a name of the axis for collectives inside.
@@ -94,13 +96,13 @@ def vmap(
   }
   if f is None:
     return lambda f: vmap(f, transform_metadata=transform_metadata, **options)
-  f = kept_up(f, transform_metadata, in_axes=in_axes, out_axes=out_axes)
+  mapped = kept_up(f, transform_metadata, in_axes=in_axes, out_axes=out_axes)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    return _Mapped(f, args, kwargs, **options).call()
+    return _Mapped(mapped, *counted(f, args, kwargs, in_axes), **options).call()
 
-  return wrapper
+  return derived(wrapper, "vmap", f, metadata=transform_metadata, **options)
 
 
 def _policy(name: Any) -> str:

@@ -1,0 +1,49 @@
+"""nnx.jit of a Module, or of a method of one: what is compiled belongs to the class.
+
+The Module is the first argument then, so two Modules of one class share what was compiled.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from refax.core.node import Node
+
+
+def method_of(fun: Any) -> tuple[Callable, Node] | None:
+  """The function that a Module or a bound method of one stands for, and the Module."""
+  if isinstance(fun, types.MethodType):
+    function, owner = fun.__func__, fun.__self__
+  else:
+    function, owner = inspect.getattr_static(type(fun), "__call__", None), fun
+  is_method = isinstance(owner, Node) and isinstance(function, types.FunctionType)
+  return (function, owner) if is_method else None
+
+
+def shifted(options: dict[str, Any]) -> dict[str, Any]:
+  """The options of `nnx.jit` of a bound method, for the function: it has one argument more."""
+  numbers = lambda nums: tuple(i + 1 if i >= 0 else i for i in nums)
+  both = {name: (numbers(options[name][0]), options[name][1]) for name in ("static", "donated")}
+  return options | both
+
+
+def bound(call: Any, owner: Node, fun: Any) -> Callable:
+  """What `nnx.jit` has made of a method, for one Module.
+
+  Args:
+    call: the compiled function of the Module and the other arguments.
+    owner: the Module.
+    fun: what the user has given.
+  """
+
+  def method(*args: Any, **kwargs: Any) -> Any:
+    return call(owner, *args, **kwargs)
+
+  made: Any = functools.update_wrapper(method, call)
+  made.lower = lambda *args, **kwargs: call.lower(owner, *args, **kwargs).bound(owner)
+  made.trace = functools.partial(call.trace, owner)
+  made.clear_cache = call.clear_cache
+  made.__wrapped__ = fun
+  return made

@@ -1,0 +1,500 @@
+"""nnx.jit of one function, written again: what was compiled is shared, if it would be the same."""
+
+import dataclasses
+import enum
+import functools
+import gc
+import types
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refax import nnx
+from refax.transforms import shared
+
+X = jnp.arange(3.0)
+
+scale: Any = 2.0
+other: Any = types.ModuleType("other")
+other.scale = 2.0
+
+
+class Net(nnx.Module):
+  factor = 1.0
+
+  def __init__(self):
+    self.w = nnx.Param(jnp.ones(3))
+    self.calls = nnx.Variable(0)
+
+  @property
+  def doubled(self):
+    return 2 * self.factor
+
+  def __call__(self, x, times=1):
+    self.calls[...] += 1
+    return self.w * x * self.factor * times
+
+  def twice(self, x):
+    return self(x) + self(x)
+
+  def doubled_by(self, x):
+    return x * self.doubled
+
+
+class Wider(Net):
+  pass
+
+
+@dataclasses.dataclass
+class Config:
+  scale: float = 2.0
+  inner: Any = None
+
+  def scaled(self, x):
+    return x * self.scale
+
+
+class Plain:
+  scale = 2.0
+
+  def __init__(self):
+    self.own = 2.0
+
+  def times(self, x):
+    return x * self.own * self.scale
+
+
+class Slotted:
+  __slots__ = ("scale",)
+
+  def __init__(self):
+    self.scale = 2.0
+
+
+class Mode(enum.Enum):
+  ON = 1
+  OFF = 2
+
+
+config: Any = Config()
+plain: Any = Plain()
+slotted: Any = Slotted()
+table: Any = {"scale": 2.0, "more": [1.0, {"x": 2.0}]}
+mode: Any = Mode.ON
+array: Any = jnp.ones(3)
+small: Any = np.ones(3)
+large: Any = np.ones(100_000)
+namespace: Any = types.SimpleNamespace(scale=2.0)
+stream: Any = np.random.default_rng(0)
+counter: Any = iter([])
+
+
+def helper(x):
+  return x * scale
+
+
+partly: Any = functools.partial(lambda factors, x: x * factors[0], [2.0])
+
+
+def decorated(f):
+  factors = [1.0]
+
+  @functools.wraps(f)
+  def call(*args):
+    return f(*args) * factors[0]
+
+  call.factors = factors
+  return call
+
+
+def plus(model, x):
+  return model(x)
+
+
+def by_global(model, x):
+  return model(x) * scale
+
+
+def by_helper(model, x):
+  return helper(model(x))
+
+
+def by_lambda(model, x):
+  return jax.tree.map(lambda y: y * scale, model(x))
+
+
+def by_module(model, x):
+  return model(x) * other.scale
+
+
+def by_import(model, x):
+  import other_at_runtime  # pyright: ignore[reportMissingImports]
+
+  return model(x) * other_at_runtime.scale
+
+
+def by_config(model, x):
+  return model(x) * config.scale
+
+
+def by_method_of_config(model, x):
+  return config.scaled(model(x))
+
+
+def by_plain(model, x):
+  return plain.times(model(x))
+
+
+def by_slots(model, x):
+  return model(x) * slotted.scale
+
+
+def by_table(model, x):
+  return model(x) * table["scale"] * table["more"][1]["x"]
+
+
+def by_mode(model, x):
+  return model(x) if mode is Mode.ON else -model(x)
+
+
+def by_array(model, x):
+  return model(x) * array
+
+
+def by_numpy(model, x):
+  return model(x) * small
+
+
+def by_large(model, x):
+  return model(x) * large[:3]
+
+
+def by_namespace(model, x):
+  return model(x) * namespace.scale
+
+
+def by_partial(model, x):
+  return partly(model(x))
+
+
+def by_default(model, x, scale=2.0):
+  return model(x) * scale
+
+
+def by_list_default(model, x, scales=[2.0]):  # noqa: B006
+  return model(x) * scales[0]
+
+
+@decorated
+def by_closure(model, x):
+  return model(x)
+
+
+def by_property(model, x):
+  return model.doubled_by(x)
+
+
+def by_global_model(x):
+  return one(x)
+
+
+one: Any = None
+
+
+def _set(owner: str, name: str, value: Any):
+  def change(monkeypatch):
+    monkeypatch.setattr(globals()[owner], name, value)
+
+  return change
+
+
+def _global(name: str, value: Any):
+  return lambda monkeypatch: monkeypatch.setitem(globals(), name, value)
+
+
+def _item(get, key: Any, value: Any):
+  def change(monkeypatch):
+    holder, old = get(), get()[key]
+    holder[key] = value
+    monkeypatch.undo_item = lambda: holder.__setitem__(key, old)
+
+  return change
+
+
+CHANGES = {
+  "a global": (by_global, _global("scale", 5.0)),
+  "its type": (by_global, _global("scale", 2)),
+  "a global of a helper": (by_helper, _global("scale", 5.0)),
+  "a helper": (by_helper, _global("helper", lambda x: -x)),
+  "a global in a lambda": (by_lambda, _global("scale", 5.0)),
+  "an attribute of a module": (by_module, _set("other", "scale", 5.0)),
+  "a field of a config": (by_config, _set("config", "scale", 5.0)),
+  "what a method of a config reads": (by_method_of_config, _set("config", "scale", 5.0)),
+  "what a method reads": (by_plain, _set("plain", "own", 5.0)),
+  "an attribute of a class": (by_plain, _set("Plain", "scale", 5.0)),
+  "one that hides it": (by_plain, lambda m: m.setattr(plain, "scale", 5.0)),
+  "a method": (by_plain, _set("Plain", "times", lambda self, x: -x)),
+  "a slot": (by_slots, _set("slotted", "scale", 5.0)),
+  "an item": (by_table, _item(lambda: table, "scale", 5.0)),
+  "an item below": (by_table, _item(lambda: table["more"][1], "x", 5.0)),
+  "an enum": (by_mode, _global("mode", Mode.OFF)),
+  "an array": (by_array, _global("array", 5 * jnp.ones(3))),
+  "an array of NumPy, in place": (by_numpy, _item(lambda: small, 1, 5.0)),
+  "a large one": (by_large, _item(lambda: large, 1, 5.0)),
+  "a namespace": (by_namespace, _set("namespace", "scale", 5.0)),
+  "a list in a partial": (by_partial, _item(lambda: partly.args[0], 0, 5.0)),
+  "a default": (by_default, _set("by_default", "__defaults__", (5.0,))),
+  "a list as a default": (by_list_default, _item(lambda: by_list_default.__defaults__[0], 0, 5.0)),
+  "a closure of a decorator": (by_closure, _item(lambda: by_closure.factors, 0, 5.0)),
+  "an attribute of the model's class": (plus, _set("Net", "factor", 5.0)),
+  "a method of the model's class": (plus, _set("Net", "__call__", lambda self, x: -x)),
+  "what a property reads": (by_property, _set("Net", "factor", 5.0)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_around_a_function_is_seen_by_a_new_jit(name, monkeypatch):
+  f, change = CHANGES[name]
+  model = Wider() if "class" in name else Net()
+  for _ in range(3):
+    nnx.jit(f)(model, X)
+  before = np.asarray(f(model, X))
+  change(monkeypatch)
+  after = np.asarray(f(model, X))
+  assert name == "its type" or not np.array_equal(before, after)
+  found = nnx.jit(f)(model, X)
+  np.testing.assert_array_equal(np.asarray(found), after)
+  assert found.dtype == jnp.asarray(f(model, X)).dtype
+  getattr(monkeypatch, "undo_item", monkeypatch.undo)()
+  np.testing.assert_array_equal(np.asarray(nnx.jit(f)(model, X)), before)
+
+
+def test_a_module_that_is_imported_in_the_function_is_looked_at(monkeypatch):
+  module = types.ModuleType("other_at_runtime")
+  module.scale = 2.0  # pyright: ignore[reportAttributeAccessIssue]
+  monkeypatch.setitem(__import__("sys").modules, "other_at_runtime", module)
+  model = Net()
+  assert nnx.jit(by_import)(model, X).tolist() == [0, 2, 4]
+  assert nnx.jit(by_import) is nnx.jit(by_import)
+  module.scale = 5.0  # pyright: ignore[reportAttributeAccessIssue]
+  assert nnx.jit(by_import)(model, X).tolist() == [0, 5, 10]
+
+
+SHARED = [by_global, by_helper, by_module, by_config, by_plain, by_table, by_array, by_numpy, plus]
+
+
+@pytest.mark.parametrize("f", SHARED, ids=lambda f: f.__name__)
+def test_what_was_compiled_for_a_function_is_found_again(f):
+  model = Net()
+  made = nnx.jit(f)
+  made(model, X)
+  assert nnx.jit(f) is made
+  assert nnx.jit(f, donate_argnums=1) is not made
+  assert nnx.jit(f, static_argnums=()) is made
+
+
+def test_what_a_transform_makes_of_a_function_is_found_again():
+  model = Net()
+  made = {
+    "grad": lambda: nnx.jit(nnx.grad(total)),
+    "value_and_grad": lambda: nnx.jit(nnx.value_and_grad(total, wrt=nnx.Param)),
+    "vmap": lambda: nnx.jit(nnx.vmap(nnx.grad(total), in_axes=(None, 0))),
+  }
+  for name, make in made.items():
+    f = make()
+    f(model, X if name != "vmap" else jnp.ones((2, 3)))
+    assert make() is f, name
+  assert len({id(make()) for make in made.values()}) == 3
+  assert nnx.jit(nnx.grad(total, argnums=1)) is not nnx.jit(nnx.grad(total))
+
+
+def total(model, x):
+  return model(x).sum()
+
+
+def test_a_function_with_the_marks_of_another_one_is_not_taken_for_it():
+  gradient = nnx.grad(total)
+
+  @functools.wraps(gradient)
+  def negative(*args):
+    return jax.tree.map(jnp.negative, gradient(*args))
+
+  model = Net()
+  assert nnx.jit(gradient)(model, X)["w"].tolist() == [0, 1, 2]
+  assert nnx.jit(negative)(model, X)["w"].tolist() == [0, -1, -2]
+
+
+def random_numbers(model, x):
+  return model(x) * stream.normal()
+
+
+def numbers_in_turn(model, x):
+  return model(x) * next(counter)
+
+
+@pytest.mark.parametrize("f", [by_large, by_slots, random_numbers])
+def test_what_cannot_be_compared_is_compiled_again(f):
+  made = nnx.jit(f)
+  made(Net(), X)
+  assert nnx.jit(f) is not made
+
+
+def test_an_iterator_is_asked_by_each_new_trace(monkeypatch):
+  monkeypatch.setitem(globals(), "counter", iter([1.0, 2.0, 3.0]))
+  model = Net()
+  assert [float(nnx.jit(numbers_in_turn)(model, X)[1]) for _ in range(3)] == [1, 2, 3]
+
+
+def test_functions_that_cannot_be_imported_have_their_own():
+  local = lambda model, x: model(x)
+  assert nnx.jit(local) is not nnx.jit(local)
+  assert not shared.is_importable(local)
+  assert shared.is_importable(Net.twice)
+  assert not shared.is_importable(Net().twice)
+
+
+def test_one_that_was_defined_anew_is_another(monkeypatch):
+  model = Net()
+  old = nnx.jit(helper_step)
+  assert old(model, X).tolist() == [0, 1, 2]
+  source = "def helper_step(model, x):\n  return -model(x)"
+  space = dict(globals())
+  exec(source, space)
+  monkeypatch.setitem(globals(), "helper_step", space["helper_step"])
+  assert nnx.jit(helper_step)(model, X).tolist() == [0, -1, -2]
+  assert old(model, X).tolist() == [0, 1, 2]
+
+
+def helper_step(model, x):
+  return model(x)
+
+
+def test_traces_at_two_times_are_not_mixed(monkeypatch):
+  small, large = Net(), nnx.Sequential(Net(), Net())
+  made = nnx.jit(by_global)
+  made(small, X)
+  with monkeypatch.context() as m:
+    m.setitem(globals(), "scale", 5.0)
+    made(large, X)  # the same wrapper has a trace with another number now, as in JAX
+  assert nnx.jit(by_global) is not made
+  assert nnx.jit(by_global)(large, X).tolist() == [0, 2, 4]
+
+
+def test_a_global_model_that_is_bound_anew_is_seen(monkeypatch):
+  for value in (1.0, 2.0, 3.0):
+    model = Net()
+    model.w[...] *= value
+    monkeypatch.setitem(globals(), "one", model)
+    assert nnx.jit(by_global_model)(X).tolist() == [0, value, 2 * value]
+    assert int(model.calls) == 1
+
+
+def test_it_keeps_no_model_and_no_array_alive(monkeypatch):
+  model = Net()
+  monkeypatch.setitem(globals(), "one", Net())
+  monkeypatch.setitem(globals(), "array", jnp.ones(3) * 7)
+  monkeypatch.setitem(globals(), "config", Config(inner=Plain()))
+  nnx.jit(plus)(model, X)
+  nnx.jit(by_global_model)(X)
+  nnx.jit(by_config)(model, X)
+  ends = [weakref.ref(model), weakref.ref(one), weakref.ref(config.inner)]
+  gc.collect()
+  gc.disable()
+  try:
+    monkeypatch.undo()
+    del model
+    assert [ref() for ref in ends] == [None] * 3
+  finally:
+    gc.enable()
+
+
+def test_only_so_many_are_remembered():
+  known = shared.Known()
+  make = lambda around: object()
+  for i in range(3 * shared._MOST):
+    known.shared(plus, i, make)
+  assert len(known._calls) == shared._MOST
+
+
+def test_static_arguments_that_have_changed_are_seen():
+  model, options = Net(), Plain()
+  assert nnx.jit(with_options, static_argnums=1)(model, options, X).tolist() == [0, 4, 8]
+  options.own = 5.0
+  assert nnx.jit(with_options, static_argnums=1)(model, options, X).tolist() == [0, 10, 20]
+
+
+def with_options(model, options, x):
+  return options.times(model(x))
+
+
+# Modules and their methods
+
+
+def test_modules_of_one_class_share_what_was_compiled():
+  a, b = Net(), Net()
+  b.w[...] *= 3
+  for _ in range(2):
+    assert nnx.jit(a)(X).tolist() == [0, 1, 2]
+    assert nnx.jit(b)(X).tolist() == [0, 3, 6]
+    assert nnx.jit(b.twice)(X).tolist() == [0, 6, 12]
+  assert (int(a.calls), int(b.calls)) == (2, 6)
+  compiled = nnx.jit(Net.__call__)._fast._compiled
+  assert len(compiled) == 1
+
+
+def test_options_of_a_method_count_its_own_arguments():
+  model = Net()
+  assert nnx.jit(model, static_argnums=1)(X, 2).tolist() == [0, 2, 4]
+  assert nnx.jit(model, static_argnames="times")(X, times=3).tolist() == [0, 3, 6]
+  assert nnx.jit(model, static_argnums=-1)(X, 4).tolist() == [0, 4, 8]
+  given = jnp.arange(3.0)
+  nnx.jit(model, donate_argnums=0)(given)
+  assert given.is_deleted()
+  given = jnp.arange(3.0)
+  nnx.jit(model, donate_argnames="x")(x=given)
+  assert given.is_deleted()
+
+
+def test_a_method_is_compiled_ahead_of_time_without_its_module():
+  model = Net()
+  jitted = nnx.jit(model.twice)
+  compiled = jitted.lower(X).compile()
+  assert compiled(X).tolist() == [0, 2, 4]
+  assert "twice" in jitted.lower(X).as_text()
+  assert jitted.trace(X).jaxpr is not None
+  jitted.clear_cache()
+  assert jitted(X).tolist() == [0, 2, 4]
+  assert int(model.calls) == 4
+  assert jitted.__wrapped__ == model.twice
+  assert jitted.__name__ == "twice"
+
+
+def test_a_method_in_another_jit_is_found():
+  model = Net()
+  inner = nnx.jit(model)
+  outer = nnx.jit(lambda x: inner(x) * 2)
+  for _ in range(3):
+    assert outer(X).tolist() == [0, 2, 4]
+  model.w[...] *= 2
+  assert outer(X).tolist() == [0, 4, 8]
+  assert int(model.calls) == 4
+
+
+def test_a_method_sets_attributes_of_its_module():
+  class Growing(nnx.Module):
+    def __init__(self):
+      self.grown = False
+
+    def grow(self, x):
+      self.w = nnx.Param(x)
+      self.grown = True
+      return x
+
+  model = Growing()
+  nnx.jit(model.grow)(X)
+  assert model.grown
+  assert model.w.tolist() == X.tolist()

@@ -13,7 +13,7 @@ import optax
 
 from benchmarks.dispatch import threaded
 from benchmarks.measure import BASE, Steps
-from benchmarks.patterns import ONE, base, both, by_hand, increment, model_of, zeros
+from benchmarks.patterns import ONE, base, both, by_hand, increment, loss_of, model_of, zeros
 from refax import nnx
 
 
@@ -136,6 +136,35 @@ def number_written(n: int) -> Steps:
   return both(make, lambda: (jnp.asarray(0.5), step())[1])
 
 
+def add(arrays, x):
+  return [a + x for a in arrays], x
+
+
+def written_anew(n: int) -> Steps:
+  """`jit(f)(...)` is written in the loop, with the same function each time."""
+
+  def make(lib):
+    model = model_of(lib, n)
+    return lambda: lib.jit(increment)(model, ONE)
+
+  return both(make, threaded(lambda *args: jax.jit(add, donate_argnums=0)(*args), zeros(n), ONE))
+
+
+def gradient_anew(n: int) -> Steps:
+  """`jit(value_and_grad(f))(...)` is written in the loop; JAX compiles it each time."""
+
+  def make(lib):
+    model = model_of(lib, n)
+    return lambda: lib.jit(lib.value_and_grad(loss_of))(model, ONE)[0]
+
+  arrays = zeros(n)
+  return both(make, lambda: jax.jit(jax.value_and_grad(total))(arrays, ONE)[0])
+
+
+def total(arrays, x):
+  return sum((a * x).sum() for a in arrays)
+
+
 AROUND: dict[str, Callable[[int], Steps]] = {
   "a dict of models by closure": models_in_dict,
   "a bound method": bound_method,
@@ -145,4 +174,6 @@ AROUND: dict[str, Callable[[int], Steps]] = {
   "a number is written": number_written,
   "compiled ahead of time": ahead,
   "jax.debug.callback": callback,
+  "jit(f) in each call": written_anew,
+  "jit(value_and_grad(f)) in each call": gradient_anew,
 }

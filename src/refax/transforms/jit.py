@@ -95,10 +95,12 @@ def _listed(x: Any) -> tuple:
 
 
 def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
-  if shardings == (None, None) and (method := method_of(fun)) is not None:
+  if any(x is not None for x in shardings):
+    return _jitted(fun, shardings, None, options)
+  if (method := method_of(fun)) is not None:
     return bound(_jit(method[0], shardings=shardings, **shifted(options)), method[1], fun)
   make = lambda around: _jitted(fun, shardings, around, options)
-  return make(None) if shardings != (None, None) else _KNOWN.shared(fun, tuple(options.items()), make)
+  return _KNOWN.shared(fun, tuple(options.items()), make)
 
 
 _KNOWN = Known()
@@ -461,8 +463,8 @@ def _resolve(fun: Callable, nums: tuple, names: tuple) -> tuple[frozenset[int], 
   except (TypeError, ValueError):
     parameters = []
   positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-  nums = {n + len(positional) if n < 0 else n for n in nums}
+  counted = {n + len(positional) if n < 0 else n for n in nums}
   by_name = {p.name: i for i, p in enumerate(positional)}
-  all_nums = nums | {by_name[name] for name in names if name in by_name}
-  all_names = set(names) | {p.name for i, p in enumerate(positional) if i in nums}
+  all_nums = counted | {by_name[name] for name in names if name in by_name}
+  all_names = set(names) | {p.name for i, p in enumerate(positional) if i in counted}
   return frozenset(all_nums), frozenset(all_names)

@@ -4,7 +4,6 @@ The Module is the first argument then, so two Modules of one class share what wa
 """
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +16,11 @@ def method_of(fun: Any) -> tuple[Callable, Node] | None:
   if isinstance(fun, types.MethodType):
     function, owner = fun.__func__, fun.__self__
   else:
-    function, owner = inspect.getattr_static(type(fun), "__call__", None), fun
-  is_method = isinstance(owner, Node) and isinstance(function, types.FunctionType)
-  return (function, owner) if is_method else None
+    found = (vars(cls).get("__call__") for cls in type(fun).__mro__)
+    function, owner = next((x for x in found if x is not None), None), fun
+  if isinstance(owner, Node) and isinstance(function, types.FunctionType):
+    return function, owner
+  return None
 
 
 def shifted(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """nnx.jit of one function, written again: what was compiled is shared, if it would be the same."""
 
 import dataclasses
+import dis
 import enum
 import functools
 import gc
+import os
+import threading
+import time
 import types
 import weakref
 from typing import Any
@@ -14,7 +18,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
-from refax.transforms import shared
+from refax.transforms import around, places, shared
 
 X = jnp.arange(3.0)
 
@@ -349,9 +353,70 @@ def test_an_iterator_is_asked_by_each_new_trace(monkeypatch):
   assert [float(nnx.jit(numbers_in_turn)(model, X)[1]) for _ in range(3)] == [1, 2, 3]
 
 
-def test_functions_that_cannot_be_imported_have_their_own():
+def _made_here(k=None):
+  def with_closure(model, x):
+    return model(x) * k
+
+  return {
+    "lambda": lambda model, x: model(x) * scale,
+    "gradient": nnx.grad(lambda model, x: total(model, x)),
+    "with closure": with_closure,
+    "list as default": lambda model, x, more=[]: model(x),
+    "default": lambda model, x, times=(2, 3): model(x) * times[0],
+  }
+
+
+def test_lambdas_of_the_same_code_share_what_was_compiled(monkeypatch):
+  first = {name: nnx.jit(f) for name, f in _made_here(1).items()}
+  model = Net()
+  for f in first.values():
+    f(model, X)
+  second = {name: nnx.jit(f) for name, f in _made_here(2).items()}
+  same = {name: second[name] is first[name] for name in first}
+  assert same == {
+    "lambda": True, "gradient": True, "with closure": False, "list as default": False,
+    "default": True,
+  }  # fmt: skip
+  assert second["with closure"](model, X).tolist() == [0, 2, 4]
+  monkeypatch.setitem(globals(), "scale", 5.0)
+  assert nnx.jit(_made_here()["lambda"])(model, X).tolist() == [0, 5, 10]
+
+
+def test_lambdas_with_other_defaults_are_others():
+  model = Net()
+  fs = [(lambda model, x, k=k: model(x) * k) for k in (1, 1.0, 2, True)]
+  found = [nnx.jit(f)(model, X) for f in fs]
+  assert [x.tolist() for x in found] == [[0, 1, 2], [0, 1, 2], [0, 2, 4], [0, 1, 2]]
+  assert len({id(nnx.jit(f)) for f in fs}) == 4
+
+
+def test_functions_that_ask_the_world_are_traced_anew(monkeypatch):
+  model = Net()
+  for f in (by_environment, by_clock, by_numpy_random, by_file):
+    made = nnx.jit(f)
+    made(model, X)
+    assert nnx.jit(f) is not made, f
+
+
+def by_environment(model, x):
+  return model(x) * float(os.environ.get("SCALE", "2"))
+
+
+def by_clock(model, x):
+  return model(x) * time.time()
+
+
+def by_numpy_random(model, x):
+  return model(x) * np.random.normal()
+
+
+def by_file(model, x):
+  with open(__file__) as file:
+    return model(x) * len(file.readline())
+
+
+def test_which_functions_can_be_imported():
   local = lambda model, x: model(x)
-  assert nnx.jit(local) is not nnx.jit(local)
   assert not shared.is_importable(local)
   assert shared.is_importable(Net.twice)
   assert not shared.is_importable(Net().twice)
@@ -410,6 +475,142 @@ def test_it_keeps_no_model_and_no_array_alive(monkeypatch):
     assert [ref() for ref in ends] == [None] * 3
   finally:
     gc.enable()
+
+
+def test_defaults_and_filters_keep_no_model_alive():
+  def run(model):
+    nnx.jit(lambda x, m=model: m(x))(X)
+    nnx.jit(nnx.grad(total, wrt=lambda path, v: v is model.w))(model, X)
+    return weakref.ref(model)
+
+  end = run(Net())
+  gc.collect()
+  assert end() is None
+
+
+def test_what_holds_an_array_that_was_replaced_is_forgotten():
+  old = array
+  globals()["array"] = jnp.ones(1000)
+  end = weakref.ref(array)
+  nnx.jit(lambda x: x.sum() * array.sum())(X)
+  globals()["array"] = old
+  nnx.jit(lambda x: x + 1)(X)
+  gc.collect()
+  assert end() is None
+
+
+def test_globals_and_imports_are_read_from_code_as_dis_does():
+  import argparse
+  import typing
+
+  def wanted(code):
+    globals_, imports = set(), set()
+    for part in places.codes_in(code):
+      for x in dis.get_instructions(part):
+        if x.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+          globals_.add(x.argval)
+        if x.opname == "IMPORT_NAME":
+          imports.add(x.argval)
+    return globals_, imports
+
+  many = compile("\n".join(f"a{i} = b{i}; import c{i}" for i in range(700)), "many", "exec")
+  space: dict[str, Any] = {}
+  exec("def f():\n" + "\n".join(f"  b{i}; import c{i}" for i in range(700)), space)
+  codes = [many, space["f"].__code__, by_import.__code__]
+  for module in (argparse, typing, shared, jax.tree_util):
+    codes += [x.__code__ for x in vars(module).values() if isinstance(x, types.FunctionType)]
+  assert len(codes) > 80
+  for code in codes:
+    assert around._loaded(code) == wanted(code), code
+
+
+class Rude:
+  """Its equality raises."""
+
+  def __hash__(self):
+    return 1
+
+  def __eq__(self, other):
+    raise RuntimeError("no")
+
+
+class Link:
+  def __init__(self, next_):
+    self.next = next_
+
+
+rude: Any = Rude()
+chain: Any = functools.reduce(lambda link, _: Link(link), range(3000), None)
+own: Any = [1.0]
+own.append(own)
+
+
+@pytest.mark.parametrize("name", ["rude", "chain", "own"])
+def test_to_look_around_breaks_no_program(name, monkeypatch):
+  monkeypatch.setitem(globals(), "odd", globals()[name])
+  model = Net()
+  for _ in range(3):
+    assert nnx.jit(by_odd)(model, X).tolist() == [0, 1, 2]
+  monkeypatch.setitem(globals(), "odd", Rude())
+  assert nnx.jit(by_odd)(model, X).tolist() == [0, 1, 2]
+
+
+def by_odd(model, x):
+  return model(x) if odd is not None else x
+
+
+odd: Any = None
+
+
+def test_random_keys_and_names_of_modules_do_no_harm():
+  def names(model, x, key):
+    return model(x) + jax.random.normal(key, x.shape) + x.eval if hasattr(x, "eval") else model(x)
+
+  model = Net()
+  made = nnx.jit(names)
+  made(model, X, jax.random.key(0))
+  again = types.FunctionType(names.__code__, names.__globals__)
+  assert nnx.jit(again) is made
+
+
+def test_a_step_that_is_defined_in_a_function_is_compiled_once():
+  def evaluate(model):
+    @nnx.jit
+    def step(model, x):
+      return total(model, x) * scale
+
+    return step, float(step(model, X))
+
+  (a, first), (b, second) = evaluate(Net()), evaluate(Net())
+  assert a is b
+  assert first == second == 6.0
+
+
+def test_a_trace_that_failed_is_made_again(monkeypatch):
+  model = Net()
+  monkeypatch.setitem(globals(), "helper", lambda x: 1 / 0)
+  for _ in range(2):
+    with pytest.raises(ZeroDivisionError):
+      nnx.jit(by_helper)(model, X)
+  monkeypatch.undo()
+  assert nnx.jit(by_helper)(model, X).tolist() == [0, 2, 4]
+  assert int(model.calls) == 1
+
+
+def test_threads_may_share(monkeypatch):
+  models = [Net() for _ in range(8)]
+
+  def run(model):
+    for _ in range(50):
+      nnx.jit(by_global)(model, X)
+      nnx.jit(lambda model, x: model(x))(model, X)
+
+  threads = [threading.Thread(target=run, args=(model,)) for model in models]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert [int(model.calls) for model in models] == [100] * 8
 
 
 def test_only_so_many_are_remembered():

@@ -23,6 +23,7 @@ from refax.core.variable import Variable
 from refax.core.watch import Watch, any_array
 from refax.errors import ArgumentError
 from refax.transforms.ahead import AheadCompiled, Lowered, checked, description
+from refax.transforms.around import Around
 from refax.transforms.bind import Given, bind
 from refax.transforms.commit import Outputs
 from refax.transforms.compiled import Compiled, Retraced
@@ -31,7 +32,7 @@ from refax.transforms.layout import constrained, laid_out
 from refax.transforms.lift import Frame, Inputs
 from refax.transforms.method import bound, method_of, shifted
 from refax.transforms.reach import Reach
-from refax.transforms.shared import Around, Known
+from refax.transforms.shared import Known
 from refax.transforms.tree import signature
 from refax.transforms.versions import Versions
 from refax.typing import Path, path_str

@@ -9,7 +9,7 @@ import functools
 import operator
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -171,3 +171,28 @@ def contents(cell: types.CellType) -> Any:
     return cell.cell_contents
   except ValueError:  # not assigned yet
     return None
+
+
+def function_of(attribute: Any) -> types.FunctionType | None:
+  """The function behind a method or a property of a class; None for another attribute."""
+  if isinstance(attribute, classmethod | staticmethod):
+    attribute = attribute.__func__
+  elif isinstance(attribute, property):
+    attribute = attribute.fget
+  elif isinstance(attribute, functools.cached_property):
+    attribute = attribute.func
+  return attribute if isinstance(attribute, types.FunctionType) else None
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+  """The code of a function, and of functions inside it."""
+  yield code
+  for const in code.co_consts:
+    if isinstance(const, types.CodeType):
+      yield from codes_in(const)
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+  """The global names and attributes that a function, and functions inside it, may look up."""
+  for part in codes_in(code):
+    yield from part.co_names

@@ -20,7 +20,16 @@ from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable
 from refax.core.watch import Row, Watch, weakly
-from refax.transforms.places import Contents, Part, Slot, contents, is_plain, opened
+from refax.transforms.places import (
+  Contents,
+  Part,
+  Slot,
+  contents,
+  function_of,
+  is_plain,
+  names_in,
+  opened,
+)
 
 _MOST = 64  # ways in which containers have held the same objects
 _LONG = 4096  # items of a list of data: the rest of them is not looked through
@@ -278,7 +287,7 @@ class _Search:
       if seen and (f.__module__ or "").startswith(_LIBRARIES):
         continue
       seen.add(f)
-      names = set(_names(f.__code__))
+      names = set(names_in(f.__code__))
       found |= names
       open_ += [f.__globals__.get(name) for name in names]
       open_ += map(contents, f.__closure__ or ())
@@ -299,7 +308,7 @@ class _Search:
     found = {*_BY_SYNTAX, *names}
     open_ = list(found & defined)
     while open_:
-      method = _function_of(inspect.getattr_static(cls, open_.pop(), None))
+      method = function_of(inspect.getattr_static(cls, open_.pop(), None))
       new = self._mentioned(method) - found
       found |= new
       open_ += new & defined
@@ -327,7 +336,7 @@ class _Search:
       if (value := contents(cell)) is not None:
         leads |= self._slot(f, lambda f, i=i: contents(f.__closure__[i]), value, depth)
     leads |= self._all((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()), depth)
-    for name in _names(f.__code__):
+    for name in names_in(f.__code__):
       if name in f.__globals__:
         value = f.__globals__[name]
         if not isinstance(value, types.FunctionType) or value.__module__ == f.__module__:
@@ -407,22 +416,3 @@ _BY_SYNTAX = ("__call__", "__getitem__", "__iter__", "__getattr__")
 """Methods that are called without being named."""
 
 _LIBRARIES = ("builtins", "jax", "numpy", "refax", "optax")
-
-
-def _function_of(attribute: Any) -> types.FunctionType | None:
-  """The function behind a method or a property of a class; None for another attribute."""
-  if isinstance(attribute, classmethod | staticmethod):
-    attribute = attribute.__func__
-  elif isinstance(attribute, property):
-    attribute = attribute.fget
-  elif isinstance(attribute, functools.cached_property):
-    attribute = attribute.func
-  return attribute if isinstance(attribute, types.FunctionType) else None
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-  """The global names that a function, and functions inside it, may look up."""
-  yield from code.co_names
-  for const in code.co_consts:
-    if isinstance(const, types.CodeType):
-      yield from _names(const)

@@ -1,0 +1,317 @@
+"""What code finds around itself, and whether it is as it was: another trace would be the same."""
+
+import dis
+import functools
+import os
+import pathlib
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from refax.core.by_value import ByValue, NotByValue, Unchanged
+from refax.core.definition import kind
+from refax.core.node import Node
+from refax.core.variable import Variable
+from refax.core.watch import weakly
+from refax.transforms.places import codes_in, contents, function_of, names_in
+
+_WIDEST = 4096  # values around one function
+_LONGEST = 256  # items of one container
+
+_PLACES = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = (
+  *(os.path.join(sysconfig.get_path(name), "") for name in _PLACES),
+  os.path.join(pathlib.Path(__file__).parents[1], ""),
+  "<frozen ",
+)
+"""Where files are that do not change while a program runs: Python, packages, and Refax itself."""
+
+
+class Around:
+  """What code finds around itself: the values under the names that it mentions.
+
+  Functions of the user's are followed, and classes, modules and plain objects, as far as names in
+  them are mentioned. What is installed does not change. Nothing is kept alive.
+  """
+
+  def __init__(self):
+    self.is_known = True
+    """Whether all of it can be compared with what it will be."""
+    self._seen: set[Any] = set()
+    self._spaces: list[_Space] = []
+    self._open: list[tuple[Any, frozenset[str]]] = []
+    """Values that are still to be followed, and the names that code which finds them mentions."""
+
+  def add(self, things: Iterable[Any]) -> None:
+    """Look around functions and classes, too, for a trace that is made now."""
+    if not self.holds():
+      self.is_known = False  # there are traces of two kinds
+    try:
+      self._open += [(x, frozenset()) for x in things]
+      while self._open and self.is_known:
+        self._follow(*self._open.pop())
+    except Exception:  # of a user's `__eq__` or `__hash__`: to look must not break a program
+      self.is_known = False
+
+  def holds(self) -> bool:
+    """Whether all of it is as it was."""
+    try:
+      return self.is_known and all(space.holds() for space in self._spaces)
+    except Exception:
+      return False
+
+  def _is_new(self, *key: Any) -> bool:
+    if key in self._seen or not self.is_known:
+      return False
+    self._seen.add(key)
+    self.is_known &= len(self._seen) < _WIDEST
+    return True
+
+  def _follow(self, x: Any, names: frozenset[str]) -> None:
+    """Look around a value that code mentioning these names has found."""
+    if isinstance(x, types.FunctionType):
+      self._function(x)
+    elif isinstance(x, type):
+      self._class(x)
+    elif isinstance(x, types.ModuleType):
+      self.is_known &= not _is_moving(x, names)
+      read = functools.partial(_data, names) if _is_installed(x) else vars
+      self._space(x, read, names)
+    elif isinstance(x, types.MethodType | functools.partial):
+      self._space(x, _parts, None)
+    elif isinstance(x, list | tuple | set | frozenset | dict):  # a small one: see `_sameness`
+      parts = (*x, *x.values()) if isinstance(x, dict) else x
+      self._open += [(part, names) for part in parts]
+    elif (wrapped := _wrapped(x)) is not None:
+      self._open.append((wrapped, names))
+    elif not isinstance(x, _LEFT_ALONE):
+      self._object(x, names)
+
+  def _function(self, f: types.FunctionType) -> None:
+    if (wrapped := _wrapped(f)) is not None:
+      self._open.append((wrapped, frozenset()))
+    if f.__code__.co_filename.startswith(_INSTALLED):
+      return
+    names = frozenset(names_in(f.__code__))
+    asked, imported = _loaded(f.__code__)
+    self.is_known &= _MOVING_CALLS.isdisjoint(asked - f.__globals__.keys())
+    self._space(f, lambda f: f.__globals__, asked, names)
+    self._space(f, _own_values, None, names)
+    package = f.__globals__.get("__package__") or ""
+    modules = (*imported, *(f"{package}.{name}" for name in imported))
+    self._open += [(sys.modules[name], names) for name in modules if name in sys.modules]
+
+  def _class(self, cls: type) -> None:
+    if not _is_installed(cls):
+      self._space(cls, _attributes, None)
+      self._open += [(base, frozenset()) for base in cls.__bases__]
+
+  def _object(self, x: Any, names: frozenset[str]) -> None:
+    """A plain object: an attribute of it may change, and it stays the same."""
+    cls = type(x)
+    if not _is_installed(cls):
+      self._class(cls)
+      self.is_known &= _has_only_dict(x)
+      self._space(x, vars, None)
+    elif not _has_equality(x) and not isinstance(x, _STATELESS):
+      is_plain = hasattr(x, "__dict__") and not any(hasattr(cls, name) for name in _COMPUTED)
+      self.is_known &= is_plain
+      self._space(x, vars, names)
+
+  def _space(
+    self,
+    owner: Any,
+    read: Callable[[Any], Mapping[str, Any]],
+    names: frozenset[str] | None,
+    inner: frozenset[str] | None = None,
+  ) -> None:
+    """Note what is under some names, or all; `inner` are names that may be looked up in that."""
+    if not self._is_new(id(owner), names):
+      return
+    space = read(owner)
+    there = {name: space[name] for name in (space if names is None else names & space.keys())}
+    same = list(map(_sameness, there.values()))
+    self.is_known &= None not in same
+    self._spaces.append(_Space(weakly(owner), read, names, tuple(there), same))
+    inner = inner or names or frozenset(there)
+    self._open += [(function_of(value) or value, inner) for value in there.values()]
+
+
+class _Space:
+  """Values under names: of a module, a class, an object, a function."""
+
+  __slots__ = ("_names", "_owner", "_read", "_same", "_there")
+
+  def __init__(
+    self, owner: Any, read: Callable, names: frozenset[str] | None, there: tuple, same: list
+  ):
+    self._owner, self._read, self._names, self._there = owner, read, names, there
+    self._same: list[Callable[[Any], bool]] = same
+
+  def holds(self) -> bool:
+    """Whether they are as they were."""
+    owner = self._owner()
+    if owner is None:
+      return False
+    space = self._read(owner)
+    count = len(space) if self._names is None else len(self._names & space.keys())
+    return count == len(self._there) and all(
+      name in space and is_same(space[name])
+      for name, is_same in zip(self._there, self._same, strict=True)
+    )
+
+
+def _sameness(value: Any) -> Callable[[Any], bool] | None:
+  """Whether another value is the same, so that code that finds it does the same; None: unknown."""
+  if isinstance(value, Node | Variable):
+    return _is_object  # nnx.jit sees which one
+  if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
+    try:
+      return _content_of(value) if _is_small(value) else None
+    except NotByValue:
+      return None
+  known = weakly(value)
+  if not isinstance(value, _LEFT_ALONE) and _has_equality(value):
+    return functools.partial(_is_equal, known, kind(value))
+  return lambda x: x is known()
+
+
+def _content_of(value: Any) -> Callable[[Any], bool]:
+  seen = ByValue(value)
+  unchanged = Unchanged(value, seen)
+  return lambda x: unchanged.holds(x) if x is value else seen.holds(x)
+
+
+_LEFT_ALONE = (Node, Variable, jax.Array, np.ndarray, jax.Ref, type(None), type(...))
+"""What nnx.jit sees itself, what is compared by `_sameness`, and what there is one of."""
+
+_STATELESS = (
+  types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc,
+  types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodWrapperType,
+)  # fmt: skip
+
+_COMPUTED = ("__getattr__", "__getitem__", "__next__")
+"""Where a class has one of these, there is more in an object than its attributes."""
+
+
+_MOVING = frozenset(("datetime", "os", "random", "secrets", "time", "uuid", "numpy.random"))
+_MOVING_CALLS = frozenset(("eval", "exec", "globals", "input", "locals", "open", "vars"))
+"""Modules and built-in functions that give something else each time."""
+
+
+def _is_moving(module: types.ModuleType, names: frozenset[str]) -> bool:
+  is_numpy = module is np and "random" in names
+  return is_numpy or module.__name__ in _MOVING
+
+
+def _data(names: frozenset[str], module: types.ModuleType) -> dict[str, Any]:
+  """What is under some names in a module besides functions, classes and modules."""
+  there, fixed = vars(module), (type, types.ModuleType)
+  found = {name: there[name] for name in names if name in there}
+  return {k: x for k, x in found.items() if not callable(x) and not isinstance(x, fixed)}
+
+
+def _wrapped(x: Any) -> Callable | None:
+  """The function that a decorator has wrapped."""
+  wrapped = vars(x).get("__wrapped__") if hasattr(x, "__dict__") else None
+  return wrapped if callable(wrapped) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _loaded(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+  """The names that a function, and functions inside it, look up as globals, and what they import.
+
+  `dis` would tell too, and take 6 us for each instruction.
+  """
+  found: tuple[set[str], set[str]] = set(), set()
+  for part in codes_in(code):
+    more = 0
+    for op, arg in zip(part.co_code[::2], part.co_code[1::2], strict=True):
+      index, more = arg | more, 0
+      if op == _MORE:
+        more = index << 8
+      elif op == _GLOBAL:
+        found[0].add(part.co_names[index >> 1])
+      elif op == _NAME:
+        found[0].add(part.co_names[index])
+      elif op == _IMPORT:
+        found[1].add(part.co_names[index])
+  return frozenset(found[0]), frozenset(found[1])
+
+
+_MORE, _GLOBAL, _NAME, _IMPORT = (
+  dis.opmap[name] for name in ("EXTENDED_ARG", "LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")
+)
+
+
+def _parts(x: Any) -> dict[str, Any]:
+  """What a bound method or a partial holds."""
+  if isinstance(x, types.MethodType):
+    return {"function": x.__func__, "self": x.__self__}
+  return {"function": x.func, "args": x.args, "keywords": x.keywords}
+
+
+def _own_values(f: types.FunctionType) -> dict[str, Any]:
+  """What a function holds: in the cells of its closure, and as defaults."""
+  cells = dict(zip(f.__code__.co_freevars, map(contents, f.__closure__ or ()), strict=True))
+  return cells | {"defaults": f.__defaults__, "kwdefaults": f.__kwdefaults__}
+
+
+def _attributes(cls: type) -> dict[str, Any]:
+  """What a class defines, without what Python keeps there."""
+  return {k: x for k, x in vars(cls).items() if k in _MEANT or not k.startswith(("__", "_abc_"))}
+
+
+_MEANT = frozenset(f"__{name}__" for name in ("call", "getattr", "getitem", "iter", "matmul"))
+"""Some methods that are called without being named."""
+
+
+def _has_only_dict(x: Any) -> bool:
+  """Whether all that is in an object of the user's is in its `__dict__`."""
+  has_slots = any(vars(cls).get("__slots__") for cls in type(x).__mro__)
+  is_more = isinstance(x, list | dict | set | tuple | str | bytes | np.ndarray)
+  return hasattr(x, "__dict__") and not has_slots and not is_more
+
+
+def _is_small(value: Any) -> bool:
+  """Whether a container, or an array of NumPy, is looked through in no time."""
+  open_, count = [value], 0
+  while open_ and count <= _LONGEST:
+    x = open_.pop()
+    if isinstance(x, np.ndarray):
+      count += x.nbytes // 64
+    elif isinstance(x, jax.Array):
+      return False  # it would be kept alive
+    elif isinstance(x, list | tuple | set | frozenset | dict):
+      count += len(x)
+      if count <= _LONGEST:
+        open_ += [*x, *x.values()] if isinstance(x, dict) else x
+  return count <= _LONGEST
+
+
+def _is_object(x: Any) -> bool:
+  return isinstance(x, Node | Variable)
+
+
+def _has_equality(x: Any) -> bool:
+  """Whether a value is what its equality says: numbers, text, dtypes, specs of shardings."""
+  cls = type(x)
+  return cls.__hash__ not in (None, object.__hash__) and cls.__eq__ is not object.__eq__
+
+
+def _is_equal(known: Callable[[], Any], kind_: Any, x: Any) -> bool:
+  value = known()
+  return x is value or (kind(x) == kind_ and bool(x == value))
+
+
+def _is_installed(x: Any) -> bool:
+  """Whether a module or a class is none of the user's: a notebook has no file."""
+  module = sys.modules.get(x.__module__) if isinstance(x, type) else x
+  if (file := getattr(module, "__file__", None)) is not None:
+    return file.startswith(_INSTALLED)
+  return module is not None and module.__name__ in sys.stdlib_module_names

@@ -382,6 +382,28 @@ def test_lambdas_of_the_same_code_share_what_was_compiled(monkeypatch):
   assert nnx.jit(_made_here()["lambda"])(model, X).tolist() == [0, 5, 10]
 
 
+def test_partials_of_the_same_share_what_was_compiled():
+  model, mine = Net(), Plain()
+  for make in (
+    lambda: functools.partial(by_default, scale=3.0),
+    lambda: functools.partial(nnx.grad(scaled_total), scale=2.0),
+  ):
+    made = nnx.jit(make())
+    made(model, x=X)
+    assert nnx.jit(make()) is made
+  assert nnx.jit(functools.partial(by_default, scale=3.0))(model, X).tolist() == [0, 3, 6]
+  assert nnx.jit(functools.partial(by_default, scale=4.0))(model, X).tolist() == [0, 4, 8]
+  one, other = (nnx.jit(functools.partial(by_default, scale=k)) for k in (3.0, 3))
+  assert one is not other
+  for held in (mine, model, X):  # they would be kept alive
+    make = lambda held=held: nnx.jit(functools.partial(plus, x=held))
+    assert make() is not make()
+
+
+def scaled_total(model, x, scale):
+  return total(model, x) * scale
+
+
 def test_lambdas_with_other_defaults_are_others():
   model = Net()
   fs = [(lambda model, x, k=k: model(x) * k) for k in (1, 1.0, 2, True)]

@@ -80,7 +80,7 @@ class Around:
       self._class(x)
     elif isinstance(x, types.ModuleType):
       self.is_known &= not _is_moving(x, names)
-      read = functools.partial(_data, names) if _is_installed(x) else vars
+      read = functools.partial(_data, names) if is_installed(x) else vars
       self._space(x, read, names)
     elif isinstance(x, types.MethodType | functools.partial):
       self._space(x, _parts, None)
@@ -107,18 +107,18 @@ class Around:
     self._open += [(sys.modules[name], names) for name in modules if name in sys.modules]
 
   def _class(self, cls: type) -> None:
-    if not _is_installed(cls):
+    if not is_installed(cls):
       self._space(cls, _attributes, None)
       self._open += [(base, frozenset()) for base in cls.__bases__]
 
   def _object(self, x: Any, names: frozenset[str]) -> None:
     """A plain object: an attribute of it may change, and it stays the same."""
     cls = type(x)
-    if not _is_installed(cls):
+    if not is_installed(cls):
       self._class(cls)
       self.is_known &= _has_only_dict(x)
       self._space(x, vars, None)
-    elif not _has_equality(x) and not isinstance(x, _STATELESS):
+    elif not has_equality(x) and not isinstance(x, _STATELESS):
       is_plain = hasattr(x, "__dict__") and not any(hasattr(cls, name) for name in _COMPUTED)
       self.is_known &= is_plain
       self._space(x, vars, names)
@@ -176,7 +176,7 @@ def _sameness(value: Any) -> Callable[[Any], bool] | None:
     except NotByValue:
       return None
   known = weakly(value)
-  if not isinstance(value, _LEFT_ALONE) and _has_equality(value):
+  if not isinstance(value, _LEFT_ALONE) and has_equality(value):
     return functools.partial(_is_equal, known, kind(value))
   return lambda x: x is known()
 
@@ -298,7 +298,7 @@ def _is_object(x: Any) -> bool:
   return isinstance(x, Node | Variable)
 
 
-def _has_equality(x: Any) -> bool:
+def has_equality(x: Any) -> bool:
   """Whether a value is what its equality says: numbers, text, dtypes, specs of shardings."""
   cls = type(x)
   return cls.__hash__ not in (None, object.__hash__) and cls.__eq__ is not object.__eq__
@@ -309,7 +309,7 @@ def _is_equal(known: Callable[[], Any], kind_: Any, x: Any) -> bool:
   return x is value or (kind(x) == kind_ and bool(x == value))
 
 
-def _is_installed(x: Any) -> bool:
+def is_installed(x: Any) -> bool:
   """Whether a module or a class is none of the user's: a notebook has no file."""
   module = sys.modules.get(x.__module__) if isinstance(x, type) else x
   if (file := getattr(module, "__file__", None)) is not None:

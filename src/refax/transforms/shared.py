@@ -9,6 +9,7 @@ finds what cannot be compared is compiled each time.
 """
 
 import collections
+import functools
 import sys
 import types
 import weakref
@@ -21,7 +22,7 @@ from refax.core.by_value import has_hash
 from refax.core.definition import kind
 from refax.core.node import Node
 from refax.core.variable import Variable
-from refax.transforms.around import Around
+from refax.transforms.around import Around, has_equality, is_installed
 
 _MOST = 32  # functions that are remembered: what was compiled for them takes memory
 
@@ -63,18 +64,26 @@ def lasting(fun: Any) -> tuple[Any, Hashable] | None:
     own = fun.__defaults__, tuple((fun.__kwdefaults__ or {}).items())
     is_all = (fun.__code__, id(fun.__globals__), kind(own), own)
     return (None, is_all) if _is_light(own) else None
-  ref, inner, *how = getattr(fun, "_refax_derived", (None, None))
-  found = lasting(inner) if ref is not None and ref() is fun and _is_light(how) else None
+  if isinstance(fun, functools.partial):
+    inner, how = fun.func, [kind(fun.args), fun.args, tuple(fun.keywords.items())]
+    how.append(kind(tuple(fun.keywords.values())))
+  else:
+    ref, inner, *how = getattr(fun, "_refax_derived", (None, None))
+    inner = inner if ref is not None and ref() is fun else None
+  found = lasting(inner) if inner is not None and _is_light(tuple(how)) else None
   return found and (found[0], (*how, found[1]))
 
 
 def _is_light(x: Any) -> bool:
-  """Whether a value holds no model that would be kept alive."""
-  if isinstance(x, tuple | list | dict):
-    return all(map(_is_light, (*x, *x.values()) if isinstance(x, dict) else x))
+  """Whether a value holds no model and no array, which would be kept alive."""
+  if isinstance(x, tuple):
+    return all(map(_is_light, x))
   if isinstance(x, types.FunctionType):
     return x.__closure__ is None or is_importable(x)
-  return not isinstance(x, Node | Variable | jax.Array | types.MethodType)
+  if isinstance(x, type | types.ModuleType) or x is None or x is ...:
+    return True
+  is_value = is_installed(type(x)) and has_equality(x)
+  return is_value and not isinstance(x, Node | Variable | jax.Array | types.MethodType)
 
 
 class Known:

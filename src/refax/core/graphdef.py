@@ -125,6 +125,18 @@ class GraphDef:
       elif entry[0] == REGION:
         below.append(_below(path, zip(region_paths(entry[1]), entry[2], strict=True)))
 
+  def static_parts(self) -> Iterator[Any]:
+    """The classes, static values and other constants in it: what code may call that uses it."""
+    yield from (cls for cls, _ in self.nodes)
+    open_ = [self.root, *(entry for _, entries in self.nodes for _, entry in entries)]
+    while open_:
+      sort, *rest = open_.pop()
+      if sort == STATIC:
+        yield rest[1].fresh() if rest[0] is ByValue else rest[1]
+      elif sort == REGION:
+        open_ += rest[1]
+        yield from _constants(rest[0])
+
   def apply(self, *states: Any) -> Any:
     """A call of the object that has these States: the result, and its GraphDef and State after it.
 
@@ -162,6 +174,15 @@ on_apply: Callable[..., Any] = lambda graphdef, *states: None
 def _below(path: Path, children: Iterable[tuple[Path, tuple]]) -> Iterator[tuple[Path, tuple]]:
   for steps, child in children:
     yield path + steps, child
+
+
+def _constants(treedef: Any) -> Iterator[Any]:
+  """The types of the containers in a pytree, and what these keep besides children."""
+  open_ = [treedef] if isinstance(treedef, jax.tree_util.PyTreeDef) else []
+  while open_:
+    at = open_.pop()
+    yield from at.node_data() or ()
+    open_ += at.children()
 
 
 def region_paths(treedef: Any) -> list[Path]:

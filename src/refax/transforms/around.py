@@ -36,7 +36,8 @@ class Around:
   """What code finds around itself: the values under the names that it mentions.
 
   Functions of the user's are followed, and classes, modules and plain objects, as far as names in
-  them are mentioned. What is installed does not change. Nothing is kept alive.
+  them are mentioned. Of what is installed, some packages are known to do the same each time; all
+  others, and models and arrays (which would be kept alive), are not known. Nothing is kept alive.
   """
 
   def __init__(self):
@@ -79,9 +80,8 @@ class Around:
     elif isinstance(x, type):
       self._class(x)
     elif isinstance(x, types.ModuleType):
-      self.is_known &= not _is_moving(x, names)
-      read = functools.partial(_data, names) if is_installed(x) else vars
-      self._space(x, read, names)
+      self.is_known &= not is_installed(x) or (_is_fixed(x.__name__) and not _is_random(x, names))
+      self._space(x, vars, names)
     elif isinstance(x, types.MethodType | functools.partial):
       self._space(x, _parts, None)
     elif isinstance(x, list | tuple | set | frozenset | dict):  # a small one: see `_sameness`
@@ -96,6 +96,7 @@ class Around:
     if (wrapped := _wrapped(f)) is not None:
       self._open.append((wrapped, frozenset()))
     if f.__code__.co_filename.startswith(_INSTALLED):
+      self.is_known &= _is_fixed(f.__globals__.get("__name__"))  # `__module__` is what it wraps
       return
     names = frozenset(names_in(f.__code__))
     asked, imported = _loaded(f.__code__)
@@ -107,9 +108,11 @@ class Around:
     self._open += [(sys.modules[name], names) for name in modules if name in sys.modules]
 
   def _class(self, cls: type) -> None:
-    if not is_installed(cls):
-      self._space(cls, _attributes, None)
-      self._open += [(base, frozenset()) for base in cls.__bases__]
+    if is_installed(cls):
+      self.is_known &= _is_fixed(cls.__module__)
+      return
+    self._space(cls, _attributes, None)
+    self._open += [(base, frozenset()) for base in cls.__bases__]
 
   def _object(self, x: Any, names: frozenset[str]) -> None:
     """A plain object: an attribute of it may change, and it stays the same."""
@@ -118,9 +121,12 @@ class Around:
       self._class(cls)
       self.is_known &= _has_only_dict(x)
       self._space(x, vars, None)
+    elif isinstance(x, types.BuiltinFunctionType):
+      owner = x.__self__  # a module, or a list, for its `append`
+      self.is_known &= isinstance(owner, types.ModuleType) and _is_fixed(owner.__name__)
     elif not has_equality(x) and not isinstance(x, _STATELESS):
       is_plain = hasattr(x, "__dict__") and not any(hasattr(cls, name) for name in _COMPUTED)
-      self.is_known &= is_plain
+      self.is_known &= is_plain and _is_fixed(cls.__module__)
       self._space(x, vars, names)
 
   def _space(
@@ -168,15 +174,15 @@ class _Space:
 
 def _sameness(value: Any) -> Callable[[Any], bool] | None:
   """Whether another value is the same, so that code that finds it does the same; None: unknown."""
-  if isinstance(value, Node | Variable):
-    return _is_object  # nnx.jit sees which one
+  if isinstance(value, Node | Variable | jax.Array | jax.Ref):
+    return None  # it would be kept alive
   if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
     try:
       return _content_of(value) if _is_small(value) else None
     except NotByValue:
       return None
   known = weakly(value)
-  if not isinstance(value, _LEFT_ALONE) and has_equality(value):
+  if has_equality(value):
     return functools.partial(_is_equal, known, kind(value))
   return lambda x: x is known()
 
@@ -187,11 +193,11 @@ def _content_of(value: Any) -> Callable[[Any], bool]:
   return lambda x: unchanged.holds(x) if x is value else seen.holds(x)
 
 
-_LEFT_ALONE = (Node, Variable, jax.Array, np.ndarray, jax.Ref, type(None), type(...))
-"""What nnx.jit sees itself, what is compared by `_sameness`, and what there is one of."""
+_LEFT_ALONE = (np.ndarray, types.NoneType, types.EllipsisType)
+"""What is compared by `_sameness`, and what there is one of."""
 
 _STATELESS = (
-  types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc,
+  types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc, property,
   types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodWrapperType,
 )  # fmt: skip
 
@@ -199,21 +205,31 @@ _COMPUTED = ("__getattr__", "__getitem__", "__next__")
 """Where a class has one of these, there is more in an object than its attributes."""
 
 
-_MOVING = frozenset(("datetime", "os", "random", "secrets", "time", "uuid", "numpy.random"))
-_MOVING_CALLS = frozenset(("eval", "exec", "globals", "input", "locals", "open", "vars"))
-"""Modules and built-in functions that give something else each time."""
+_FIXED = frozenset(
+  (
+    "_abc", "_collections", "_functools", "_operator", "abc", "absl", "builtins", "chex", "cmath",
+    "collections", "contextlib", "copy", "dataclasses", "decimal", "einops", "enum", "flax",
+    "fractions", "functools", "itertools", "jax", "jaxlib", "jaxtyping", "logging", "math",
+    "ml_dtypes", "numbers", "numpy", "operator", "optax", "re", "refax", "reprlib", "string",
+    "textwrap", "types", "typing", "typing_extensions", "warnings",
+  )
+)  # fmt: skip
+"""Packages whose functions do the same each time. `os`, `time`, `random` and the like do not."""
+
+_MOVING_CALLS = frozenset(
+  ("__import__", "eval", "exec", "globals", "input", "locals", "open", "vars")
+)
+"""Built-in functions that give something else each time."""
 
 
-def _is_moving(module: types.ModuleType, names: frozenset[str]) -> bool:
-  is_numpy = module is np and "random" in names
-  return is_numpy or module.__name__ in _MOVING
+def _is_fixed(module: str | None) -> bool:
+  """Whether what a module defines does the same each time."""
+  module = module or "builtins"
+  return module.partition(".")[0] in _FIXED and not module.startswith("numpy.random")
 
 
-def _data(names: frozenset[str], module: types.ModuleType) -> dict[str, Any]:
-  """What is under some names in a module besides functions, classes and modules."""
-  there, fixed = vars(module), (type, types.ModuleType)
-  found = {name: there[name] for name in names if name in there}
-  return {k: x for k, x in found.items() if not callable(x) and not isinstance(x, fixed)}
+def _is_random(module: types.ModuleType, names: frozenset[str]) -> bool:
+  return module is np and "random" in names
 
 
 def _wrapped(x: Any) -> Callable | None:
@@ -264,11 +280,8 @@ def _own_values(f: types.FunctionType) -> dict[str, Any]:
 
 def _attributes(cls: type) -> dict[str, Any]:
   """What a class defines, without what Python keeps there."""
-  return {k: x for k, x in vars(cls).items() if k in _MEANT or not k.startswith(("__", "_abc_"))}
-
-
-_MEANT = frozenset(f"__{name}__" for name in ("call", "getattr", "getitem", "iter", "matmul"))
-"""Some methods that are called without being named."""
+  is_kept = lambda name, x: not name.startswith(("__", "_abc_")) or function_of(x) is not None
+  return {name: x for name, x in vars(cls).items() if is_kept(name, x)}
 
 
 def _has_only_dict(x: Any) -> bool:
@@ -285,17 +298,13 @@ def _is_small(value: Any) -> bool:
     x = open_.pop()
     if isinstance(x, np.ndarray):
       count += x.nbytes // 64
-    elif isinstance(x, jax.Array):
+    elif isinstance(x, Node | Variable | jax.Array | jax.Ref):
       return False  # it would be kept alive
     elif isinstance(x, list | tuple | set | frozenset | dict):
       count += len(x)
       if count <= _LONGEST:
         open_ += [*x, *x.values()] if isinstance(x, dict) else x
   return count <= _LONGEST
-
-
-def _is_object(x: Any) -> bool:
-  return isinstance(x, Node | Variable)
 
 
 def has_equality(x: Any) -> bool:

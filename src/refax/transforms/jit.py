@@ -15,7 +15,6 @@ import numpy as np
 from refax import _jax, config
 from refax.core.definition import kind
 from refax.core.epoch import epoch
-from refax.core.flatten import walk_nodes
 from refax.core.graphdef import GraphDef
 from refax.core.interrupt import uninterrupted
 from refax.core.observe import compiled_as_is, observe
@@ -96,28 +95,22 @@ def _listed(x: Any) -> tuple:
 
 
 def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
-  if any(x is not None for x in shardings):
-    return _jitted(fun, shardings, None, options)
-  if (method := method_of(fun)) is not None:
-    return bound(_jit(method[0], shardings=shardings, **shifted(options)), method[1], fun)
-  make = lambda around: _jitted(fun, shardings, around, options)
-  return _KNOWN.shared(fun, tuple(options.items()), make)
-
-
-_KNOWN = Known()
-
-
-def _jitted(
-  fun: Callable, shardings: tuple, around: Around | None, options: dict[str, Any]
-) -> Callable:
   into, out_of = shardings
-  jitted = _Jitted(fun if out_of is None else constrained(fun, out_of), around, **options)
+  if into is None and out_of is None and (method := method_of(fun)) is not None:
+    return bound(_jit(method[0], shardings=shardings, **shifted(options)), method[1], fun)
+  if out_of is None:
+    jitted = _KNOWN.shared(fun, tuple(options.items()), lambda a: _Jitted(fun, a, **options))
+  else:
+    jitted = _Jitted(constrained(fun, out_of), None, **options)
   call: Any = functools.update_wrapper(steady(jitted.fast, jitted.call), fun)
   if into is not None:
     call = laid_out(call, into, _resolve(fun, *options["static"]))
   call.lower, call.trace, call.clear_cache = jitted.lower, jitted.trace, jitted.clear_cache
   call._fast = jitted.fast  # for tests
   return call
+
+
+_KNOWN = Known()
 
 
 class _Jitted:
@@ -194,6 +187,7 @@ class _Jitted:
     if compiled is None:
       compiled, found = self._trace(inputs, spec, leaves)
       if self._reach.add(found):
+        self._share_no_more()
         key = (self._spec(inputs, spec[1], spec[2], watch), *rest)
       self.fast.keep(key, compiled)
     return key, compiled
@@ -215,11 +209,16 @@ class _Jitted:
     return compiled, _concrete(seen)
 
   def _look_around(self, inputs: Inputs, spec: tuple) -> None:
-    """Note what the function, static arguments, and classes of objects in reach mention."""
-    if self._around is not None:
-      nodes = [node for x in self._reach.objects() for _, node in walk_nodes(x)]
-      static = [value for *_, value in spec[1]]
-      self._around.add((self._fun, *static, *map(type, (*inputs.objects, *nodes))))
+    """Note what there is around the function, its static arguments, and the objects it is given."""
+    if (around := self._around) is None:
+      return
+    around.add((self._fun, *(value for *_, value in spec[1]), *inputs.graphdef.static_parts()))
+    if not around.is_known or self._reach.ids:  # what is compiled holds the cells of models
+      self._share_no_more()
+
+  def _share_no_more(self) -> None:
+    self._around = None
+    _KNOWN.forget(self)
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""

@@ -2,10 +2,10 @@
 
 As in `jax.jit`, what was compiled belongs to the function, and to every other one of the same code:
 a lambda in the loop is a new function each time. That holds for functions that can be imported, and
-for those without a closure: they hold no model that would be kept alive. And it holds as long as
-what their code finds around itself (globals, helper functions, attributes of modules and classes)
-is as it was: who sets a global number and writes `nnx.jit(f)` again gets a new trace. Code that
-finds what cannot be compared is compiled each time.
+for those without a closure, if they reach no model and no array, which would be kept alive. And it
+holds as long as what their code finds around itself (globals, helper functions, attributes of
+modules and classes) is as it was: who sets a global number and writes `nnx.jit(f)` again gets a new
+trace. Code that finds what cannot be compared is compiled each time.
 """
 
 import collections
@@ -87,14 +87,14 @@ def _is_light(x: Any) -> bool:
 
 
 class Known:
-  """What `nnx.jit` has made of functions, by function and options."""
+  """What was compiled for functions, by function and options."""
 
   def __init__(self):
-    self._calls: collections.OrderedDict[Hashable, tuple[Any, Around, Any]]
-    self._calls = collections.OrderedDict()
+    self._kept: collections.OrderedDict[Hashable, tuple[Any, Around, Any]]
+    self._kept = collections.OrderedDict()
 
   def shared(self, fun: Any, options: Hashable, make: Callable[[Around | None], Any]) -> Any:
-    """What was made of a function with some options, if it would be the same now, or a new one.
+    """What was made for a function with some options, if it would be the same now, or a new one.
 
     Args:
       fun: the function.
@@ -103,18 +103,24 @@ class Known:
     """
     if (found := lasting(fun)) is None or not has_hash(key := (found[1], options)):
       return make(None)
-    call, around, _ = self._calls.get(key, (None, None, None))
+    made, around, _ = self._kept.get(key, (None, None, None))
     if around is None or not around.holds():
-      call = make(around := Around())
-      self._keep(key, (call, around, found[0]))
-    return call
+      made = make(around := Around())
+      self._keep(key, (made, around, found[0]))
+    return made
 
   def _keep(self, key: Hashable, entry: tuple[Any, Around, Any]) -> None:
-    """Remember one, and forget those that would be others by now: they may hold arrays."""
-    for other, (_, around, fun) in list(self._calls.items()):
+    """Remember one, and forget those that would be others by now."""
+    for other, (_, around, fun) in list(self._kept.items()):
       if not around.holds() or (fun is not None and not is_importable(fun)):
-        self._calls.pop(other, None)
-    self._calls[key] = entry
-    self._calls.move_to_end(key)
-    while len(self._calls) > _MOST:
-      self._calls.popitem(last=False)
+        self._kept.pop(other, None)
+    self._kept[key] = entry
+    self._kept.move_to_end(key)
+    while len(self._kept) > _MOST:
+      self._kept.popitem(last=False)
+
+  def forget(self, made: Any) -> None:
+    """Forget what is not to be found again: it may hold a model."""
+    for key, (other, *_) in list(self._kept.items()):
+      if other is made:
+        self._kept.pop(key, None)

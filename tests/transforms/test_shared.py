@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
+from refax.errors import AliasError
 from refax.transforms import around, places, shared
 
 X = jnp.arange(3.0)
@@ -852,6 +853,26 @@ def test_a_method_is_compiled_ahead_of_time_without_its_module():
   assert int(model.calls) == 4
   assert jitted.__wrapped__ == model.twice
   assert jitted.__name__ == "twice"
+
+
+def test_a_method_may_find_its_module_by_closure_too():
+  class Twice(nnx.Module):
+    def __init__(self, inner):
+      self.inner = inner
+
+    def run(self, x):
+      return self.inner(x) + net(x)
+
+  net = Net()
+  jitted = nnx.jit(Twice(net).run)
+  for _ in range(3):
+    assert jitted(X).tolist() == [0, 2, 4]
+  assert int(net.calls) == 6
+  assert nnx.jit(Twice(net).run).lower(X).compile()(X).tolist() == [0, 2, 4]
+  assert nnx.jit(Twice(net).run).trace(X).jaxpr is not None
+  with pytest.raises(AliasError, match=r"as an argument and by closure\n  at:  .*w"):
+    nnx.jit(lambda model, x: model(x) + net(x))(net, X)
+  assert int(net.calls) == 8
 
 
 def test_a_method_in_another_jit_is_found():

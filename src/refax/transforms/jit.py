@@ -20,7 +20,7 @@ from refax.core.interrupt import uninterrupted
 from refax.core.observe import compiled_as_is, observe
 from refax.core.variable import Variable
 from refax.core.watch import Watch, any_array
-from refax.errors import ArgumentError
+from refax.errors import AliasError, ArgumentError
 from refax.transforms.ahead import AheadCompiled, Lowered, checked, description
 from refax.transforms.around import Around
 from refax.transforms.bind import Given, bind
@@ -97,14 +97,20 @@ def _listed(x: Any) -> tuple:
 def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
   into, out_of = shardings
   if into is None and out_of is None and (method := method_of(fun)) is not None:
-    return bound(_jit(method[0], shardings=shardings, **shifted(options)), method[1], fun)
+    call = _jit(method[0], shardings=shardings, **shifted(options))
+    return bound(call, method[1], fun, lambda: _made(_Jitted(fun, None, **options), fun))
   if out_of is None:
     jitted = _KNOWN.shared(fun, tuple(options.items()), lambda a: _Jitted(fun, a, **options))
   else:
     jitted = _Jitted(constrained(fun, out_of), None, **options)
+  place = None if into is None else lambda f: laid_out(f, into, _resolve(fun, *options["static"]))
+  return _made(jitted, fun, place)
+
+
+def _made(jitted: "_Jitted", fun: Callable, place: Callable | None = None) -> Callable:
+  """What the user gets; `place` lays out the arguments of a call."""
   call: Any = functools.update_wrapper(steady(jitted.fast, jitted.call), fun)
-  if into is not None:
-    call = laid_out(call, into, _resolve(fun, *options["static"]))
+  call = call if place is None else place(call)
   call.lower, call.trace, call.clear_cache = jitted.lower, jitted.trace, jitted.clear_cache
   call._fast = jitted.fast  # for tests
   return call
@@ -230,7 +236,8 @@ class _Jitted:
       run = lambda executable, inputs, _: self._run(compiled, inputs, executable)
     else:
       self._look_around(inputs, spec)
-      lowered = self._jitted.lower(self._static_of(spec), *leaves)
+      with self._naming(inputs, spec[2]):
+        lowered = self._jitted.lower(self._static_of(spec), *leaves)
       run = lambda executable, inputs, now: inputs.commit(executable(*now))
     was = description(spec, (*leaves[0], *leaves[1]))
     is_for_mesh = _jax.wide_mesh() is not None
@@ -258,7 +265,8 @@ class _Jitted:
     """The traced computation for these arguments, as `jax.jit(f).trace`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
     self._look_around(inputs, spec)
-    return self._jitted.trace(self._static_of(spec), *leaves)
+    with self._naming(inputs, spec[2]):
+      return self._jitted.trace(self._static_of(spec), *leaves)
 
   def clear_cache(self) -> None:
     """Forget all compiled versions."""
@@ -352,6 +360,9 @@ class _Jitted:
         lot = [path for given, path in paths if given is (match[1] == "donated")]
         return leaf_name(self._fun, lot[int(match[2])])
 
+      if found := re.search(r"both closed over and .*(kept|donated)\[(\d+)\]", str(error)):
+        lot = [x for d, x in zip(mask, inputs.leaves, strict=True) if d is (found[1] == "donated")]
+        raise AliasError.closure(lot[int(found[2])]._def.origin) from None
       text = re.sub(r"(?<=argument path is )(kept|donated)\[(\d+)\]", named, str(error))
       if text == str(error):
         raise

@@ -4,11 +4,13 @@ The Module is the first argument then, so two Modules of one class share what wa
 """
 
 import functools
+import operator
 import types
 from collections.abc import Callable
 from typing import Any
 
 from refax.core.node import Node
+from refax.errors import AliasError
 
 
 def method_of(fun: Any) -> tuple[Callable, Node] | None:
@@ -30,21 +32,34 @@ def shifted(options: dict[str, Any]) -> dict[str, Any]:
   return options | both
 
 
-def bound(call: Any, owner: Node, fun: Any) -> Callable:
+def bound(call: Any, owner: Node, fun: Any, otherwise: Callable[[], Any]) -> Callable:
   """What `nnx.jit` has made of a method, for one Module.
 
   Args:
     call: the compiled function of the Module and the other arguments.
     owner: the Module.
     fun: what the user has given.
+    otherwise: makes what is called if the method finds the Module by closure, too: then it cannot
+      be an argument.
   """
+  made: Any = None
 
-  def method(*args: Any, **kwargs: Any) -> Any:
-    return call(owner, *args, **kwargs)
+  def first(way: Callable, other: Callable[[Any], Callable]) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+      nonlocal made
+      if made is None:
+        try:
+          return way(owner, *args, **kwargs)
+        except AliasError:  # raised as it was traced: nothing has happened
+          made = otherwise()
+      return other(made)(*args, **kwargs)
 
-  made: Any = functools.update_wrapper(method, call)
-  made.lower = lambda *args, **kwargs: call.lower(owner, *args, **kwargs).bound(owner)
-  made.trace = functools.partial(call.trace, owner)
-  made.clear_cache = call.clear_cache
-  made.__wrapped__ = fun
-  return made
+    return run
+
+  lower = lambda *args, **kwargs: call.lower(*args, **kwargs).bound(owner)
+  wrapper: Any = functools.update_wrapper(first(call, lambda made: made), call)
+  wrapper.lower = first(lower, operator.attrgetter("lower"))
+  wrapper.trace = first(call.trace, operator.attrgetter("trace"))
+  wrapper.clear_cache = call.clear_cache
+  wrapper.__wrapped__ = fun
+  return wrapper

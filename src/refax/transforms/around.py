@@ -95,7 +95,7 @@ class Around:
   def _function(self, f: types.FunctionType) -> None:
     if (wrapped := _wrapped(f)) is not None:
       self._open.append((wrapped, frozenset()))
-    if f.__code__.co_filename.startswith(_INSTALLED):
+    if is_installed(f):
       self.is_known &= _is_fixed(f.__globals__.get("__name__"))  # `__module__` is what it wraps
       return
     names = frozenset(names_in(f.__code__))
@@ -319,7 +319,9 @@ def _is_equal(known: Callable[[], Any], kind_: Any, x: Any) -> bool:
 
 
 def is_installed(x: Any) -> bool:
-  """Whether a module or a class is none of the user's: a notebook has no file."""
+  """Whether a function, a module or a class is none of the user's: a notebook has no file."""
+  if isinstance(x, types.FunctionType):
+    return x.__code__.co_filename.startswith(_INSTALLED)
   module = sys.modules.get(x.__module__) if isinstance(x, type) else x
   if (file := getattr(module, "__file__", None)) is not None:
     return file.startswith(_INSTALLED)

@@ -437,10 +437,18 @@ def _call(fun: Callable, static: _Static, kept: tuple, donated: tuple) -> Output
       args[key] = value
     else:
       kwargs[key] = value
-  if not static.is_compiled:
+  with contextlib.ExitStack() as stack:
+    if spec[3]:
+      stack.enter_context(_version(spec[3]))
+    if static.is_compiled:
+      refs = filter(_jax.is_ref, jax.tree.leaves(frame.leaves))
+      stack.enter_context(compiled_as_is(refs))
     return frame.collect(fun(*args, **kwargs))
-  with compiled_as_is(filter(_jax.is_ref, jax.tree.leaves(frame.leaves))):
-    return frame.collect(fun(*args, **kwargs))
+
+
+_version = jax.make_user_context(default_value=0)
+"""What is reached by closure, by number. It is part of the key of all that JAX keeps of a trace: a
+loop's body that is the same function as before has another model in it now."""
 
 
 def _named(call: Any, fun: Callable) -> Callable:

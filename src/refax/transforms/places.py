@@ -17,6 +17,7 @@ import numpy as np
 
 from refax import _jax
 from refax.core.watch import Row, weakly
+from refax.graph.state import State
 
 _MOST = 256  # items of containers in one place; more of them take long to look at in each call
 _DEEPEST = 8  # containers in containers
@@ -25,17 +26,19 @@ _BUILT_IN = (list, tuple, dict, set, frozenset, collections.deque)
 _EXACT = frozenset((*_BUILT_IN, collections.OrderedDict, collections.defaultdict))
 """Containers whose items are all that there is to them."""
 
-_AROUND: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+_AROUND: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
   (types.MappingProxyType, dict),
   (weakref.WeakValueDictionary, dict),
   (weakref.ref, lambda ref: (ref(),)),
   (collections.ChainMap, operator.attrgetter("maps")),
   (collections.UserDict, operator.attrgetter("data")),
   (collections.UserList, operator.attrgetter("data")),
+  ((type({}.values()), type({}.keys()), type({}.items())), tuple),
+  (State, operator.methodcaller("_ordered")),
 )
 """Containers around another one, and the function to that."""
 
-_ANY_PLAIN, _END = object(), object()
+_ANY_PLAIN, _END, _NOTHING = object(), object(), object()
 
 
 class Slot(NamedTuple):
@@ -57,6 +60,11 @@ class Slot(NamedTuple):
     contents = Contents(read, items)
     return cls(contents, weakref.ref(contents))
 
+  @classmethod
+  def empty(cls, read: Callable[[], Any]) -> "Slot":
+    """A place with nothing in it, or a number, that may get an object."""
+    return cls(lambda: _NOTHING if is_plain(type(x := read())) else x, lambda: _NOTHING)
+
   def holds(self) -> bool:
     """Whether what was found is still there."""
     now = self.read()
@@ -70,6 +78,11 @@ class Part:
 
   def __init__(self, owner: Any, get: Callable[[Any], Any]):
     self._owner, self._get = weakly(owner), get
+
+  @property
+  def is_gone(self) -> bool:
+    """Whether the owner is."""
+    return self._owner() is None
 
   def __call__(self) -> Any:
     owner = self._owner()
@@ -103,6 +116,15 @@ def opened(cls: type) -> Callable[[Any], Any] | None:
 
 def _itself(value: Any) -> Any:
   return value
+
+
+def is_filled(value: Any) -> bool:
+  """Whether there is anything in a container, and not only None."""
+  while (held := opened(type(value))(value)) is not value:  # pyright: ignore[reportOptionalCall]
+    value = held
+    if opened(type(value)) is None:
+      return True
+  return any(x is not None for x in (tuple(value.values()) if isinstance(value, dict) else value))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -156,7 +178,7 @@ def _spread(value: Any, found: list[Any], depth: int) -> bool:
   elif not all(_spread(x, inside, depth + 1) for x in tuple(value)):
     return False
   holds_none = all(x is _ANY_PLAIN for x in inside[1:])
-  found += [_ANY_PLAIN] if holds_none and depth else [*inside, _END]
+  found += [_ANY_PLAIN] if holds_none else [*inside, _END]
   return len(found) <= _MOST
 
 
@@ -179,7 +201,7 @@ def function_of(attribute: Any) -> types.FunctionType | None:
     attribute = attribute.__func__
   elif isinstance(attribute, property):
     attribute = attribute.fget
-  elif isinstance(attribute, functools.cached_property):
+  elif isinstance(attribute, functools.cached_property | functools.partialmethod):
     attribute = attribute.func
   return attribute if isinstance(attribute, types.FunctionType) else None
 
@@ -196,3 +218,12 @@ def names_in(code: types.CodeType) -> Iterator[str]:
   """The global names and attributes that a function, and functions inside it, may look up."""
   for part in codes_in(code):
     yield from part.co_names
+
+
+@functools.lru_cache(maxsize=1024)
+def is_library(module: str | None) -> bool:
+  """Whether a module is one of those that hold no model of the user's."""
+  return (module or "").partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = frozenset(("builtins", "jax", "jaxlib", "numpy", "refax", "optax"))

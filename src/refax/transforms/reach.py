@@ -18,14 +18,17 @@ from refax.core.flatten import Walk, flatten
 from refax.core.graphdef import LEAF
 from refax.core.node import Node
 from refax.core.structure import root_of
-from refax.core.variable import Variable
+from refax.core.variable import Variable, is_variable
 from refax.core.watch import Row, Watch, weakly
+from refax.transforms.around import is_installed
 from refax.transforms.places import (
   Contents,
   Part,
   Slot,
   contents,
   function_of,
+  is_filled,
+  is_library,
   is_plain,
   names_in,
   opened,
@@ -33,22 +36,25 @@ from refax.transforms.places import (
 
 _MOST = 64  # ways in which containers have held the same objects
 _LONG = 4096  # items of a list of data: the rest of them is not looked through
-_DEPTH = 16  # of functions that call functions, and of containers in containers
+_DEPTH = 64  # of functions that call functions, and of containers in containers
+_HELPERS = 4096  # functions that one function calls by name
 
 
 class Same:
-  """An object that is equal to itself only."""
+  """A cell that is equal to itself only, and not kept alive."""
 
-  __slots__ = ("value",)
+  __slots__ = ("_hash", "_known")
 
   def __init__(self, value: Any):
-    self.value = value
+    self._known, self._hash = weakly(value), id(value)
 
   def __hash__(self) -> int:
-    return id(self.value)
+    return self._hash
 
   def __eq__(self, other: object) -> bool:
-    return isinstance(other, Same) and self.value is other.value
+    if not isinstance(other, Same) or self._hash != other._hash:
+      return False
+    return (value := self._known()) is not None and value is other._known()
 
 
 class Reach:
@@ -58,22 +64,25 @@ class Reach:
     fun: the function.
     on_gone: called with the `id` of one that is gone, also when it is not reached any more: what
       was compiled holds its arrays.
+    given: static arguments, whose attributes are within reach.
   """
 
-  def __init__(self, fun: Callable, on_gone: Callable[[int], None] = lambda key: None):
-    self._fun = fun
+  def __init__(
+    self, fun: Callable, on_gone: Callable[[int], None] = lambda key: None, given: tuple = ()
+  ):
+    self._fun, self._given = fun, given
     self._living: dict[int, weakref.ref] = {}  # all that were ever reached
     self._on_gone = on_gone
     self._seen: dict[int, Callable[[], Any]] = {}  # found while tracing
     self._objects: list[Callable[[], Any]] = []
-    self._slots: list[Slot] = []
+    self._places: dict[Place, tuple[Callable[[], Any], Slot]] = {}
     self._held: dict[int, Row] = {}  # the contents of all containers, as they have been
     self._holds = 0  # which of these they are now
     self._numbers = itertools.count()
     self._scanned = False
     self._arrays: list[Slot] = []
     self.ids: list[int] = []
-    """The `id` of each object of the last snapshot."""
+    """The `id` of each object of the last snapshot, and of each Variable in it."""
     self.is_steady = True
     """Whether a change of what is reached shows in the slots, in a watch, and in the epoch."""
     self.has_arrays = False
@@ -90,14 +99,19 @@ class Reach:
     objects = _alive((*self._objects, *self._seen.values()))
     parts: list[tuple] = []
     arrays: list[Slot | None] = []
+    tracked: list[Any] = list(objects)
     for x in objects:
       walk = Walk(watch)
       walk.entry(x)
       arrays += _arrays_in(walk)
       flat = flatten(x)
       cells = [leaf.get_raw_value() if isinstance(leaf, Variable) else leaf for leaf in flat.leaves]
-      parts.append((flat.graphdef, tuple(map(Same, cells)), tuple(map(_place, cells))))
-    self.ids = list(map(id, objects))
+      kinds = [(type(x), x._def) if isinstance(x, Variable) else None for x in flat.leaves]
+      parts.append((flat.graphdef, *map(tuple, (map(Same, cells), map(_place, cells), kinds))))
+      tracked += filter(is_variable, walk.leaves)
+    for x in tracked:  # a part of an object may go before the object does
+      self._weakly(x)
+    self.ids = list(map(id, tracked))
     self._arrays = [slot for slot in arrays if slot is not None]
     self.has_arrays = bool(arrays)
     self.is_steady = self._is_listed and len(self._arrays) == len(arrays)
@@ -111,12 +125,12 @@ class Reach:
 
   def holds(self) -> bool:
     """Whether the function finds the same objects where it found them last time."""
-    return all(slot.holds() for slot in self._slots)
+    return all(slot.holds() for _, slot in self._places.values())
 
   @property
   def slots(self) -> list[Slot]:
     """The places to look at before each call."""
-    return [*self._slots, *self._arrays]
+    return [*(slot for _, slot in self._places.values()), *self._arrays]
 
   def add(self, variables: Iterable[Variable]) -> bool:
     """Variables were read by a trace that the search did not find; whether any is new."""
@@ -136,15 +150,19 @@ class Reach:
   def _scan(self) -> None:
     search = _Search()
     search.visit(self._fun, 0)
+    search.visit_given(self._fun, self._given)
+    for place, (read, _) in self._places.items():
+      if place not in search.places and not _is_gone(read):  # there was an object, and may be again
+        search.watch(place, read, read())
     self._objects = list(map(self._weakly, search.objects.values()))
-    self._slots = search.slots
+    self._places = search.places
     self._note_contents()
     self._is_listed, self._scanned = search.is_listed, True
 
   def _note_contents(self) -> None:
     """The same objects may be in containers in another way: twice, or under another key."""
-    slots = [slot.read for slot in self._slots]
-    items = [x for read in slots if isinstance(read, Contents) for x in read.items()]
+    reads = [slot.read for _, slot in self._places.values()]
+    items = [x for read in reads if isinstance(read, Contents) for x in read.items()]
     if len(self._held) > _MOST:
       self._held.clear()
     for number, row in self._held.items():
@@ -170,12 +188,16 @@ class Reach:
     return living[key]
 
 
+Place = tuple[int, Any]
+"""Something that holds others, by its `id`, and where in it."""
+
+
 class _Search:
   """One look through a function."""
 
   def __init__(self):
     self.objects: dict[int, Any] = {}
-    self.slots: list[Slot] = []
+    self.places: dict[Place, tuple[Callable[[], Any], Slot]] = {}
     self.is_listed = True  # no container that may change without a slot
     self._leads: dict[tuple[int, frozenset[str]], bool] = {}  # what was visited, to an object?
     self._names: frozenset[str] = frozenset()  # that the function being looked through mentions
@@ -193,6 +215,8 @@ class _Search:
       is_watched: whether there is a slot that shows what is in it, if it is a container.
     """
     if isinstance(x, Node | Variable):
+      if type(x) in weakref.ProxyTypes:
+        x = x.__repr__.__self__  # what it stands for
       self.objects[id(x)] = x
       return True
     key = (id(x), self._names)
@@ -205,6 +229,12 @@ class _Search:
     self._leads[key] = False  # meanwhile: it may hold itself
     self._leads[key] = self._inside(x, depth, is_watched)
     return self._leads[key]
+
+  def visit_given(self, function: Callable, given: Iterable[Any]) -> None:
+    """Look at static arguments, of which a function uses attributes as of its own object."""
+    with self._mentioning(self._mentioned(function)):
+      for x in given:
+        self._holder(x, 1)
 
   def _inside(self, x: Any, depth: int, is_watched: bool) -> bool:
     """Whether something that holds others leads to an object."""
@@ -226,7 +256,7 @@ class _Search:
         values = () if all(map(is_plain, set(map(type, values)))) else values[:_LONG]
       leads = self._all(values, depth, is_watched=True)
       if leads and not is_watched:
-        self._add(Slot.of(lambda: x, x))
+        self.watch((id(x), ...), lambda: x, x)
       return leads
     if callable(getattr(x, "__wrapped__", None)):
       return self.visit(x.__wrapped__, depth + 1)
@@ -254,21 +284,27 @@ class _Search:
   def _attributes(self, x: Any, depth: int) -> bool:
     """Look at those attributes of a plain object, a class or a module that the function mentions.
 
-    In a class and a module, only at Modules and Variables: the rest leads to all there is.
+    Other modules and classes there are not followed: these lead to all there is.
     """
     is_space = isinstance(x, type | types.ModuleType)
-    if not is_space and type(x).__module__.startswith(_LIBRARIES):
+    module = x if isinstance(x, types.ModuleType) else x if is_space else type(x)
+    name = getattr(module, "__name__" if isinstance(x, types.ModuleType) else "__module__", None)
+    if is_library(name):
       return False
+    names = self._names
+    if not isinstance(x, types.ModuleType):
+      names = self._with_methods(x if isinstance(x, type) else type(x), names)
+    own = vars(x) if is_space else getattr(x, "__dict__", {})
+    there = [name for name in names if name in own]
+    if not isinstance(x, types.ModuleType):
+      defined = self._names_of(x if isinstance(x, type) else type(x))
+      there += [name for name in names if name in defined and name not in own]
     leads = False
-    names, there = self._names, self._names
-    if not is_space:
-      names = self._with_methods(type(x), names)
-      there = names & (getattr(x, "__dict__", {}).keys() | self._names_of(type(x)))
     with self._mentioning(names):
       for name in there:
         value = _attribute(x, name)
-        if isinstance(value, Node | Variable) or not (is_space or value is None):
-          leads |= self._slot(x, lambda x, name=name: getattr(x, name, None), value, depth)
+        if not isinstance(value, type | types.ModuleType) and not _is_foreign(value, x):
+          leads |= self._slot(x, name, lambda x, name=name: getattr(x, name, None), value, depth)
     return leads
 
   def _mentioned(self, function: Any) -> frozenset[str]:
@@ -277,17 +313,17 @@ class _Search:
       return frozenset()
     if function in self._mentions:
       return self._mentions[function]
-    found: set[str] = set()
+    found: dict[str, None] = {}  # in order: where the search ends must not depend on hashes
     seen: set[Any] = set()
     open_ = [function]
-    while open_:
+    while open_ and len(seen) < _HELPERS:
       f = open_.pop()
-      if not isinstance(f, types.FunctionType) or f in seen or len(seen) > _MOST:
+      if not isinstance(f, types.FunctionType) or f in seen:
         continue
-      if seen and (f.__module__ or "").startswith(_LIBRARIES):
+      if seen and is_library(f.__module__):
         continue
       seen.add(f)
-      names = set(names_in(f.__code__))
+      names = dict.fromkeys(names_in(f.__code__))
       found |= names
       open_ += [f.__globals__.get(name) for name in names]
       open_ += map(contents, f.__closure__ or ())
@@ -321,7 +357,7 @@ class _Search:
       return self.visit(x, depth)
     leads = False
     for name, value in list(vars(x).items()):
-      leads |= self._slot(x, lambda x, name=name: vars(x).get(name), value, depth)
+      leads |= self._slot(x, name, lambda x, name=name: vars(x).get(name), value, depth)
     with self._mentioning(self._names.difference(vars(x))):
       return self._attributes(x, depth) or leads  # those of its class
 
@@ -330,34 +366,51 @@ class _Search:
     wrapped = getattr(f, "__wrapped__", None)
     if callable(wrapped):
       leads = self.visit(wrapped, depth + 1)
-      if f.__globals__.get("__name__", "").startswith("refax."):
+      if is_library(f.__globals__.get("__name__")):
         return leads  # a transform around it
     for i, cell in enumerate(f.__closure__ or ()):
-      if (value := contents(cell)) is not None:
-        leads |= self._slot(f, lambda f, i=i: contents(f.__closure__[i]), value, depth)
-    leads |= self._all((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()), depth)
-    for name in names_in(f.__code__):
+      if (value := contents(cell)) is not None or depth == 0:
+        leads |= self._slot(f, i, lambda f, i=i: contents(f.__closure__[i]), value, depth)
+    for name in ("__defaults__", "__kwdefaults__"):
+      if (value := getattr(f, name)) is not None:
+        leads |= self._slot(f, name, lambda f, name=name: getattr(f, name), value, depth)
+    for name in dict.fromkeys(names_in(f.__code__)):
       if name in f.__globals__:
         value = f.__globals__[name]
-        if not isinstance(value, types.FunctionType) or value.__module__ == f.__module__:
-          leads |= self._slot(f, lambda f, name=name: f.__globals__.get(name), value, depth)
+        if not _is_foreign(value, f):
+          leads |= self._slot(f, name, lambda f, name=name: f.__globals__.get(name), value, depth)
     return leads
 
-  def _slot(self, owner: Any, get: Callable[[Any], Any], value: Any, depth: int) -> bool:
+  def _slot(self, owner: Any, key: Any, get: Callable[[Any], Any], value: Any, depth: int) -> bool:
     """Look at what `get(owner)` is; the place is watched if that may be, or lead to, an object."""
     read = functools.partial(get, owner) if self._lives else Part(owner, get)
     lives, self._lives = self._lives, False
     leads = self.visit(value, depth + 1, is_watched=True)
     self._lives = lives
-    if leads or isinstance(value, types.FunctionType | functools.partial):
-      self._add(Slot.of(read, value))
+    is_empty = value is None or (opened(type(value)) is not None and not is_filled(value))
+    if leads or is_empty or isinstance(value, types.FunctionType | functools.partial):
+      self.watch((id(owner), key), read, value)
     return leads
 
-  def _add(self, slot: Slot | None) -> None:
+  def watch(self, place: Place, read: Callable[[], Any], value: Any) -> None:
+    """Let another object in a place, or in a container there, be seen."""
+    slot = Slot.empty(read) if is_plain(type(value)) else Slot.of(read, value)
     if slot is None:
       self.is_listed = False
     else:
-      self.slots.append(slot)
+      self.places[place] = read, slot
+
+
+def _is_gone(read: Callable[[], Any]) -> bool:
+  """Whether what a place belongs to is gone."""
+  return isinstance(read, Part) and read.is_gone
+
+
+def _is_foreign(value: Any, user: Any) -> bool:
+  """Whether a value is a function of an installed package, which something else uses."""
+  if not isinstance(value, types.FunctionType) or callable(getattr(value, "__wrapped__", None)):
+    return False
+  return is_installed(value) and value.__module__ != getattr(user, "__module__", None)
 
 
 def _alive(reads: Iterable[Callable[[], Any]]) -> list[Any]:
@@ -406,13 +459,13 @@ def _attribute(x: Any, name: str) -> Any:
   """An attribute that is stored somewhere; None for one that is computed, as a property is."""
   if isinstance(x, types.ModuleType):
     return vars(x).get(name)
+  if not isinstance(x, type) and name in getattr(x, "__dict__", {}):
+    return vars(x)[name]
   value = inspect.getattr_static(x, name, None)
   if isinstance(value, types.MemberDescriptorType):  # of `__slots__`
     return getattr(x, name, None)
   return None if hasattr(type(value), "__get__") else value
 
 
-_BY_SYNTAX = ("__call__", "__getitem__", "__iter__", "__getattr__")
+_BY_SYNTAX = ("__call__", "__getitem__", "__iter__", "__next__", "__getattr__", "__enter__")
 """Methods that are called without being named."""
-
-_LIBRARIES = ("builtins", "jax", "numpy", "refax", "optax")

@@ -19,7 +19,7 @@ from refax.core.graphdef import LEAF
 from refax.core.node import Node
 from refax.core.structure import root_of
 from refax.core.variable import Variable, is_variable
-from refax.core.watch import Row, Watch, weakly
+from refax.core.watch import MISSING, Row, Watch, weakly
 from refax.transforms.around import is_installed
 from refax.transforms.places import (
   Contents,
@@ -303,7 +303,8 @@ class _Search:
     with self._mentioning(names):
       for name in there:
         value = _attribute(x, name)
-        if not isinstance(value, type | types.ModuleType) and not _is_foreign(value, x):
+        is_led = not isinstance(value, type | types.ModuleType) and value is not MISSING
+        if is_led and not _is_foreign(value, x):
           leads |= self._slot(x, name, lambda x, name=name: getattr(x, name, None), value, depth)
     return leads
 
@@ -456,15 +457,15 @@ def _place(cell: Any) -> Any:
 
 
 def _attribute(x: Any, name: str) -> Any:
-  """An attribute that is stored somewhere; None for one that is computed, as a property is."""
+  """An attribute that is stored somewhere; MISSING for one that is computed, as a property is."""
   if isinstance(x, types.ModuleType):
-    return vars(x).get(name)
+    return vars(x).get(name, MISSING)
   if not isinstance(x, type) and name in getattr(x, "__dict__", {}):
     return vars(x)[name]
-  value = inspect.getattr_static(x, name, None)
+  value = inspect.getattr_static(x, name, MISSING)
   if isinstance(value, types.MemberDescriptorType):  # of `__slots__`
-    return getattr(x, name, None)
-  return None if hasattr(type(value), "__get__") else value
+    return MISSING if isinstance(x, type) else getattr(x, name, None)
+  return MISSING if hasattr(type(value), "__get__") else value
 
 
 _BY_SYNTAX = ("__call__", "__getitem__", "__iter__", "__next__", "__getattr__", "__enter__")

@@ -322,6 +322,36 @@ def test_another_model_is_seen(make):
   assert old
 
 
+def test_models_in_static_arguments_are_found():
+  class Trainer:
+    def __init__(self):
+      self.m = layer()
+
+    @functools.partial(nnx.jit, static_argnums=0)
+    def step(self, x):
+      self.m.bias[...] = self.m.bias + 1
+      return self.m(x)
+
+  t, other = Trainer(), Trainer()
+  for trainer in (t, other, t):
+    trainer.step(X)
+  assert (t.m.bias.tolist(), other.m.bias.tolist()) == ([2, 2], [1, 1])
+  old, t.m = t.m, layer(1)
+  for _ in range(3):
+    t.step(X)
+  assert (old.bias.tolist(), t.m.bias.tolist()) == ([2, 2], [3, 3])
+
+
+def test_functions_as_static_arguments_are_looked_through():
+  box = NS(m=layer())
+  loss = lambda x: box.m(x)
+  f = nnx.jit(lambda loss, x: loss(x) * 2, static_argnums=0)
+  agrees(functools.partial(f, loss), lambda x: 2 * loss(x), X)
+  old, box.m = box.m, layer(1)
+  agrees(functools.partial(f, loss), lambda x: 2 * loss(x), X)
+  assert old
+
+
 def test_modules_of_the_users_whose_names_begin_like_a_librarys(monkeypatch):
   module = module_of(
     monkeypatch,

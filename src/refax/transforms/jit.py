@@ -144,7 +144,8 @@ class _Jitted:
       if not is_finalizing() and (living := this()) is not None:
         living._note_gone(key)
 
-    self._reach = Reach(fun, gone)
+    self._reaches: dict[tuple, Reach] = {}  # for static arguments of one kind each
+    self._gone = gone
     self._versions = Versions()
     self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(
@@ -159,7 +160,7 @@ class _Jitted:
       self._look_around(inputs, spec)
       with observe() as seen, self._naming(inputs, spec[2]):
         outputs = self._jitted(self._static_of(spec), *leaves)
-      self._reach.add(_concrete(seen))
+      self._reach(spec[1]).add(_concrete(seen))
       return inputs.commit(outputs)
     key, compiled = self._compiled(inputs, spec, leaves, watch)
     try:
@@ -167,10 +168,10 @@ class _Jitted:
     except Retraced:
       self.fast.forget(key)
       return self.call(args, kwargs, values, names)
-    if self._reach.is_steady:
+    if (reach := self._reach(spec[1])).is_steady:
       static = self._static_values(len(args), names)
       seen = Seen(values, names, static, inputs, watch, then)
-      self.fast.learn(seen, compiled, self._reach.slots)
+      self.fast.learn(seen, compiled, reach.slots)
     return result
 
   def _run(self, compiled: Compiled, inputs: Inputs, executable: Any = None) -> Any:
@@ -192,7 +193,7 @@ class _Jitted:
     compiled = self.fast.compiled(key)
     if compiled is None:
       compiled, found = self._trace(inputs, spec, leaves)
-      if self._reach.add(found):
+      if self._reach(spec[1]).add(found):
         self._share_no_more()
         key = (self._spec(inputs, spec[1], spec[2], watch), *rest)
       self.fast.keep(key, compiled)
@@ -219,7 +220,9 @@ class _Jitted:
     if (around := self._around) is None:
       return
     around.add((self._fun, *(value for *_, value in spec[1]), *inputs.graphdef.static_parts()))
-    if not around.is_known or self._reach.ids:  # what is compiled holds the cells of models
+    if (
+      not around.is_known or self._reach(spec[1]).ids
+    ):  # what is compiled holds the cells of models
       self._share_no_more()
 
   def _share_no_more(self) -> None:
@@ -252,9 +255,10 @@ class _Jitted:
         inputs, spec_now, now = self._split(args, kwargs, watch, enters_mesh=is_for_mesh)
         checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
         result = run(executable, inputs, now)
-        if compiled is not None and not by_position and self._reach.is_steady and is_eager():
+        reach = self._reach(spec[1])
+        if compiled is not None and not by_position and reach.is_steady and is_eager():
           seen = Seen(values, names, (), inputs, watch, then)
-          fast.learn(seen, compiled, self._reach.slots, executable)
+          fast.learn(seen, compiled, reach.slots, executable)
         return result
 
       return AheadCompiled(executable, steady(fast, call))
@@ -300,7 +304,7 @@ class _Jitted:
     self, inputs: Inputs, static: tuple, mask: tuple[bool, ...], watch: Watch | None = None
   ) -> tuple:
     """The static half of a call. What the function reaches by closure has a number in it."""
-    reach = self._reach
+    reach = self._reach(static)
     found = reach.snapshot(watch)
     stale = reach.has_arrays or not reach.is_steady or len(self._versions) >= REACHED
     if stale and found not in self._versions:
@@ -309,6 +313,16 @@ class _Jitted:
     version = self._versions.number(found, reach.ids)
     self._drop_orphans()
     return inputs.graphdef, static, mask, version
+
+  def _reach(self, static: tuple) -> Reach:
+    """What is reached with these static arguments, which may hold models."""
+    given = tuple(value for *_, value in static if hasattr(value, "__dict__"))
+    key = static if given else ()
+    if key not in self._reaches:
+      if len(self._reaches) >= REACHED:
+        self._reaches.clear()
+      self._reaches[key] = Reach(self._fun, self._gone, given)
+    return self._reaches[key]
 
   def _note_gone(self, key: int) -> None:
     """An object that was reached by closure is gone: the next call is to look for others."""

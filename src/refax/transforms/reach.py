@@ -234,7 +234,8 @@ class _Search:
     """Look at static arguments, of which a function uses attributes as of its own object."""
     with self._mentioning(self._mentioned(function)):
       for x in given:
-        self._holder(x, 1)
+        is_function = isinstance(x, types.FunctionType | types.MethodType | functools.partial)
+        (self.visit if is_function else self._holder)(x, 1)
 
   def _inside(self, x: Any, depth: int, is_watched: bool) -> bool:
     """Whether something that holds others leads to an object."""

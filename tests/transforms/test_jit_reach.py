@@ -1,5 +1,6 @@
 """What nnx.jit reaches by closure, in places that an attack found: each change there is seen."""
 
+import dataclasses
 import functools
 import gc
 import sys
@@ -430,6 +431,60 @@ def test_a_weak_proxy_of_a_model_is_the_model():
   agrees(f, step, X)
   q.kernel = nnx.Param(jnp.ones((2, 2)))
   agrees(f, step, X)
+
+
+# Static values that have a hash, of what is in them, and change
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Settings:
+  scale: float
+
+  def __call__(self, x):
+    return x * self.scale
+
+
+class ByName:
+  def __init__(self, scale):
+    self.scale = scale
+
+  def __hash__(self):
+    return hash(self.scale)
+
+  def __eq__(self, other):
+    return isinstance(other, ByName) and self.scale == other.scale
+
+  def __call__(self, x):
+    return x * self.scale
+
+
+class Scaled(nnx.Module):
+  def __init__(self, settings):
+    self.settings = settings
+
+  def __call__(self, x):
+    return self.settings(x)
+
+
+@pytest.mark.parametrize("cls", [Settings, ByName])
+def test_a_static_value_that_changes_its_hash_is_another(cls):
+  settings = cls(2.0)
+  model = Scaled(settings)
+  fs = [
+    functools.partial(nnx.jit(lambda settings, x: settings(x), static_argnums=0), settings),
+    functools.partial(nnx.jit(lambda model, x: model(x)), model),
+    nnx.jit(lambda x: model(x)),
+  ]
+  for scale in (2.0, 3.0, 4.0, 2.0, 2.0, 5.0):
+    settings.scale = scale
+    for f in fs:
+      for _ in range(3):
+        assert f(X)[0].tolist() == [scale, scale]
+  settings.scale = []
+  with pytest.raises((TypeError, ValueError)):
+    fs[0](X)
+  settings.scale = 3.0
+  assert fs[0](X)[0].tolist() == [3.0, 3.0]
 
 
 # Memory

@@ -6,8 +6,10 @@ the value was when a walk saw it, in a copy that nobody else has, and compared b
 
 import copy as copylib
 import dataclasses
+import enum
 import functools
 import operator
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -148,6 +150,37 @@ class _Content:
     if a.is_deleted() or b.is_deleted():
       return False
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+class SameHash:
+  """Whether the hash of a value is what it was: an object may have one of what is in it.
+
+  Args:
+    value: the value.
+  """
+
+  __slots__ = ("_hash",)
+
+  def __init__(self, value: Any):
+    self._hash = hash(value)
+
+  def holds(self, value: Any) -> bool:
+    """Whether it is."""
+    try:
+      return hash(value) == self._hash
+    except TypeError:  # there is a list in it now
+      return False
+
+
+@functools.lru_cache(maxsize=1024)
+def hashes_content(cls: type) -> bool:
+  """Whether objects of a class may get another hash: `__hash__` is the user's, and not frozen."""
+  parameters = getattr(cls, "__dataclass_params__", None)
+  if parameters is not None and parameters.frozen:
+    return False
+  package = cls.__module__.partition(".")[0] if isinstance(cls.__module__, str) else ""
+  is_users = package not in ("jax", "refax", "optax", "numpy") and not issubclass(cls, enum.Enum)
+  return is_users and isinstance(cls.__hash__, types.FunctionType)
 
 
 def has_hash(value: Any) -> bool:

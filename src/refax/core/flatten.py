@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from refax import _jax
 from refax.core import callables
-from refax.core.by_value import ByValue, Unchanged, has_hash
+from refax.core.by_value import ByValue, SameHash, Unchanged, has_hash, hashes_content
 from refax.core.callables import CALLABLES, taken_apart
 from refax.core.calls import places_of
 from refax.core.definition import kind
@@ -105,6 +105,8 @@ class Walk:
 
   def _static(self, value: Any) -> tuple:
     if has_hash(value):
+      if self._watch is not None and hashes_content(type(value)):
+        self._watch.compare(value, SameHash(value))
       return (STATIC, kind(value), value)
     if id(value) not in self._compared:  # a model's layers share their configuration
       self._compared[id(value)] = value, (seen := ByValue(value))

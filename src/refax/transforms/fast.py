@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from refax import _jax
+from refax.core.by_value import hashes_content
 from refax.core.definition import kind
 from refax.core.epoch import epoch
 from refax.core.node import Node
@@ -68,7 +69,9 @@ class Entry:
     parts = functools.partial(_parts_of, seen.trees, seen.distinct) if seen.trees else None
     self.quick: Quick = (
       seen.epoch, seen.watch, _jax.steady_check(), len(seen.values), seen.names, self._objects,
-      [(i, *Like.of(x)) for i, x in seen.arrays], seen.constants, slots, seen.row(), parts,
+      [(i, *Like.of(x)) for i, x in seen.arrays], seen.constants,
+      [*slots, *(Slot.unchanged(x) for _, x, _ in seen.constants if hashes_content(type(x)))],
+      seen.row(), parts,
       self.run,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from refax import _jax
+from refax.core.by_value import SameHash
 from refax.core.watch import Row, weakly
 from refax.graph.state import State
 
@@ -64,6 +65,12 @@ class Slot(NamedTuple):
   def empty(cls, read: Callable[[], Any]) -> "Slot":
     """A place with nothing in it, or a number, that may get an object."""
     return cls(lambda: _NOTHING if is_plain(type(x := read())) else x, lambda: _NOTHING)
+
+  @classmethod
+  def unchanged(cls, value: Any) -> "Slot":
+    """A value that has the hash that it has now."""
+    seen = SameHash(value)
+    return cls(lambda: seen if seen.holds(value) else None, lambda: seen)
 
   def holds(self) -> bool:
     """Whether what was found is still there."""

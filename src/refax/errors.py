@@ -198,6 +198,17 @@ class TreeMismatchError(RefaxError, ValueError):
     )
 
   @classmethod
+  def assigned(cls, place: str, got: Any):
+    name = place.rpartition("[")[2].rstrip("]")
+    return cls(
+      "the state of an optimizer has a Variable in each place",
+      at=f"Optimizer.{place}",
+      got=f"{_short(got)}, which was assigned in the place of one",
+      fix=f"put a Variable back, optimizer.{place} = nnx.OptState(x); from then on, "
+      f"optimizer.hyperparams[{name}] = x writes it in place, and a compiled step sees it",
+    )
+
+  @classmethod
   def merge(cls, missing: list[str], unexpected: list[str]):
     parts = []
     if missing:

@@ -478,3 +478,26 @@ def test_an_optimizer_without_wrt_says_what_to_write():
     "  fix: Optimizer(model, tx, wrt=nnx.Param); code written for releases of Flax NNX before 0.11 "
     "runs with ModelAndOptimizer(model, tx) of refax.compat"
   )
+
+
+@pytest.mark.parametrize(
+  "wrap", [lambda f: f, nnx.jit, jax.jit], ids=["eager", "nnx.jit", "jax.jit"]
+)
+def test_a_number_in_the_place_of_a_hyper_parameters_variable_is_refused(wrap):
+  model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+  tx = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.sgd)(learning_rate=1e-3))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  grads = nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model)
+  step = wrap(lambda model, optimizer: (optimizer.update(model, grads), None)[1])
+  step(model, optimizer)
+  before = model.kernel[...]
+  optimizer.opt_state[1].hyperparams["learning_rate"] = 0.5
+  place = r"at:  Optimizer.opt_state\[1\]\.hyperparams\['learning_rate'\]"
+  with pytest.raises(TreeMismatchError, match=rf"{place}\n.*\n  fix: .*nnx.OptState\(x\)"):
+    step(model, optimizer)
+  assert (model.kernel[...] == before).all() and int(optimizer.step) == 1
+  optimizer.opt_state[1].hyperparams["learning_rate"] = nnx.OptState(0.5)
+  step(model, optimizer)
+  optimizer.hyperparams["learning_rate"] = 0.25
+  step(model, optimizer)
+  assert np.allclose(model.kernel[...], before - 0.75)

@@ -131,13 +131,16 @@ class Optimizer(Pytree):
       The updates that were added to the parameters, a State of arrays; zeros if they were skipped.
 
     Raises:
-      TreeMismatchError: the gradients are not those of the parameters; nothing has been written.
+      TreeMismatchError: the gradients are not those of the parameters, or there is a number in
+        `opt_state` where a Variable was; nothing has been written.
     """
     self._check_order(model, grads)
     targets = variables(model, self.wrt)
     arguments_meet((targets, self.opt_state, self.step))
     params, grads = _arrays(targets), self._gradients(targets, grads)
     slots, treedef = jax.tree.flatten(self.opt_state, is_leaf=is_variable)
+    if not all(map(is_variable, slots)) and is_variable(self.step):
+      raise _assigned(self.opt_state)
     old = treedef.unflatten(map(unwrap, slots))
     kwargs = jax.tree.map(unwrap, kwargs, is_leaf=is_variable)
     updates, new = optax.with_extra_args_support(self.tx).update(grads, old, params, **kwargs)
@@ -183,6 +186,13 @@ class Optimizer(Pytree):
       if path not in params_by_path:
         raise TreeMismatchError.gradients(path_str(path), "a gradient without a parameter")
     return from_flat_state(by_path)
+
+
+def _assigned(opt_state: Any) -> TreeMismatchError:
+  """The error for a number or an array in the place of a Variable, as optax's own users write."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_variable)
+  path, value = next((path, x) for path, x in flat if not is_variable(x))
+  return TreeMismatchError.assigned(f"opt_state{jax.tree_util.keystr(path)}", value)
 
 
 def _annotate(opt_state: Any, params: State) -> None:

@@ -302,7 +302,16 @@ def _values_of_dict():
   return (lambda x: sum(m(x) for m in values)), lambda: d.__setitem__("a", layer(1))
 
 
+def _attribute_of_function():
+  def step(x):
+    return step.model(x)
+
+  step.model = layer()
+  return step, lambda: setattr(step, "model", layer(1))
+
+
 PLACES = [
+  _attribute_of_function,
   _states, _variable_in_state, _merged_state, _function_of_object, _function_replaced,
   _partial_replaced, _jitted_of_object, _class_container, _classmethod, _static_object,
   _deep_object, _deep_decorators, _without_module, _defaults, _partialmethod, _context,

@@ -117,16 +117,17 @@ class Around:
   def _object(self, x: Any, names: frozenset[str]) -> None:
     """A plain object: an attribute of it may change, and it stays the same."""
     cls = type(x)
-    if not is_installed(cls):
+    if isinstance(x, types.BuiltinFunctionType):
+      owner = x.__self__  # a module, or a list, for its `append`
+      self.is_known &= isinstance(owner, types.ModuleType) and _is_fixed(owner.__name__)
+    elif not _is_of_known_module(x):
+      self.is_known = False
+    elif not is_installed(cls):
       self._class(cls)
       self.is_known &= _has_only_dict(x)
       self._space(x, vars, None)
-    elif isinstance(x, types.BuiltinFunctionType):
-      owner = x.__self__  # a module, or a list, for its `append`
-      self.is_known &= isinstance(owner, types.ModuleType) and _is_fixed(owner.__name__)
     elif not has_equality(x) and not isinstance(x, _STATELESS):
-      is_plain = hasattr(x, "__dict__") and not any(hasattr(cls, name) for name in _COMPUTED)
-      self.is_known &= is_plain and _is_fixed(cls.__module__)
+      self.is_known &= hasattr(x, "__dict__") and not any(hasattr(cls, k) for k in _COMPUTED)
       self._space(x, vars, names)
 
   def _space(
@@ -226,6 +227,13 @@ def _is_fixed(module: str | None) -> bool:
   """Whether what a module defines does the same each time."""
   module = module or "builtins"
   return module.partition(".")[0] in _FIXED and not module.startswith("numpy.random")
+
+
+def _is_of_known_module(x: Any) -> bool:
+  """Whether an object is of a class of the user's, or of a package that does the same each time."""
+  name = getattr(x, "__module__", None) or type(x).__module__  # a function in C has its own
+  module = sys.modules.get(name)
+  return module is not None and (not is_installed(module) or _is_fixed(name))
 
 
 def _is_random(module: types.ModuleType, names: frozenset[str]) -> bool:

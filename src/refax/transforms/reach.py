@@ -377,6 +377,10 @@ class _Search:
       if (value := getattr(f, name)) is not None:
         leads |= self._slot(f, name, lambda f, name=name: getattr(f, name), value, depth)
     for name in dict.fromkeys(names_in(f.__code__)):
+      if name in vars(f):  # an attribute of a function, its own mostly
+        leads |= self._slot(
+          f, (name,), lambda f, name=name: vars(f).get(name), vars(f)[name], depth
+        )
       if name in f.__globals__:
         value = f.__globals__[name]
         if not _is_foreign(value, f):

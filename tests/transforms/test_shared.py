@@ -796,6 +796,16 @@ def test_threads_may_share(monkeypatch):
   assert [int(model.calls) for model in models] == [100] * 8
 
 
+def test_globals_that_are_no_modules_are_freed():
+  space = {"nnx": nnx, "__name__": __name__, "held": (held := Net())}
+  exec("f = nnx.jit(lambda model, x: model(x))", space)
+  assert space["f"](held, X).tolist() == [0, 1, 2]
+  end = weakref.ref(held)
+  del space, held
+  gc.collect()
+  assert end() is None
+
+
 def test_only_so_many_are_remembered():
   known = shared.Known()
   make = lambda around: object()

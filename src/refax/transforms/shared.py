@@ -60,7 +60,7 @@ def lasting(fun: Any) -> tuple[Any, Hashable] | None:
   """
   if is_importable(fun):
     return fun, fun
-  if isinstance(fun, types.FunctionType) and fun.__closure__ is None:
+  if isinstance(fun, types.FunctionType) and fun.__closure__ is None and _is_in_module(fun):
     own = fun.__defaults__, tuple((fun.__kwdefaults__ or {}).items())
     is_all = (fun.__code__, id(fun.__globals__), kind(own), own)
     return (None, is_all) if _is_light(own) else None
@@ -72,6 +72,11 @@ def lasting(fun: Any) -> tuple[Any, Hashable] | None:
     inner = inner if ref is not None and ref() is fun else None
   found = lasting(inner) if inner is not None and _is_light(tuple(how)) else None
   return found and (found[0], (*how, found[1]))
+
+
+def _is_in_module(fun: types.FunctionType) -> bool:
+  """Whether the globals of a function are those of a module: others would be kept alive."""
+  return getattr(sys.modules.get(fun.__module__), "__dict__", None) is fun.__globals__
 
 
 def _is_light(x: Any) -> bool:

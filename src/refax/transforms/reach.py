@@ -287,19 +287,16 @@ class _Search:
 
     Other modules and classes there are not followed: these lead to all there is.
     """
-    is_space = isinstance(x, type | types.ModuleType)
-    module = x if isinstance(x, types.ModuleType) else x if is_space else type(x)
-    name = getattr(module, "__name__" if isinstance(x, types.ModuleType) else "__module__", None)
-    if is_library(name):
+    names, is_module = self._names, isinstance(x, types.ModuleType)
+    cls = x if isinstance(x, type) else type(x)
+    if is_library(x.__name__ if is_module else getattr(cls, "__module__", None)):
       return False
-    names = self._names
-    if not isinstance(x, types.ModuleType):
-      names = self._with_methods(x if isinstance(x, type) else type(x), names)
-    own = vars(x) if is_space else getattr(x, "__dict__", {})
-    there = [name for name in names if name in own]
-    if not isinstance(x, types.ModuleType):
-      defined = self._names_of(x if isinstance(x, type) else type(x))
-      there += [name for name in names if name in defined and name not in own]
+    own = vars(x) if is_module or cls is x else getattr(x, "__dict__", {})
+    if is_module:
+      there = [name for name in names if name in own]
+    else:
+      names, defined = self._with_methods(cls, names), self._names_of(cls)
+      there = [name for name in names if name in own or name in defined]
     leads = False
     with self._mentioning(names):
       for name in there:
@@ -371,7 +368,7 @@ class _Search:
       if is_library(f.__globals__.get("__name__")):
         return leads  # a transform around it
     for i, cell in enumerate(f.__closure__ or ()):
-      if (value := contents(cell)) is not None or depth == 0:
+      if (value := contents(cell)) is not None or not is_installed(f):
         leads |= self._slot(f, i, lambda f, i=i: contents(f.__closure__[i]), value, depth)
     for name in ("__defaults__", "__kwdefaults__"):
       if (value := getattr(f, name)) is not None:

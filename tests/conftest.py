@@ -39,6 +39,25 @@ def reuse_ir_contexts(times: int = 10) -> None:
 
 reuse_ir_contexts()
 
+import jax  # noqa: E402  # after the hook above
+import pytest  # noqa: E402
+
+MAPS = "/proc/self/maps"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+  """Forget compiled programs before there are too many for one process.
+
+  Each has some fifty memory maps; with Linux's 65,530 of them, the next program is a crash.
+  """
+  yield
+  if os.path.exists(MAPS):
+    with open(MAPS) as file:
+      count = sum(1 for _ in file)
+    if count > 25_000:
+      jax.clear_caches()
+
 
 def pytest_terminal_summary(terminalreporter):
   """Print how many programs the laws were checked on, and what was in them."""

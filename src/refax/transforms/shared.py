@@ -24,7 +24,7 @@ from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.transforms.around import Around, has_equality, is_installed
 
-_MOST = 32  # functions that are remembered: what was compiled for them takes memory
+_MOST = 16  # functions that are remembered: what was compiled for them takes memory
 
 
 def is_importable(fun: Any) -> bool:

@@ -3,6 +3,9 @@
 import os
 import threading
 
+import jax
+import pytest
+
 if os.environ.get("REFAX_CHECK_SHAPES"):
   # Before the first import of refax: from here on, beartype compares what layers get and return
   # with the shapes that their signatures say. For tests of valid input: it raises before we do.
@@ -38,9 +41,6 @@ def reuse_ir_contexts(times: int = 10) -> None:
 
 
 reuse_ir_contexts()
-
-import jax  # noqa: E402  # after the hook above
-import pytest  # noqa: E402
 
 MAPS = "/proc/self/maps"
 

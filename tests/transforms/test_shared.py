@@ -9,6 +9,7 @@ import gc
 import os
 import pathlib
 import random
+import signal
 import threading
 import time
 import types
@@ -209,6 +210,21 @@ def by_closure(model, x):
   return model(x)
 
 
+def _with_cells():
+  defaults, kwdefaults = [1.0], [1.0]
+
+  @functools.wraps(plus)
+  def call(model, x):
+    return plus(model, x) * defaults[0] * kwdefaults[0]
+
+  call.cells = defaults, kwdefaults
+  call.__qualname__ = "by_cells"
+  return call
+
+
+by_cells = _with_cells()
+
+
 def by_property(model, x):
   return model.doubled_by(x)
 
@@ -265,6 +281,8 @@ CHANGES = {
   "a default": (by_default, _set("by_default", "__defaults__", (5.0,))),
   "a list as a default": (by_list_default, _item(lambda: by_list_default.__defaults__[0], 0, 5.0)),
   "a closure of a decorator": (by_closure, _item(lambda: by_closure.factors, 0, 5.0)),
+  "a cell called defaults": (by_cells, _item(lambda: by_cells.cells[0], 0, 5.0)),
+  "a cell called kwdefaults": (by_cells, _item(lambda: by_cells.cells[1], 0, 5.0)),
   "an attribute of the model's class": (plus, _set("Net", "factor", 5.0)),
   "a method of the model's class": (plus, _set("Net", "__call__", lambda self, x: -x)),
   "what a property reads": (by_property, _set("Net", "factor", 5.0)),
@@ -743,6 +761,31 @@ def by_odd(model, x):
 
 
 odd: Any = None
+
+
+class Late(Exception):
+  """What a time limit raises."""
+
+
+def test_a_signal_that_comes_while_it_looks_is_handled(monkeypatch):
+  def late(*_):
+    raise Late
+
+  def ringing(value):
+    signal.raise_signal(signal.SIGUSR1)
+    return lambda x: signal.raise_signal(signal.SIGUSR1) is None
+
+  monkeypatch.setattr(around, "_sameness", ringing)
+  looked = around.Around()
+  old = signal.signal(signal.SIGUSR1, late)
+  try:
+    with pytest.raises(Late):
+      looked.add([by_helper])
+    assert looked.is_known
+    with pytest.raises(Late):
+      looked.holds()
+  finally:
+    signal.signal(signal.SIGUSR1, old)
 
 
 def test_random_keys_and_names_of_modules_do_no_harm():

@@ -18,7 +18,7 @@ import numpy as np
 
 from refax import _jax
 from refax.core import callables
-from refax.core.definition import kind
+from refax.core.definition import is_library, kind
 from refax.core.node import Node
 from refax.core.variable import Variable
 
@@ -178,8 +178,7 @@ def hashes_content(cls: type) -> bool:
   parameters = getattr(cls, "__dataclass_params__", None)
   if parameters is not None and parameters.frozen:
     return False
-  package = cls.__module__.partition(".")[0] if isinstance(cls.__module__, str) else ""
-  is_users = package not in ("jax", "refax", "optax", "numpy") and not issubclass(cls, enum.Enum)
+  is_users = not is_library(cls.__module__) and not issubclass(cls, enum.Enum)
   return is_users and isinstance(cls.__hash__, types.FunctionType)
 
 

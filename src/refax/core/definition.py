@@ -1,5 +1,6 @@
 """What is static about a Variable: its metadata, and where it comes from, for messages."""
 
+import functools
 import math
 import os
 import sys
@@ -18,6 +19,15 @@ def kind(value: Any) -> Any:
   if isinstance(value, tuple):
     return (type(value), *map(kind, value))
   return (float, math.copysign(1.0, value)) if type(value) is float else type(value)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_library(module: Any) -> bool:
+  """Whether a module, by its name, is one that JAX programs stand on: no state of the user's."""
+  return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = frozenset(("builtins", "jax", "jaxlib", "numpy", "refax", "optax"))
 
 
 def _user_frame() -> Any:

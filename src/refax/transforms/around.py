@@ -15,6 +15,7 @@ import numpy as np
 
 from refax.core.by_value import ByValue, NotByValue, Unchanged
 from refax.core.definition import kind
+from refax.core.interrupt import uninterrupted
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.core.watch import weakly
@@ -52,19 +53,32 @@ class Around:
     """Look around functions and classes, too, for a trace that is made now."""
     if not self.holds():
       self.is_known = False  # there are traces of two kinds
-    try:
-      self._open += [(x, frozenset()) for x in things]
-      while self._open and self.is_known:
-        self._follow(*self._open.pop())
-    except Exception:  # of a user's `__eq__` or `__hash__`: to look must not break a program
-      self.is_known = False
+    self._open += [(x, frozenset()) for x in things]
+    self._quietly(self._look)
 
   def holds(self) -> bool:
     """Whether all of it is as it was."""
-    try:
-      return self.is_known and all(space.holds() for space in self._spaces)
-    except Exception:
-      return False
+    return self.is_known and self._quietly(lambda: all(space.holds() for space in self._spaces))
+
+  def _quietly(self, look: Callable[[], bool]) -> bool:
+    """`look()`, or False if a user's `__eq__` or `__hash__` raises: to look breaks no program.
+
+    What the handler of a signal raises, a time limit maybe, is not taken for that.
+    """
+
+    def tried() -> bool:
+      try:
+        return look()
+      except Exception:
+        self.is_known = False
+        return False
+
+    return uninterrupted(tried)
+
+  def _look(self) -> bool:
+    while self._open and self.is_known:
+      self._follow(*self._open.pop())
+    return self.is_known
 
   def _is_new(self, *key: Any) -> bool:
     if key in self._seen or not self.is_known:
@@ -283,7 +297,7 @@ def _parts(x: Any) -> dict[str, Any]:
 def _own_values(f: types.FunctionType) -> dict[str, Any]:
   """What a function holds: in the cells of its closure, and as defaults."""
   cells = dict(zip(f.__code__.co_freevars, map(contents, f.__closure__ or ()), strict=True))
-  return cells | {"defaults": f.__defaults__, "kwdefaults": f.__kwdefaults__}
+  return cells | {"__defaults__": f.__defaults__, "__kwdefaults__": f.__kwdefaults__}
 
 
 def _attributes(cls: type) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.fast import FastCalls, Seen, is_eager, steady
 from refax.transforms.layout import constrained, laid_out
 from refax.transforms.lift import Frame, Inputs
-from refax.transforms.method import bound, method_of, shifted
+from refax.transforms.method import bound, method_of
+from refax.transforms.options import listed, resolved, shifted
 from refax.transforms.reach import Reach
 from refax.transforms.shared import Known
 from refax.transforms.tree import signature
@@ -80,18 +81,13 @@ def jit(
   """
   decorate = functools.partial(
     _jit,
-    static=(_listed(static_argnums), _listed(static_argnames)),
-    donated=(_listed(donate_argnums), _listed(donate_argnames)),
+    static=(listed(static_argnums), listed(static_argnames)),
+    donated=(listed(donate_argnums), listed(donate_argnames)),
     keep_unused=keep_unused,
     inline=inline,
     shardings=(in_shardings, out_shardings),
   )
   return decorate if fun is None else decorate(fun)
-
-
-def _listed(x: Any) -> tuple:
-  """Numbers or names of arguments; one of them may be given by itself."""
-  return () if x is None else (x,) if isinstance(x, int | str) else tuple(x)
 
 
 def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
@@ -103,7 +99,7 @@ def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
     jitted = _KNOWN.shared(fun, tuple(options.items()), lambda a: _Jitted(fun, a, **options))
   else:
     jitted = _Jitted(constrained(fun, out_of), None, **options)
-  place = None if into is None else lambda f: laid_out(f, into, _resolve(fun, *options["static"]))
+  place = None if into is None else lambda f: laid_out(f, into, resolved(fun, *options["static"]))
   return _made(jitted, fun, place)
 
 
@@ -136,20 +132,24 @@ class _Jitted:
     self.fast = FastCalls()
     self._fun = fun
     self._around = around
-    self._static = _resolve(fun, *static)
-    self._donated = _resolve(fun, *donated)
+    self._static = resolved(fun, *static)
+    self._donated = resolved(fun, *donated)
     this = weakref.ref(self)
 
     def gone(key: int, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
       if not is_finalizing() and (living := this()) is not None:
         living._note_gone(key)
 
+    def look(spec: tuple) -> None:
+      if (living := this()) is not None:
+        living._look_around(spec)
+
     self._reaches: dict[tuple, Reach] = {}  # for static arguments of one kind each
     self._gone = gone
     self._versions = Versions()
     self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(
-      _named(functools.partial(_call, fun), fun), static_argnums=0, **options
+      _named(functools.partial(_call, fun, look), fun), static_argnums=0, **options
     )
 
   def call(self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]) -> Any:
@@ -157,7 +157,6 @@ class _Jitted:
     watch, then = Watch(seen_as=any_array), epoch.value
     inputs, spec, leaves = self._split(args, kwargs, watch)
     if not is_eager():
-      self._look_around(inputs, spec)
       with observe() as seen, self._naming(inputs, spec[2]):
         outputs = self._jitted(self._static_of(spec), *leaves)
       self._reach(spec[1]).add(_concrete(seen))
@@ -202,7 +201,6 @@ class _Jitted:
   def _trace(self, inputs: Inputs, spec: tuple, leaves: tuple) -> tuple[Compiled, list[Variable]]:
     """What is compiled for these leaves, and the Variables that are reached by closure."""
     static = self._static_of(spec, is_compiled=True)
-    self._look_around(inputs, spec)
     with observe() as seen, self._naming(inputs, spec[2]):
       traced = self._jitted.trace(static, *leaves)
     compiled = Compiled(
@@ -215,14 +213,13 @@ class _Jitted:
     )
     return compiled, _concrete(seen)
 
-  def _look_around(self, inputs: Inputs, spec: tuple) -> None:
-    """Note what there is around the function, its static arguments, and the objects it is given."""
+  def _look_around(self, spec: tuple) -> None:
+    """Note what there is around the function, for what is being traced now."""
+    graphdef, static, _, version = spec
     if (around := self._around) is None:
       return
-    around.add((self._fun, *(value for *_, value in spec[1]), *inputs.graphdef.static_parts()))
-    if (
-      not around.is_known or self._reach(spec[1]).ids
-    ):  # what is compiled holds the cells of models
+    around.add((self._fun, *(value for *_, value in static), *graphdef.static_parts()))
+    if not around.is_known or version:  # what is compiled holds the cells of models
       self._share_no_more()
 
   def _share_no_more(self) -> None:
@@ -238,7 +235,6 @@ class _Jitted:
       lowered = compiled.lower(inputs.leaves)
       run = lambda executable, inputs, _: self._run(compiled, inputs, executable)
     else:
-      self._look_around(inputs, spec)
       with self._naming(inputs, spec[2]):
         lowered = self._jitted.lower(self._static_of(spec), *leaves)
       run = lambda executable, inputs, now: inputs.commit(executable(*now))
@@ -268,7 +264,6 @@ class _Jitted:
   def trace(self, *args: Any, **kwargs: Any) -> Any:
     """The traced computation for these arguments, as `jax.jit(f).trace`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
-    self._look_around(inputs, spec)
     with self._naming(inputs, spec[2]):
       return self._jitted.trace(self._static_of(spec), *leaves)
 
@@ -438,9 +433,11 @@ def leaf_name(fun: Callable, path: Path) -> str:
   return f"{argument}{path_str(tuple(rest))}"
 
 
-def _call(fun: Callable, static: _Static, kept: tuple, donated: tuple) -> Outputs:
+def _call(
+  fun: Callable, look: Callable[[tuple], None], static: _Static, kept: tuple, donated: tuple
+) -> Outputs:
   """What is traced: leaves in, outputs out; Variables in hijax storage are written in place."""
-  spec = static.spec
+  look(spec := static.spec)
   graphdef: GraphDef = spec[0]
   parts = iter(kept), iter(donated)
   frame = Frame(graphdef, [next(parts[d]) for d in spec[2]])
@@ -487,17 +484,3 @@ def _with_static(static: tuple, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
 def _is_abstract(leaf: Any) -> bool:
   leaves = jax.tree.leaves(leaf)
   return any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-
-
-def _resolve(fun: Callable, nums: tuple, names: tuple) -> tuple[frozenset[int], frozenset[str]]:
-  """Argument numbers and names, each completed by the other from the signature, as jax.jit does."""
-  try:
-    parameters = list(inspect.signature(fun).parameters.values())
-  except (TypeError, ValueError):
-    parameters = []
-  positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-  counted = {n + len(positional) if n < 0 else n for n in nums}
-  by_name = {p.name: i for i, p in enumerate(positional)}
-  all_nums = counted | {by_name[name] for name in names if name in by_name}
-  all_names = set(names) | {p.name for i, p in enumerate(positional) if i in counted}
-  return frozenset(all_nums), frozenset(all_names)

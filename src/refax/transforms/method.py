@@ -25,13 +25,6 @@ def method_of(fun: Any) -> tuple[Callable, Node] | None:
   return None
 
 
-def shifted(options: dict[str, Any]) -> dict[str, Any]:
-  """The options of `nnx.jit` of a bound method, for the function: it has one argument more."""
-  numbers = lambda nums: tuple(i + 1 if i >= 0 else i for i in nums)
-  both = {name: (numbers(options[name][0]), options[name][1]) for name in ("static", "donated")}
-  return options | both
-
-
 def bound(call: Any, owner: Node, fun: Any, otherwise: Callable[[], Any]) -> Callable:
   """What `nnx.jit` has made of a method, for one Module.
 

@@ -225,12 +225,3 @@ def names_in(code: types.CodeType) -> Iterator[str]:
   """The global names and attributes that a function, and functions inside it, may look up."""
   for part in codes_in(code):
     yield from part.co_names
-
-
-@functools.lru_cache(maxsize=1024)
-def is_library(module: str | None) -> bool:
-  """Whether a module is one of those that hold no model of the user's."""
-  return (module or "").partition(".")[0] in _LIBRARIES
-
-
-_LIBRARIES = frozenset(("builtins", "jax", "jaxlib", "numpy", "refax", "optax"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from refax import _jax
+from refax.core.definition import is_library
 from refax.core.flatten import Walk, flatten
 from refax.core.graphdef import LEAF
 from refax.core.node import Node
@@ -28,7 +29,6 @@ from refax.transforms.places import (
   contents,
   function_of,
   is_filled,
-  is_library,
   is_plain,
   names_in,
   opened,

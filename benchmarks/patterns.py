@@ -307,8 +307,25 @@ def returns_new(n: int) -> Steps:
     return lambda: f(model, ONE)[1]
 
   hand, arrays = jax.jit(lambda arrays, x: ([a + x for a in arrays], x)), zeros(n)
-  of_equinox = eqx.filter_jit(lambda arrays, x: ([a + x for a in arrays], x))
-  return both(make, lambda: hand(arrays, ONE)[1], lambda: of_equinox(arrays, ONE)[1])
+  of_equinox = eqx.filter_jit(lambda model, x: (jax.tree.map(lambda a: a + x, model), x))
+  model = _equinox_model(n)
+  return both(make, lambda: hand(arrays, ONE)[1], lambda: of_equinox(model, ONE)[1])
+
+
+def _equinox_model(n: int) -> eqx.Module:
+  """A model like `model_of`, of arrays."""
+
+  class Layer(eqx.Module):
+    v0: jax.Array
+    v1: jax.Array
+    v2: jax.Array
+    v3: jax.Array
+    v4: jax.Array
+
+  class Model(eqx.Module):
+    layers: list[Layer]
+
+  return Model([Layer(*zeros(5)) for _ in range(n // 5)])
 
 
 def sow_and_pop(n: int) -> Steps:

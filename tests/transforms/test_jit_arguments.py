@@ -8,6 +8,7 @@ import pytest
 
 from refax import _jax, nnx
 from refax.errors import ArgumentError
+from refax.transforms.lift import Inputs
 
 NUMPY = ["bool", "int8", "uint8", "int32", "uint32", "int64", "float16", "float32", "float64"]
 SMALL = [jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int4, jnp.uint4]
@@ -207,6 +208,27 @@ def test_many_calls_of_what_was_compiled_ahead_are_known(way, hijax):
     with pytest.raises(ArgumentError, match="compiled for other arguments"):
       call(compiled, model, x)
     np.testing.assert_array_equal(model.mean, mean)
+
+
+@pytest.mark.parametrize("static", [(0, 2), (0, 4), (2, 4)])
+def test_what_was_compiled_ahead_with_static_arguments_is_known(static, monkeypatch):
+  def step(scale, model, flag, batch, shift):
+    return model(batch["x"]) * scale + jnp.where(flag, shift, 0)
+
+  model, x = nnx.BatchNorm(2, rngs=nnx.Rngs(0)), jnp.arange(6.0).reshape(3, 2)
+  twin = nnx.clone(model)
+  given = lambda i: (2.0, model, True, {"x": x + i}, 3.0)
+  dynamic = lambda i: [a for n, a in enumerate(given(i)) if n not in static]
+  compiled = nnx.jit(step, static_argnums=static).lower(*given(0)).compile()
+  want = lambda i: twin(x + i) * 2 + 3
+  np.testing.assert_allclose(compiled(*dynamic(0)), want(0), rtol=1e-5)
+  monkeypatch.setattr(Inputs, "of", None)  # nothing is walked through again
+  for i in range(1, 4):
+    np.testing.assert_allclose(compiled(*dynamic(i)), want(i), rtol=1e-5)
+  monkeypatch.undo()
+  np.testing.assert_allclose(model.mean, twin.mean, rtol=1e-5)
+  with pytest.raises(ArgumentError, match="compiled for other arguments"):
+    compiled(*dynamic(0)[:-1])
 
 
 def test_a_number_that_is_too_large_is_named():

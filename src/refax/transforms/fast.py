@@ -8,9 +8,10 @@ flattened first, and found by its structure.
 """
 
 import functools
+import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from refax import _jax
@@ -306,6 +307,8 @@ class Seen:
     inputs: the others, flat.
     watch: is told of changes to the objects in them.
     then: the epoch when they were flattened.
+    left_out: which positional arguments of `inputs` are not among the values: static ones, of which
+      what is compiled ahead of time is not told again.
   """
 
   def __init__(
@@ -316,10 +319,11 @@ class Seen:
     inputs: Inputs,
     watch: Watch,
     then: int,
+    left_out: Collection[int] = (),
   ):
     self.values, self.names = values, names
     self.inputs, self.watch, self.epoch = inputs, watch, then
-    self._static = frozenset(static)
+    self._static, self._left_out = frozenset(static), left_out
     self.constants = [(i, values[i], kind(values[i])) for i in self._static]
     self.objects: list[tuple[int, Node]] = []
     self.arrays: list[tuple[int, Any]] = []
@@ -340,7 +344,8 @@ class Seen:
     first = len(self.values) - len(self.names)
     names = [first + self.names.index(name) for name in self.inputs.names]
     handed = {c.argument for c in containers}
-    for n, i in enumerate((*range(first), *names)):
+    numbers = (n for n in itertools.count() if n not in self._left_out)
+    for n, i in zip(numbers, (*range(first), *names), strict=False):
       x, entry = self.values[i], self.inputs.arguments[n]
       if i in self._static:
         continue

@@ -243,7 +243,7 @@ class _Jitted:
 
     def make(executable: Any) -> AheadCompiled:
       fast = FastCalls()
-      by_position = any(isinstance(key, int) for key, *_ in spec[1])  # arguments left out in a call
+      left_out = [key for key, *_ in spec[1] if isinstance(key, int)]
 
       def call(args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]) -> Any:
         watch, then = Watch(seen_as=any_array), epoch.value
@@ -252,8 +252,8 @@ class _Jitted:
         checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
         result = run(executable, inputs, now)
         reach = self._reach(spec[1])
-        if compiled is not None and not by_position and reach.is_steady and is_eager():
-          seen = Seen(values, names, (), inputs, watch, then)
+        if compiled is not None and reach.is_steady and is_eager():
+          seen = Seen(values, names, (), inputs, watch, then, left_out)
           fast.learn(seen, compiled, reach.slots, executable)
         return result
 

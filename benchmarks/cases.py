@@ -51,6 +51,11 @@ CASES: dict[str, Case] = {
   "Embed": Case(eager.embed, "eager", rounds=7),
   "remat": Case(eager.remat, "eager", rounds=7),
   "vmap": Case(eager.vmap, "eager", rounds=7),
+  "scan": Case(eager.scan, "eager", rounds=7),
+  "fori_loop": Case(eager.fori_loop, "eager", rounds=7),
+  "while_loop": Case(eager.while_loop, "eager", rounds=7),
+  "cond": Case(eager.cond, "eager", rounds=7),
+  "RNN of an LSTM": Case(eager.recurrent, "eager", rounds=7),
   **{
     f"lower, depth {depth}": Case(partial(tracing.lower, depth), "trace and compile", rounds=5)
     for depth in (8, 32)

@@ -172,3 +172,91 @@ def vmap() -> Steps:
 
   by = {BASE: lambda: by_hand(kernel, bias, x)}
   return by | _both(step) | {"Equinox": lambda: equinox(layer, x)}
+
+
+def scan() -> Steps:
+  """A stack of four layers, one after the other; the loop is written once, and called each time."""
+  x, kernels, biases = jnp.ones((8, 64)), jnp.ones((4, 64, 64)), jnp.zeros((4, 64))
+
+  def body(x, layer):
+    return jax.nn.relu(jnp.dot(x, layer[0]) + layer[1]), None
+
+  def step(lib):
+    layers = lib.vmap(lambda key: lib.Linear(64, 64, rngs=lib.Rngs(key)))(
+      jax.random.split(jax.random.key(0), 4)
+    )
+    axes = {"in_axes": (lib.Carry, 0), "out_axes": lib.Carry}
+    forward = lib.scan(lambda x, layer: lib.relu(layer(x)), **axes)
+    return lambda: forward(x, layers)
+
+  return {BASE: lambda: jax.lax.scan(body, x, (kernels, biases))[0]} | _both(step)
+
+
+def fori_loop() -> Steps:
+  """A layer is applied four times."""
+  x, kernel, bias = jnp.ones((8, 64)), jnp.ones((64, 64)), jnp.zeros(64)
+
+  def body(_, given):
+    x, kernel, bias = given
+    return jnp.dot(x, kernel) + bias, kernel, bias
+
+  def step(lib):
+    layer = lib.Linear(64, 64, rngs=lib.Rngs(0))
+    body = lambda _, given: (given[0], given[0](given[1]))
+    return lambda: lib.fori_loop(0, 4, body, (layer, x))[1]
+
+  return {BASE: lambda: jax.lax.fori_loop(0, 4, body, (x, kernel, bias))[0]} | _both(step)
+
+
+def while_loop() -> Steps:
+  """The same, by a condition on a counter."""
+  x, kernel, bias = jnp.ones((8, 64)), jnp.ones((64, 64)), jnp.zeros(64)
+
+  def body(given):
+    i, x, kernel, bias = given
+    return i + 1, jnp.dot(x, kernel) + bias, kernel, bias
+
+  go_on = lambda given: given[0] < 4
+
+  def step(lib):
+    layer = lib.Linear(64, 64, rngs=lib.Rngs(0))
+    body = lambda given: (given[0] + 1, given[1], given[1](given[2]))
+    return lambda: lib.while_loop(go_on, body, (0, layer, x))[2]
+
+  return {BASE: lambda: jax.lax.while_loop(go_on, body, (0, x, kernel, bias))[1]} | _both(step)
+
+
+def cond() -> Steps:
+  """A layer, or none."""
+  x, kernel, bias = jnp.ones((8, 64)), jnp.ones((64, 64)), jnp.zeros(64)
+  apply, skip = lambda x, kernel, bias: jnp.dot(x, kernel) + bias, lambda x, kernel, bias: x
+
+  def step(lib):
+    layer = lib.Linear(64, 64, rngs=lib.Rngs(0))
+    apply, skip = lambda layer, x: layer(x), lambda layer, x: x
+    return lambda: lib.cond(True, apply, skip, layer, x)
+
+  return {BASE: lambda: jax.lax.cond(True, apply, skip, x, kernel, bias)} | _both(step)
+
+
+def recurrent() -> Steps:
+  """An LSTM over ten steps; by hand, a loop over a function of arrays."""
+  x = jnp.ones((2, 10, 64))
+  kernel, bias = jnp.ones((128, 256)), jnp.zeros(256)
+
+  def body(carry, x):
+    c, h = carry
+    i, f, g, o = jnp.split(jnp.dot(jnp.concatenate([x, h], -1), kernel) + bias, 4, -1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (c, h), h
+
+  def by_hand():
+    carry = jnp.zeros((2, 64)), jnp.zeros((2, 64))
+    return jax.lax.scan(body, carry, jnp.moveaxis(x, 1, 0))[1]
+
+  def step(lib):
+    layer = lib.RNN(lib.OptimizedLSTMCell(64, 64, rngs=lib.Rngs(0)))
+    return lambda: layer(x)
+
+  return {BASE: by_hand} | _both(step)

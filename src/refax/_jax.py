@@ -932,6 +932,14 @@ def refs_as_inputs(closed_jaxpr: Any) -> Any:
   return ClosedJaxpr(jaxpr, list(rest.values()))
 
 
+def consts_as_inputs(closed_jaxpr: Any) -> Any:
+  """A jaxpr with its constants as further inputs, before the others."""
+  old = closed_jaxpr.jaxpr
+  info = old.debug_info.with_unknown_names()
+  jaxpr = old.replace(constvars=[], invars=[*old.constvars, *old.invars], debug_info=info)
+  return ClosedJaxpr(jaxpr, [])
+
+
 def _making_refs(closed_jaxpr: Any) -> Any:
   """A jaxpr with Refs among its inputs as one of values, which makes the Refs itself."""
   are_refs = list(map(is_ref_var, closed_jaxpr.jaxpr.invars))
@@ -1111,6 +1119,7 @@ def is_ref_var(atom: Any) -> bool:
 
 _call = Primitive("refax_call")
 _call.multiple_results = True
+_call.def_impl(lambda *args, call: jaxpr_as_fun(call.jaxpr)(*args))
 _call.def_abstract_eval(lambda *args, call: list(call.jaxpr.out_avals))
 mlir.register_lowering(
   _call,
@@ -1120,7 +1129,7 @@ mlir.register_lowering(
 )
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
   """The function that an operation `refax_call` calls."""
 
   name: str
@@ -1137,7 +1146,37 @@ def call_jaxpr(closed_jaxpr: Any, args: list[Any], name: str) -> list[Any]:
   """
   if closed_jaxpr.jaxpr.is_high:
     return jaxpr_as_fun(closed_jaxpr)(*args)
-  return _call.bind(*args, call=_Call(name, closed_jaxpr))
+  return _call.bind(*args, call=Call(name, closed_jaxpr))
+
+
+def without_rules(closed_jaxpr: Any) -> Any:
+  """A jaxpr without derivatives of the user's own, for a compiler: it holds none of his functions.
+
+  Private: the names of JAX's operations with such rules, and their parameter `call_jaxpr`.
+  """
+  return _rewritten(closed_jaxpr, _called)
+
+
+def _called(eqn: Any) -> Any:
+  """An equation that calls what has derivatives of its own, as a call of the function alone."""
+  function = eqn.params.get("call_jaxpr")
+  if eqn.primitive.name not in ("custom_jvp_call", "custom_vjp_call") or function is None:
+    return None
+  call = Call(eqn.primitive.name, _rewritten(function, _called))
+  return eqn.replace(primitive=_call, params={"call": call})
+
+
+def context_of(eqn: Any) -> Any:
+  """The settings under which an equation was made (where it computes, which random bits it draws).
+
+  Private: the attribute `ctx`. Without it, an equation is like itself only.
+  """
+  return getattr(eqn, "ctx", eqn)
+
+
+def is_literal(atom: Any) -> bool:
+  """Whether what an equation reads is a number, and no variable."""
+  return type(atom) is Literal
 
 
 def fits(closed_jaxpr: Any, args: list[Any]) -> bool:
@@ -1147,7 +1186,7 @@ def fits(closed_jaxpr: Any, args: list[Any]) -> bool:
   return all(map(operator.eq, types, map(plain, closed_jaxpr.in_avals)))
 
 
-def _is_custom(eqn: Any) -> bool:
+def is_custom(eqn: Any) -> bool:
   """Whether an equation calls what has derivatives or a batching rule of its own.
 
   `call_hi_primitive` is the one primitive of `jax.experimental.hijax`, and of `jax.custom_vjp` and
@@ -1158,7 +1197,7 @@ def _is_custom(eqn: Any) -> bool:
 
 def _custom_rules(jaxpr: Any) -> int:
   """How many such calls a jaxpr holds, at any depth."""
-  return sum(_is_custom(eqn) + sum(map(_custom_rules, inner_jaxprs(eqn))) for eqn in jaxpr.eqns)
+  return sum(is_custom(eqn) + sum(map(_custom_rules, inner_jaxprs(eqn))) for eqn in jaxpr.eqns)
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
@@ -1238,7 +1277,7 @@ _keep.def_effectful_abstract_eval(
 
 def _kept(eqn: Any) -> Any:
   """Put an equation behind `refax_kept`, if it has derivatives of its own inside, and no state."""
-  if _has_state(eqn) or not (_is_custom(eqn) or any(map(_custom_rules, inner_jaxprs(eqn)))):
+  if _has_state(eqn) or not (is_custom(eqn) or any(map(_custom_rules, inner_jaxprs(eqn)))):
     return None
   return eqn.replace(primitive=_keep, params={"behind": _Behind(eqn)})
 

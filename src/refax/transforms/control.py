@@ -1,12 +1,17 @@
 """nnx.cond and nnx.switch: branches that read and write state, also under gradients and vmap."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from refax.core.array_protocol import unwrap
+from refax.core.storage import is_array_like
 from refax.errors import TreeMismatchError
+from refax.transforms.eager import compiled_once
+from refax.transforms.fast import is_eager
 from refax.transforms.lift import Inputs
 from refax.transforms.loops import difference, signature
 from refax.transforms.stage import Staged, read_closures, values_of, write_closures
@@ -36,8 +41,8 @@ def cond(pred: ArrayLike, true_fun: Callable, false_fun: Callable, *operands: An
   >>> int(count)
   1
   """
-  select = lambda branches, *args: jax.lax.cond(unwrap(pred), *branches, *args)
-  return _branch(select, (true_fun, false_fun), operands)
+  select = lambda pred, branches, *args: jax.lax.cond(pred, *branches, *args)
+  return _branch(select, unwrap(pred), (true_fun, false_fun), operands)
 
 
 def switch(index: ArrayLike, branches: Sequence[Callable], *operands: Any) -> Any:
@@ -59,14 +64,14 @@ def switch(index: ArrayLike, branches: Sequence[Callable], *operands: Any) -> An
   >>> nnx.switch(2, [lambda v, k=k: v.set_value(v + k) for k in (10, 20, 30)], v); int(v)
   31
   """
-  select = lambda branches, *args: jax.lax.switch(unwrap(index), branches, *args)
-  return _branch(select, tuple(branches), operands)
+  return _branch(jax.lax.switch, unwrap(index), tuple(branches), operands)
 
 
-def _branch(select: Callable, functions: Sequence[Callable], operands: tuple) -> Any:
+def _branch(select: Callable, which: Any, functions: Sequence[Callable], operands: tuple) -> Any:
   inputs = Inputs.of(operands, {})
   values = values_of(inputs)
-  stages = [Staged(f, inputs, values) for f in functions]
+  is_compiled = is_eager()
+  stages = [Staged(f, inputs, values, is_compiled=is_compiled) for f in functions]
   _check_alike(stages)
   refs, closures = read_closures(stages)
   written = sorted(set().union(*(s.written for s in stages)))
@@ -77,7 +82,11 @@ def _branch(select: Callable, functions: Sequence[Callable], operands: tuple) ->
       values, closures, written=written, closures_written=closures_written
     )
 
-  outputs, after = select([run(s) for s in stages], values, closures)
+  branches = list(map(run, stages))
+  choose = lambda which, *given: select(which, branches, *given)
+  is_scalar = is_array_like(which) and not jnp.shape(which)
+  choose = functools.partial(compiled_once, choose) if is_scalar else choose  # JAX says what it is
+  outputs, after = choose(which, values, closures)
   write_closures(refs, after)
   return inputs.commit(outputs)
 

@@ -18,6 +18,8 @@ from refax.core.variable import Variable
 from refax.errors import TreeMismatchError
 from refax.transforms.axes import Carry, argument_axes, assign, counted, move, size_of
 from refax.transforms.axis_names import kept_up
+from refax.transforms.eager import compiled_once
+from refax.transforms.fast import is_eager
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.stage import Result, Staged, read_closures, values_of, write_closures
 from refax.transforms.view import View, value_of
@@ -166,25 +168,27 @@ def _loop(
   staged, carry, values = _stage_carried(
     body, inputs, values, lambda s: [(entry, s.outputs.spec.graphdef.root)], what
   )
-  conds = [Staged(c, inputs, values) for c in conditions]
+  conds = [Staged(c, inputs, values, is_compiled=is_eager()) for c in conditions]
   if any(c.written or c.closures_written for c in conds):
     raise TreeMismatchError.condition("nnx.while_loop")
   for cond in conds:
     _condition(cond)
   refs, closures = read_closures([staged, *conds])
-  step = lambda state, given=None: carry.after(
-    state, staged.run(carry.values(values, state, given or {}), closures | state.closures)
-  )
 
-  def test(cond: Staged) -> Callable:
-    def run(state: _State) -> Any:
+  def loop(values: list[Any], closures: dict[int, Any]) -> _State:
+    step = lambda state, given=None: carry.after(
+      state, staged.run(carry.values(values, state, given or {}), closures | state.closures)
+    )
+
+    def test(cond: Staged, state: _State) -> Any:
       current = carry.values(values, state, {})
       fresh = cond.run(current, closures | state.closures).outputs.fresh
       return unwrap([*current, *fresh][_condition(cond)])
 
-    return run
+    tests = [functools.partial(test, c) for c in conds]
+    return run(tests, step, carry.start(values, closures))
 
-  last = run([test(c) for c in conds], step, carry.start(values, closures))
+  last = compiled_once(loop, values, closures)
   write_closures(refs, last.closures)
   fresh = [carry.final(i, last) for i in range(len(staged.outputs.fresh))]
   spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
@@ -278,7 +282,8 @@ def _stage_carried(
   """Trace a step; numbers in the carry take the dtype that the step gives them, as in JAX."""
   slices = sliced or {}
   for attempt in range(2):
-    staged = Staged(f, inputs, [slices.get(i, v) for i, v in enumerate(values)])
+    elements = [slices.get(i, v) for i, v in enumerate(values)]
+    staged = Staged(f, inputs, elements, is_compiled=is_eager())
     carry = _Carry(staged, pairs(staged), what, slices)
     changed = {}
     for i, out in carry.links.items():
@@ -373,30 +378,33 @@ class Scan:
     whole = {i: jnp.asarray(xs.pop(i)) for i in sorted(self.in_place)}
     index = jnp.arange(self.length) if whole else None
 
-    def step(loop: tuple[_State, dict[int, Any]], given: tuple[Any, dict[int, Any]]):
-      (state, whole), (index, xs) = loop, given
-      views = {i: View(x, index) for i, x in whole.items()}
-      values = carry.values(self.values, state, xs | views)
-      result = staged.run(values, closures | state.closures)
-      final = dict(zip(carry.written, result.outputs.written, strict=True))
-      whole = {i: final[i].stacked for i in whole}
-      fresh = {i: x for i, x in enumerate(result.outputs.fresh) if not carry.is_carried(i)}
-      sliced = {i: value_of(final[i]) for i in final if i in xs}
-      return (carry.after(state, result), whole), (sliced, fresh)
+    def loop(shared: list[Any], closures: dict[int, Any], whole: dict[int, Any], given: Any):
+      def step(loop: tuple[_State, dict[int, Any]], given: tuple[Any, dict[int, Any]]):
+        (state, whole), (index, xs) = loop, given
+        views = {i: View(x, index) for i, x in whole.items()}
+        values = carry.values(shared, state, xs | views)
+        result = staged.run(values, closures | state.closures)
+        final = dict(zip(carry.written, result.outputs.written, strict=True))
+        whole = {i: final[i].stacked for i in whole}
+        fresh = {i: x for i, x in enumerate(result.outputs.fresh) if not carry.is_carried(i)}
+        sliced = {i: value_of(final[i]) for i in final if i in xs}
+        return (carry.after(state, result), whole), (sliced, fresh)
 
-    (last, whole), (written, stacked) = jax.lax.scan(
-      step,
-      (carry.start(self.values, closures), whole),
-      (index, xs),
-      length=self.length,
-      reverse=reverse,
-      unroll=unroll,
+      start = carry.start(shared, closures), whole
+      return jax.lax.scan(step, start, given, length=self.length, reverse=reverse, unroll=unroll)
+
+    (last, whole), (written, stacked) = compiled_once(
+      loop, self._shared(), closures, whole, (index, xs)
     )
     write_closures(refs, last.closures)
     written = {i: move(x, 0, self.sliced[i]) for i, x in written.items()} | whole | last.cells
     spec = staged.outputs.spec._replace(written=tuple(carry.written))
     fresh = self._fresh(stacked, last, 0 if reverse else -1)
     return self.inputs.commit(Outputs([written[i] for i in spec.written], fresh, spec))
+
+  def _shared(self) -> list[Any]:
+    """The values that are not sliced: each step is given slices in the place of the others."""
+    return [None if i in self.sliced else x for i, x in enumerate(self.values)]
 
   def _fresh(self, stacked: dict[int, Any], last: _State, end: int) -> list[Any]:
     """The new leaves: the last carry, and results stacked along their axis, or the last of them."""

@@ -44,13 +44,20 @@ class Staged:
     inputs: the caller's arguments.
     values: the value of each leaf of the inputs, or its shape and dtype.
     is_final: whether nothing will differentiate what is staged: fewer operations are then recorded.
+    is_compiled: whether nothing will batch it either: it is compiled as it is.
   """
 
   def __init__(
-    self, fn: Callable, inputs: Inputs, values: Sequence[Any], *, is_final: bool = False
+    self,
+    fn: Callable,
+    inputs: Inputs,
+    values: Sequence[Any],
+    *,
+    is_final: bool = False,
+    is_compiled: bool = False,
   ):
     self.inputs = inputs
-    self._is_final = is_final
+    self._is_final = is_final = is_final or is_compiled
 
     def traced(values):
       refs = filter(_jax.is_ref, jax.tree.leaves(values))
@@ -73,6 +80,8 @@ class Staged:
     self._find_closures()
     self.pure = _jax.discharge(_jax.refs_as_inputs(self.jaxpr))
     """The function as a closed jaxpr of values."""
+    is_compiled = is_compiled and _jax.only_refs_are_effects(self.pure)
+    self._step = _jax.consts_as_inputs(_jax.without_rules(self.pure)) if is_compiled else None
 
   def _find_effects(self) -> None:
     """Which of the caller's Variables, and which Refs by closure, are read and written."""
@@ -142,6 +151,8 @@ class Staged:
     _, flat = self.operands(values, closures)
     if any(isinstance(x, View) for x in flat):
       results = view.evaluate(self.pure, flat)
+    elif self._step is not None:
+      results = _jax.call_jaxpr(self._step, [*self.pure.consts, *flat], "step")
     else:
       results = _jax.jaxpr_as_fun(self.pure)(*flat)
     written = sorted(self.written if written is None else written)

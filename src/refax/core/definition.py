@@ -7,6 +7,8 @@ import sys
 import weakref
 from typing import Any
 
+import numpy as np
+
 from refax.core.gather import GATHERED
 from refax.errors import StaticAttributeError
 from refax.typing import path_str
@@ -18,7 +20,12 @@ def kind(value: Any) -> Any:
   """What equality overlooks in a static value: 1 == 1.0 == True and 0.0 == -0.0, in tuples too."""
   if isinstance(value, tuple):
     return (type(value), *map(kind, value))
-  return (float, math.copysign(1.0, value)) if type(value) is float else type(value)
+  if isinstance(value, frozenset):
+    return type(value), frozenset((kind(x), x) for x in value)
+  return (type(value), math.copysign(1.0, value)) if type(value) in _SIGNED else type(value)
+
+
+_SIGNED = frozenset((float, np.float16, np.float32, np.float64))
 
 
 @functools.lru_cache(maxsize=1024)

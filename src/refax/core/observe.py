@@ -4,6 +4,8 @@ A jaxpr knows the Refs that a function reached by closure, not the Variables the
 """
 
 import contextlib
+import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -99,11 +101,28 @@ def differentiated(variables: Iterable[Any]) -> Iterator[None]:
   """
   outer = _local.differentiated
   keys = {id(x): x for v in variables for x in (v, *jax.tree.leaves(v.get_raw_value()))}
-  _local.differentiated = outer | {k: x for k, x in keys.items() if not _jax.is_tracer(x)}
+  found = outer | {k: x for k, x in keys.items() if not _jax.is_tracer(x)}
+  _local.differentiated = found
   try:
-    yield
+    with _differentiation(_number(frozenset(found))) if found else contextlib.nullcontext():
+      yield
   finally:
     _local.differentiated = outer
+
+
+_differentiation = jax.make_user_context(default_value=0)
+"""What is differentiated, by number. It is part of the key of all that JAX keeps of a trace: code
+that was traced before, and is not run again, may read a cell that must not be read now."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _number(ids: frozenset[int]) -> int:
+  """A number for what is differentiated; the `id` of what is gone may come again, and means it no
+  harm: a trace that reads a cell keeps it."""
+  return next(_numbers)
+
+
+_numbers = itertools.count(1)
 
 
 def note(variable: Any, cell: Any) -> None:

@@ -214,6 +214,9 @@ _holds_nothing: "weakref.WeakSet[FunctionType]" = weakref.WeakSet()
 """Functions that have been looked through: layers share theirs, and a look takes 5 us."""
 
 
+_set_class = vars(object)["__class__"].__set__
+
+
 _SAYS_WHAT_IT_IS = (Explicit, jax.Array, Node, Variable)
 
 
@@ -261,9 +264,7 @@ class Pytree(Node):
       object.__setattr__(self, name, value)
       return
     if name == "__class__":
-      self._check_trace(name)
-      object.__setattr__(self, name, value)
-      self._structure_changed(None)
+      self._exchange_class(value)
       return
     if name == "__dict__":
       self.__dict__.clear()
@@ -280,6 +281,14 @@ class Pytree(Node):
       value = Explicit(value, True)
     value, dynamic = classify(value, lambda: type(self).__name__ + path_str((name,)))
     self._put(name, old, value, dynamic=dynamic)
+
+  def _exchange_class(self, cls: type) -> None:
+    """Become an object of another class: `object.__setattr__` does it for IPython's autoreload."""
+    self._check_trace("__class__")
+    _set_class(self, cls)
+    self._structure_changed(None)
+
+  __class__ = property(type, _exchange_class)  # pyright: ignore
 
   def _is_marked(self, name: str, old: Any) -> bool:
     """Whether an attribute is data only because `nnx.data` says so: its next value is, too."""

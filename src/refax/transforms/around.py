@@ -19,7 +19,7 @@ from refax.core.interrupt import uninterrupted
 from refax.core.node import Node
 from refax.core.variable import Variable
 from refax.core.watch import weakly
-from refax.transforms.places import codes_in, contents, function_of, names_in
+from refax.transforms.places import codes_in, contents, functions_of, names_in, rules_of
 
 _WIDEST = 4096  # values around one function
 _LONGEST = 256  # items of one container
@@ -90,11 +90,11 @@ class Around:
   def _follow(self, x: Any, names: frozenset[str]) -> None:
     """Look around a value that code mentioning these names has found."""
     if isinstance(x, types.FunctionType):
-      self._function(x)
+      self._function(x, names)
     elif isinstance(x, type):
       self._class(x)
     elif isinstance(x, types.ModuleType):
-      self.is_known &= not is_installed(x) or (_is_fixed(x.__name__) and not _is_random(x, names))
+      self.is_known &= not is_installed(x) or (_is_fixed(x.__name__) and not _moves(x, names))
       self._space(x, vars, names)
     elif isinstance(x, types.MethodType | functools.partial):
       self._space(x, _parts, None)
@@ -103,19 +103,23 @@ class Around:
       self._open += [(part, names) for part in parts]
     elif (wrapped := _wrapped(x)) is not None:
       self._open.append((wrapped, names))
+      self._space(x, rules_of, None)
     elif not isinstance(x, _LEFT_ALONE):
       self._object(x, names)
 
-  def _function(self, f: types.FunctionType) -> None:
+  def _function(self, f: types.FunctionType, asked_for: frozenset[str]) -> None:
     if (wrapped := _wrapped(f)) is not None:
       self._open.append((wrapped, frozenset()))
+    self._space(f, vars, asked_for - {"__wrapped__"})
     if is_installed(f):
       self.is_known &= _is_fixed(f.__globals__.get("__name__"))  # `__module__` is what it wraps
+      if f.__closure__ is not None:  # a transformation of optax, a function of several cases
+        self._space(f, _own_values, None)
       return
     names = frozenset(names_in(f.__code__))
     asked, imported = _loaded(f.__code__)
     self.is_known &= _MOVING_CALLS.isdisjoint(asked - f.__globals__.keys())
-    self._space(f, lambda f: f.__globals__, asked, names)
+    self._space(f, _globals_of, asked, names)
     self._space(f, _own_values, None, names)
     package = f.__globals__.get("__package__") or ""
     modules = (*imported, *(f"{package}.{name}" for name in imported))
@@ -126,6 +130,8 @@ class Around:
       self.is_known &= _is_fixed(cls.__module__)
       return
     self._space(cls, _attributes, None)
+    if not is_installed(type(cls)):
+      self._class(type(cls))
     self._open += [(base, frozenset()) for base in cls.__bases__]
 
   def _object(self, x: Any, names: frozenset[str]) -> None:
@@ -152,7 +158,7 @@ class Around:
     inner: frozenset[str] | None = None,
   ) -> None:
     """Note what is under some names, or all; `inner` are names that may be looked up in that."""
-    if not self._is_new(id(owner), names):
+    if not self._is_new(id(owner), read, names):
       return
     space = read(owner)
     there = {name: space[name] for name in (space if names is None else names & space.keys())}
@@ -160,7 +166,8 @@ class Around:
     self.is_known &= None not in same
     self._spaces.append(_Space(weakly(owner), read, names, tuple(there), same))
     inner = inner or names or frozenset(there)
-    self._open += [(function_of(value) or value, inner) for value in there.values()]
+    values = there.values()
+    self._open += [(x, inner) for value in values for x in functions_of(value) or [value]]
 
 
 class _Space:
@@ -189,8 +196,8 @@ class _Space:
 
 def _sameness(value: Any) -> Callable[[Any], bool] | None:
   """Whether another value is the same, so that code that finds it does the same; None: unknown."""
-  if isinstance(value, Node | Variable | jax.Array | jax.Ref):
-    return None  # it would be kept alive
+  if isinstance(value, Node | Variable | jax.Array | jax.Ref | types.MappingProxyType):
+    return None  # it would be kept alive, or is a view of what may change
   if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
     try:
       return _content_of(value) if _is_small(value) else None
@@ -250,8 +257,9 @@ def _is_of_known_module(x: Any) -> bool:
   return module is not None and (not is_installed(module) or _is_fixed(name))
 
 
-def _is_random(module: types.ModuleType, names: frozenset[str]) -> bool:
-  return module is np and "random" in names
+def _moves(module: types.ModuleType, names: frozenset[str]) -> bool:
+  """Whether what is looked up in a package, which else does the same each time, may change."""
+  return (module is np and "random" in names) or (module is jax and "config" in names)
 
 
 def _wrapped(x: Any) -> Callable | None:
@@ -295,14 +303,19 @@ def _parts(x: Any) -> dict[str, Any]:
 
 
 def _own_values(f: types.FunctionType) -> dict[str, Any]:
-  """What a function holds: in the cells of its closure, and as defaults."""
+  """What a function holds: in the cells of its closure, as defaults, and its code."""
   cells = dict(zip(f.__code__.co_freevars, map(contents, f.__closure__ or ()), strict=True))
-  return cells | {"__defaults__": f.__defaults__, "__kwdefaults__": f.__kwdefaults__}
+  own = ("__code__", "__defaults__", "__kwdefaults__")
+  return cells | {name: getattr(f, name) for name in own}
+
+
+def _globals_of(f: types.FunctionType) -> dict[str, Any]:
+  return f.__globals__
 
 
 def _attributes(cls: type) -> dict[str, Any]:
   """What a class defines, without what Python keeps there."""
-  is_kept = lambda name, x: not name.startswith(("__", "_abc_")) or function_of(x) is not None
+  is_kept = lambda name, x: not name.startswith(("__", "_abc_")) or bool(functions_of(x))
   return {name: x for name, x in vars(cls).items() if is_kept(name, x)}
 
 

@@ -215,10 +215,12 @@ class _Jitted:
 
   def _look_around(self, spec: tuple) -> None:
     """Note what there is around the function, for what is being traced now."""
-    graphdef, static, _, version = spec
+    graphdef, static, _, version, _ = spec
     if (around := self._around) is None:
       return
-    around.add((self._fun, *(value for *_, value in static), *graphdef.static_parts()))
+    variables = {template[0] for template in graphdef.templates if template is not None}
+    parts = (*(value for *_, value in static), *graphdef.static_parts(), *variables)
+    around.add((self._fun, *parts))
     if not around.is_known or version:  # what is compiled holds the cells of models
       self._share_no_more()
 
@@ -307,7 +309,7 @@ class _Jitted:
       self.clear_cache()
     version = self._versions.number(found, reach.ids)
     self._drop_orphans()
-    return inputs.graphdef, static, mask, version
+    return inputs.graphdef, static, mask, version, _marks(inputs.leaves, reach.refs)
 
   def _reach(self, static: tuple) -> Reach:
     """What is reached with these static arguments, which may hold models."""
@@ -411,6 +413,14 @@ def _concrete(seen: dict[int, Callable[[], Any]]) -> list[Variable]:
   """Of the Variables that a trace has used, those from outside it."""
   found = [x for read in seen.values() if (x := read()) is not None]
   return [x for x in found if not any(map(_jax.is_tracer, jax.tree.leaves(x.get_raw_value())))]
+
+
+def _marks(leaves: Sequence[Any], reached: frozenset[int]) -> tuple[tuple[bool, bool], ...]:
+  """What a trace refuses besides: Variables that are reached by closure too, or differentiated."""
+  variables = [x for x in leaves if isinstance(x, Variable)]
+  is_reached = lambda v: any(id(x) in reached for x in jax.tree.leaves(v._cell))
+  marks = tuple((bool(reached) and is_reached(v), bool(v._def.selected)) for v in variables)
+  return marks if any(map(any, marks)) else ()
 
 
 def _is_argument(x: Any, abstract: bool) -> bool:

@@ -213,6 +213,21 @@ def function_of(attribute: Any) -> types.FunctionType | None:
   return attribute if isinstance(attribute, types.FunctionType) else None
 
 
+def functions_of(attribute: Any) -> list[types.FunctionType]:
+  """All functions behind a method or a property of a class."""
+  if isinstance(attribute, property):
+    found = (attribute.fget, attribute.fset, attribute.fdel)
+    return [f for f in found if isinstance(f, types.FunctionType)]
+  function = function_of(attribute)
+  return [] if function is None else [function]
+
+
+def rules_of(x: Any) -> dict[str, types.FunctionType]:
+  """The functions that what wraps a function keeps besides it: derivatives of the user's own."""
+  kept = getattr(x, "__dict__", {}).items()
+  return {k: f for k, f in kept if k != "__wrapped__" and isinstance(f, types.FunctionType)}
+
+
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
   """The code of a function, and of functions inside it."""
   yield code
@@ -222,6 +237,12 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def names_in(code: types.CodeType) -> Iterator[str]:
-  """The global names and attributes that a function, and functions inside it, may look up."""
+  """The global names and attributes that a function, and functions inside it, may look up.
+
+  Text may be one: in `getattr(x, "name")`, `vars(x)["name"]`, `attrgetter`, the pattern of a class.
+  """
   for part in codes_in(code):
     yield from part.co_names
+    for const in part.co_consts:
+      texts = const if isinstance(const, tuple) else (const,)
+      yield from (x for x in texts if isinstance(x, str) and x.isidentifier())

@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
+
 from refax import _jax
 from refax.core.definition import is_library
 from refax.core.flatten import Walk, flatten
@@ -32,6 +34,7 @@ from refax.transforms.places import (
   is_plain,
   names_in,
   opened,
+  rules_of,
 )
 
 _MOST = 64  # ways in which containers have held the same objects
@@ -83,6 +86,8 @@ class Reach:
     self._arrays: list[Slot] = []
     self.ids: list[int] = []
     """The `id` of each object of the last snapshot, and of each Variable in it."""
+    self.refs: frozenset[int] = frozenset()
+    """The `id` of each Ref of the last snapshot."""
     self.is_steady = True
     """Whether a change of what is reached shows in the slots, in a watch, and in the epoch."""
     self.has_arrays = False
@@ -112,6 +117,8 @@ class Reach:
     for x in tracked:  # a part of an object may go before the object does
       self._weakly(x)
     self.ids = list(map(id, tracked))
+    refs = filter(_jax.is_ref, jax.tree.leaves([x._cell for x in tracked if is_variable(x)]))
+    self.refs = frozenset(map(id, refs))
     self._arrays = [slot for slot in arrays if slot is not None]
     self.has_arrays = bool(arrays)
     self.is_steady = self._is_listed and len(self._arrays) == len(arrays)
@@ -248,8 +255,9 @@ class _Search:
       with self._mentioning(self._names | self._mentioned(getattr(x.func, "__func__", x.func))):
         return self._all((*x.args, *x.keywords.values()), depth) or leads
     if isinstance(x, types.FunctionType):
+      asked = self._names.intersection(vars(x))
       with self._mentioning(self._mentioned(x)):
-        return self._function(x, depth)
+        return self._function(x, depth, asked)
     if (open_ := opened(type(x))) is not None:
       held = open_(x)
       values = tuple(held.values()) if isinstance(held, dict) else tuple(held)
@@ -260,7 +268,7 @@ class _Search:
         self.watch((id(x), ...), lambda: x, x)
       return leads
     if callable(getattr(x, "__wrapped__", None)):
-      return self.visit(x.__wrapped__, depth + 1)
+      return self._all((x.__wrapped__, *rules_of(x).values()), depth)
     if depth == 0:
       call = inspect.getattr_static(type(x), "__call__", None)
       with self._mentioning(self._mentioned(call)):
@@ -360,8 +368,11 @@ class _Search:
     with self._mentioning(self._names.difference(vars(x))):
       return self._attributes(x, depth) or leads  # those of its class
 
-  def _function(self, f: types.FunctionType, depth: int) -> bool:
+  def _function(self, f: types.FunctionType, depth: int, asked: Iterable[str]) -> bool:
+    """Look at what a function finds, and at those of its attributes that another one asks for."""
     leads = False
+    for name in asked:
+      leads |= self._slot(f, (name,), lambda f, name=name: vars(f).get(name), vars(f)[name], depth)
     wrapped = getattr(f, "__wrapped__", None)
     if callable(wrapped):
       leads = self.visit(wrapped, depth + 1)

@@ -38,12 +38,14 @@ class Around:
 
   Functions of the user's are followed, and classes, modules and plain objects, as far as names in
   them are mentioned. Of what is installed, some packages are known to do the same each time; all
-  others, and models and arrays (which would be kept alive), are not known. Nothing is kept alive.
+  others are not known. Nothing is kept alive: models and arrays are compared by identity.
   """
 
   def __init__(self):
     self.is_known = True
     """Whether all of it can be compared with what it will be."""
+    self.is_light = True
+    """Whether nothing of it is a model or an array, so that other code may use what was compiled."""
     self._seen: set[Any] = set()
     self._spaces: list[_Space] = []
     self._open: list[tuple[Any, frozenset[str]]] = []
@@ -164,6 +166,7 @@ class Around:
     there = {name: space[name] for name in (space if names is None else names & space.keys())}
     same = list(map(_sameness, there.values()))
     self.is_known &= None not in same
+    self.is_light &= not any(isinstance(x, _HEAVY) for x in there.values())
     self._spaces.append(_Space(weakly(owner), read, names, tuple(there), same))
     inner = inner or names or frozenset(there)
     values = there.values()
@@ -196,8 +199,8 @@ class _Space:
 
 def _sameness(value: Any) -> Callable[[Any], bool] | None:
   """Whether another value is the same, so that code that finds it does the same; None: unknown."""
-  if isinstance(value, Node | Variable | jax.Array | jax.Ref | types.MappingProxyType):
-    return None  # it would be kept alive, or is a view of what may change
+  if isinstance(value, types.MappingProxyType):
+    return None  # a view of what may change
   if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
     try:
       return _content_of(value) if _is_small(value) else None
@@ -215,7 +218,10 @@ def _content_of(value: Any) -> Callable[[Any], bool]:
   return lambda x: unchanged.holds(x) if x is value else seen.holds(x)
 
 
-_LEFT_ALONE = (np.ndarray, types.NoneType, types.EllipsisType)
+_HEAVY = (Node, Variable, jax.Array, jax.Ref)
+"""What is the same if it is the same object: `nnx.jit` itself looks at what is in it."""
+
+_LEFT_ALONE = (*_HEAVY, np.ndarray, types.NoneType, types.EllipsisType)
 """What is compared by `_sameness`, and what there is one of."""
 
 _STATELESS = (

@@ -32,7 +32,7 @@ from refax.transforms.lift import Frame, Inputs
 from refax.transforms.method import bound, method_of
 from refax.transforms.options import listed, resolved, shifted
 from refax.transforms.reach import Reach
-from refax.transforms.shared import Known
+from refax.transforms.shared import Known, weak_function
 from refax.transforms.tree import signature
 from refax.transforms.versions import Versions
 from refax.typing import Path, path_str
@@ -94,21 +94,42 @@ def _jit(fun: Callable, *, shardings: tuple, **options: Any) -> Callable:
   into, out_of = shardings
   if into is None and out_of is None and (method := method_of(fun)) is not None:
     call = _jit(method[0], shardings=shardings, **shifted(options))
-    return bound(call, method[1], fun, lambda: _made(_Jitted(fun, None, **options), fun))
+    return bound(call, method[1], fun, lambda: _made(_Jitted(fun, None, **options), fun, fun))
   if out_of is None:
-    jitted = _KNOWN.shared(fun, tuple(options.items()), lambda a: _Jitted(fun, a, **options))
+    make = lambda around: _Jitted(fun, around, **options)
+    jitted, used = _KNOWN.shared(fun, tuple(options.items()), make)
   else:
-    jitted = _Jitted(constrained(fun, out_of), None, **options)
+    jitted, used = _Jitted(constrained(fun, out_of), None, **options), fun
   place = None if into is None else lambda f: laid_out(f, into, resolved(fun, *options["static"]))
-  return _made(jitted, fun, place)
+  return _made(jitted, fun, used, place)
 
 
-def _made(jitted: "_Jitted", fun: Callable, place: Callable | None = None) -> Callable:
-  """What the user gets; `place` lays out the arguments of a call."""
+def _made(
+  jitted: "_Jitted", fun: Callable, used: Callable, place: Callable | None = None
+) -> Callable:
+  """What the user gets.
+
+  Args:
+    jitted: what is compiled.
+    fun: the user's function.
+    used: one that does the same, which `jitted` calls and does not keep alive.
+    place: lays out the arguments of a call.
+  """
   call: Any = functools.update_wrapper(steady(jitted.fast, jitted.call), fun)
   call = call if place is None else place(call)
-  call.lower, call.trace, call.clear_cache = jitted.lower, jitted.trace, jitted.clear_cache
+  call.lower, call.trace = (_keeping(used, f) for f in (jitted.lower, jitted.trace))
+  call.clear_cache = jitted.clear_cache
   call._fast = jitted.fast  # for tests
+  return call
+
+
+def _keeping(fun: Callable, f: Callable) -> Callable:
+  """`f`, which keeps `fun` alive."""
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    return f(*args, **kwargs)
+
+  call.__wrapped__ = fun  # pyright: ignore[reportFunctionMemberAccess]
   return call
 
 
@@ -120,7 +141,8 @@ class _Jitted:
 
   Args:
     fun: the function.
-    around: what its code finds around itself is noted there as it is traced.
+    around: what its code finds around itself is noted there as it is traced. Then it is somebody
+      else who keeps the function alive.
     static: the numbers and names of static arguments,
     donated: and of donated ones.
     **options: those of `jax.jit`.
@@ -130,7 +152,7 @@ class _Jitted:
     self, fun: Callable, around: Around | None, *, static: tuple, donated: tuple, **options: Any
   ):
     self.fast = FastCalls()
-    self._fun = fun
+    self._function = (lambda: fun) if around is None else weak_function(fun)
     self._around = around
     self._static = resolved(fun, *static)
     self._donated = resolved(fun, *donated)
@@ -149,8 +171,12 @@ class _Jitted:
     self._versions = Versions()
     self._statics: dict[tuple, _Static] = {}
     self._jitted: Any = jax.jit(
-      _named(functools.partial(_call, fun, look), fun), static_argnums=0, **options
+      _named(functools.partial(_call, self._function, look), fun), static_argnums=0, **options
     )
+
+  @property
+  def _fun(self) -> Callable:
+    return self._function()
 
   def call(self, args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]) -> Any:
     """A call that no entry describes; `values` and `names` are its arguments in one row."""
@@ -193,7 +219,7 @@ class _Jitted:
     if compiled is None:
       compiled, found = self._trace(inputs, spec, leaves)
       if self._reach(spec[1]).add(found):
-        self._share_no_more()
+        _KNOWN.forget(self)
         key = (self._spec(inputs, spec[1], spec[2], watch), *rest)
       self.fast.keep(key, compiled)
     return key, compiled
@@ -221,17 +247,13 @@ class _Jitted:
     variables = {template[0] for template in graphdef.templates if template is not None}
     parts = (*(value for *_, value in static), *graphdef.static_parts(), *variables)
     around.add((self._fun, *parts))
-    if not around.is_known or version:  # what is compiled holds the cells of models
-      self._share_no_more()
-
-  def _share_no_more(self) -> None:
-    self._around = None
-    _KNOWN.forget(self)
+    if not (around.is_known and around.is_light) or version:  # what is compiled holds the cells of models
+      _KNOWN.forget(self)
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
-    compiled = None
+    fun, compiled = self._fun, None  # what is made here keeps the function alive
     if is_eager() and not any(map(_is_abstract, inputs.leaves)):
       compiled = self._trace(inputs, spec, leaves)[0]
       lowered = compiled.lower(inputs.leaves)
@@ -251,7 +273,7 @@ class _Jitted:
         watch, then = Watch(seen_as=any_array), epoch.value
         args, kwargs = _with_static(spec[1], args, kwargs)
         inputs, spec_now, now = self._split(args, kwargs, watch, enters_mesh=is_for_mesh)
-        checked(_name_of(self._fun), was, description(spec_now, (*now[0], *now[1])))
+        checked(_name_of(fun), was, description(spec_now, (*now[0], *now[1])))
         result = run(executable, inputs, now)
         reach = self._reach(spec[1])
         if compiled is not None and reach.is_steady and is_eager():
@@ -318,7 +340,7 @@ class _Jitted:
     if key not in self._reaches:
       if len(self._reaches) >= REACHED:
         self._reaches.clear()
-      self._reaches[key] = Reach(self._fun, self._gone, given)
+      self._reaches[key] = Reach(self._function, self._gone, given)
     return self._reaches[key]
 
   def _note_gone(self, key: int) -> None:
@@ -356,8 +378,8 @@ class _Jitted:
 
   def _names(self, inputs: Inputs) -> Callable[[], list[str]]:
     """What the user calls each leaf; made when it is asked for, and keeps no object alive."""
-    fun, graphdef = self._fun, inputs.graphdef
-    return lambda: [leaf_name(fun, path) for path in graphdef.paths]
+    function, graphdef = self._function, inputs.graphdef
+    return lambda: [leaf_name(function(), path) for path in graphdef.paths]
 
   @contextlib.contextmanager
   def _naming(self, inputs: Inputs, mask: tuple[bool, ...]) -> Iterator[None]:
@@ -444,7 +466,11 @@ def leaf_name(fun: Callable, path: Path) -> str:
 
 
 def _call(
-  fun: Callable, look: Callable[[tuple], None], static: _Static, kept: tuple, donated: tuple
+  function: Callable[[], Callable],
+  look: Callable[[tuple], None],
+  static: _Static,
+  kept: tuple,
+  donated: tuple,
 ) -> Outputs:
   """What is traced: leaves in, outputs out; Variables in hijax storage are written in place."""
   look(spec := static.spec)
@@ -464,7 +490,7 @@ def _call(
     if static.is_compiled:
       refs = filter(_jax.is_ref, jax.tree.leaves(frame.leaves))
       stack.enter_context(compiled_as_is(refs))
-    return frame.collect(fun(*args, **kwargs))
+    return frame.collect(function()(*args, **kwargs))
 
 
 _version = jax.make_user_context(default_value=0)

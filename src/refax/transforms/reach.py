@@ -64,16 +64,19 @@ class Reach:
   """The Modules and Variables that one function reaches without being given them.
 
   Args:
-    fun: the function.
+    function: to the function, which is not kept alive.
     on_gone: called with the `id` of one that is gone, also when it is not reached any more: what
       was compiled holds its arrays.
     given: static arguments, whose attributes are within reach.
   """
 
   def __init__(
-    self, fun: Callable, on_gone: Callable[[int], None] = lambda key: None, given: tuple = ()
+    self,
+    function: Callable[[], Any],
+    on_gone: Callable[[int], None] = lambda key: None,
+    given: tuple = (),
   ):
-    self._fun, self._given = fun, given
+    self._function, self._given = function, given
     self._living: dict[int, weakref.ref] = {}  # all that were ever reached
     self._on_gone = on_gone
     self._seen: dict[int, Callable[[], Any]] = {}  # found while tracing
@@ -156,8 +159,8 @@ class Reach:
 
   def _scan(self) -> None:
     search = _Search()
-    search.visit(self._fun, 0)
-    search.visit_given(self._fun, self._given)
+    search.visit(self._function(), 0)
+    search.visit_given(self._function(), self._given)
     for place, (read, _) in self._places.items():
       if place not in search.places and not _is_gone(read):  # there was an object, and may be again
         search.watch(place, read, read())
@@ -211,7 +214,6 @@ class _Search:
     self._mentions: dict[Any, frozenset[str]] = {}  # by function
     self._class_names: dict[type, frozenset[str]] = {}
     self._expanded: dict[tuple[type, frozenset[str]], frozenset[str]] = {}
-    self._lives = True  # as long as the function: what is looked at has come through no slot
 
   def visit(self, x: Any, depth: int, *, is_watched: bool = False) -> bool:
     """Look at something; whether it is an object, or leads to one.
@@ -397,10 +399,8 @@ class _Search:
 
   def _slot(self, owner: Any, key: Any, get: Callable[[Any], Any], value: Any, depth: int) -> bool:
     """Look at what `get(owner)` is; the place is watched if that may be, or lead to, an object."""
-    read = functools.partial(get, owner) if self._lives else Part(owner, get)
-    lives, self._lives = self._lives, False
+    read = Part(owner, get)
     leads = self.visit(value, depth + 1, is_watched=True)
-    self._lives = lives
     is_empty = value is None or (opened(type(value)) is not None and not is_filled(value))
     if leads or is_empty or isinstance(value, types.FunctionType | functools.partial):
       self.watch((id(owner), key), read, value)

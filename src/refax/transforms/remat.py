@@ -43,7 +43,7 @@ def remat(
       remat, prevent_cse=prevent_cse, static_argnums=static_argnums, policy=policy
     )
   static = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
-  reach = Reach(f)
+  reach = Reach(lambda: f)
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,6 +22,7 @@ from refax.core.by_value import has_hash
 from refax.core.definition import kind
 from refax.core.node import Node
 from refax.core.variable import Variable
+from refax.core.watch import weakly
 from refax.transforms.around import Around, has_equality, is_installed
 
 _MOST = 16  # functions that are remembered: what was compiled for them takes memory
@@ -91,32 +92,79 @@ def _is_light(x: Any) -> bool:
   return is_value and not isinstance(x, Node | Variable | jax.Array | types.MethodType)
 
 
+def weak_function(fun: Any) -> Callable[[], Any]:
+  """A function to one that it does not keep alive; of a bound method, not its object."""
+  if isinstance(fun, types.MethodType):
+    function, owner = fun.__func__, weakly(fun.__self__)
+    return lambda: None if (x := owner()) is None else types.MethodType(function, x)
+  return weakly(fun)
+
+
+class _Own(NamedTuple):
+  """What was compiled for one function, as long as that lives."""
+
+  parts: tuple[weakref.ref, ...]
+  made: Any
+  around: Around
+
+
 class Known:
-  """What was compiled for functions, by function and options."""
+  """What was compiled for functions: by function, and by what functions have in common."""
 
   def __init__(self):
-    self._kept: collections.OrderedDict[Hashable, tuple[Any, Around, Any]]
+    self._kept: collections.OrderedDict[Hashable, tuple[Any, Around, Any, Any]]
     self._kept = collections.OrderedDict()
+    self._own: dict[Hashable, _Own] = {}
 
-  def shared(self, fun: Any, options: Hashable, make: Callable[[Around | None], Any]) -> Any:
+  def shared(
+    self, fun: Any, options: Hashable, make: Callable[[Around | None], Any]
+  ) -> tuple[Any, Any]:
     """What was made for a function with some options, if it would be the same now, or a new one.
 
     Args:
       fun: the function.
       options: the options.
-      make: makes it; what the function finds around itself is to be noted as it is traced.
-    """
-    if (found := lasting(fun)) is None or not has_hash(key := (found[1], options)):
-      return make(None)
-    made, around, _ = self._kept.get(key, (None, None, None))
-    if around is None or not around.holds():
-      made = make(around := Around())
-      self._keep(key, (made, around, found[0]))
-    return made
+      make: makes it; what the function finds around itself is to be noted as it is traced. It is
+        not to keep the function alive then.
 
-  def _keep(self, key: Hashable, entry: tuple[Any, Around, Any]) -> None:
+    Returns:
+      What was made, and the function that it was made for, which whoever uses it keeps alive.
+    """
+    parts = (fun.__self__, fun.__func__) if isinstance(fun, types.MethodType) else (fun,)
+    own = (*map(id, parts), options)
+    if not has_hash(own):
+      return make(None), fun
+    known = self._own.get(own)
+    if known is not None and all(ref() is x for ref, x in zip(known.parts, parts, strict=True)):
+      if known.around.holds():
+        return known.made, fun
+    key = None if (found := lasting(fun)) is None else (found[1], options)
+    if key is not None and has_hash(key):
+      made, around, _, first = self._kept.get(key, (None, None, None, None))
+      if around is not None and around.is_light and around.holds():
+        return made, first
+    made = make(around := Around())
+    self._note(own, parts, made, around)
+    if found is not None and has_hash(key):
+      self._keep(key, (made, around, found[0], fun))
+    return made, fun
+
+  def _note(self, key: Hashable, parts: tuple, made: Any, around: Around) -> None:
+    """Remember one as long as its function, or the object whose method it is, lives."""
+    entries = self._own
+
+    def gone(ref: weakref.ref) -> None:
+      if (entry := entries.get(key)) is not None and any(ref is x for x in entry.parts):
+        entries.pop(key, None)
+
+    try:
+      entries[key] = _Own(tuple(weakref.ref(x, gone) for x in parts), made, around)
+    except TypeError:  # what cannot be referred to weakly
+      entries.pop(key, None)
+
+  def _keep(self, key: Hashable, entry: tuple[Any, Around, Any, Any]) -> None:
     """Remember one, and forget those that would be others by now."""
-    for other, (_, around, fun) in list(self._kept.items()):
+    for other, (_, around, fun, _) in list(self._kept.items()):
       if not around.holds() or (fun is not None and not is_importable(fun)):
         self._kept.pop(other, None)
     self._kept[key] = entry
@@ -125,7 +173,10 @@ class Known:
       self._kept.popitem(last=False)
 
   def forget(self, made: Any) -> None:
-    """Forget what is not to be found again: it may hold a model."""
+    """Forget what holds a model: other functions are not to find it, and a module keeps its own."""
+    for key, entry in list(self._own.items()):
+      if entry.made is made and any(is_importable(ref()) for ref in entry.parts):
+        self._own.pop(key, None)
     for key, (other, *_) in list(self._kept.items()):
       if other is made:
         self._kept.pop(key, None)

@@ -106,7 +106,7 @@ class Around:
     elif (wrapped := _wrapped(x)) is not None:
       self._open.append((wrapped, names))
       self._space(x, rules_of, None)
-    elif not isinstance(x, _LEFT_ALONE):
+    elif not isinstance(x, _LEFT_ALONE) and type(x) is not object:
       self._object(x, names)
 
   def _function(self, f: types.FunctionType, asked_for: frozenset[str]) -> None:
@@ -166,7 +166,7 @@ class Around:
     there = {name: space[name] for name in (space if names is None else names & space.keys())}
     same = list(map(_sameness, there.values()))
     self.is_known &= None not in same
-    self.is_light &= not any(isinstance(x, _HEAVY) for x in there.values())
+    self.is_light &= not any(map(_is_heavy, there.values()))
     self._spaces.append(_Space(weakly(owner), read, names, tuple(there), same))
     inner = inner or names or frozenset(there)
     values = there.values()
@@ -201,6 +201,8 @@ def _sameness(value: Any) -> Callable[[Any], bool] | None:
   """Whether another value is the same, so that code that finds it does the same; None: unknown."""
   if isinstance(value, types.MappingProxyType):
     return None  # a view of what may change
+  if isinstance(value, tuple | list) and _is_heavy(value):
+    return _items_same(value)
   if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
     try:
       return _content_of(value) if _is_small(value) else None
@@ -210,6 +212,21 @@ def _sameness(value: Any) -> Callable[[Any], bool] | None:
   if has_equality(value):
     return functools.partial(_is_equal, known, kind(value))
   return lambda x: x is known()
+
+
+def _is_heavy(value: Any) -> bool:
+  """Whether a value is a model or an array, or a list or tuple with one in it."""
+  if isinstance(value, tuple | list):
+    return len(value) <= _LONGEST and any(map(_is_heavy, value))
+  return isinstance(value, _HEAVY)
+
+
+def _items_same(value: Any) -> Callable[[Any], bool] | None:
+  """`_sameness` of a list or tuple, item by item."""
+  cls, same = type(value), [_sameness(x) for x in value]
+  if None in same:
+    return None
+  return lambda x: type(x) is cls and len(x) == len(same) and all(f(y) for f, y in zip(same, x))  # pyright: ignore
 
 
 def _content_of(value: Any) -> Callable[[Any], bool]:

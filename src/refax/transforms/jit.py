@@ -219,7 +219,7 @@ class _Jitted:
     if compiled is None:
       compiled, found = self._trace(inputs, spec, leaves)
       if self._reach(spec[1]).add(found):
-        _KNOWN.forget(self)
+        _KNOWN.forget(self, holds_models=True)
         key = (self._spec(inputs, spec[1], spec[2], watch), *rest)
       self.fast.keep(key, compiled)
     return key, compiled
@@ -247,8 +247,8 @@ class _Jitted:
     variables = {template[0] for template in graphdef.templates if template is not None}
     parts = (*(value for *_, value in static), *graphdef.static_parts(), *variables)
     around.add((self._fun, *parts))
-    if not (around.is_known and around.is_light) or version:  # what is compiled holds the cells of models
-      _KNOWN.forget(self)
+    if version or not (around.is_known and around.is_light):
+      _KNOWN.forget(self, holds_models=bool(version))
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""

@@ -41,6 +41,7 @@ _MOST = 64  # ways in which containers have held the same objects
 _LONG = 4096  # items of a list of data: the rest of them is not looked through
 _DEPTH = 64  # of functions that call functions, and of containers in containers
 _HELPERS = 4096  # functions that one function calls by name
+_WIDEST = 8192  # things that are looked at; plain objects may lead to all of a program
 
 
 class Same:
@@ -229,7 +230,7 @@ class _Search:
       self.objects[id(x)] = x
       return True
     key = (id(x), self._names)
-    if depth > _DEPTH or is_plain(type(x)):
+    if depth > _DEPTH or is_plain(type(x)) or len(self._leads) > _WIDEST:
       return False
     if key in self._leads:
       return self._leads[key]
@@ -299,7 +300,7 @@ class _Search:
     """
     names, is_module = self._names, isinstance(x, types.ModuleType)
     cls = x if isinstance(x, type) else type(x)
-    if is_library(x.__name__ if is_module else getattr(cls, "__module__", None)):
+    if _is_apart(x.__name__ if is_module else getattr(cls, "__module__", None)):
       return False
     own = vars(x) if is_module or cls is x else getattr(x, "__dict__", {})
     if is_module:
@@ -413,6 +414,16 @@ class _Search:
       self.is_listed = False
     else:
       self.places[place] = read, slot
+
+
+def _is_apart(module: Any) -> bool:
+  """Whether what a module defines leads to no state of the user's, or to all of a program."""
+  is_runner = isinstance(module, str) and module.partition(".")[0] in _RUNNERS
+  return is_runner or is_library(module)
+
+
+_RUNNERS = frozenset(("_pytest", "absl", "logging", "pluggy", "pytest", "unittest"))
+"""What runs tests: the object of a test leads to these, and they to everything."""
 
 
 def _is_gone(read: Callable[[], Any]) -> bool:

@@ -172,9 +172,14 @@ class Known:
     while len(self._kept) > _MOST:
       self._kept.popitem(last=False)
 
-  def forget(self, made: Any) -> None:
-    """Forget what holds a model: other functions are not to find it, and a module keeps its own."""
-    for key, entry in list(self._own.items()):
+  def forget(self, made: Any, *, holds_models: bool) -> None:
+    """Let other functions not find it; nor its own, if that lives as long as a module.
+
+    Args:
+      made: what was made.
+      holds_models: whether it holds cells of models.
+    """
+    for key, entry in list(self._own.items()) if holds_models else ():
       if entry.made is made and any(is_importable(ref()) for ref in entry.parts):
         self._own.pop(key, None)
     for key, (other, *_) in list(self._kept.items()):

@@ -118,7 +118,8 @@ that was traced before, and is not run again, may read a cell that must not be r
 @functools.lru_cache(maxsize=1024)
 def _number(ids: frozenset[int]) -> int:
   """A number for what is differentiated; the `id` of what is gone may come again, and means it no
-  harm: a trace that reads a cell keeps it."""
+  harm: a trace that reads a cell keeps it.
+  """
   return next(_numbers)
 
 

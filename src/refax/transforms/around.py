@@ -45,7 +45,7 @@ class Around:
     self.is_known = True
     """Whether all of it can be compared with what it will be."""
     self.is_light = True
-    """Whether nothing of it is a model or an array, so that other code may use what was compiled."""
+    """Whether nothing of it is a model or an array, which other code would keep alive."""
     self._seen: set[Any] = set()
     self._spaces: list[_Space] = []
     self._open: list[tuple[Any, frozenset[str]]] = []
@@ -98,7 +98,9 @@ class Around:
     elif isinstance(x, types.ModuleType):
       self.is_known &= not is_installed(x) or (_is_fixed(x.__name__) and not _moves(x, names))
       self._space(x, vars, names)
-    elif isinstance(x, types.MethodType | functools.partial):
+    elif isinstance(x, types.MethodType):
+      self._open += [(x.__func__, names), (x.__self__, names)]
+    elif isinstance(x, functools.partial):
       self._space(x, _parts, None)
     elif isinstance(x, list | tuple | set | frozenset | dict):  # a small one: see `_sameness`
       parts = (*x, *x.values()) if isinstance(x, dict) else x
@@ -223,10 +225,16 @@ def _is_heavy(value: Any) -> bool:
 
 def _items_same(value: Any) -> Callable[[Any], bool] | None:
   """`_sameness` of a list or tuple, item by item."""
-  cls, same = type(value), [_sameness(x) for x in value]
-  if None in same:
+  cls, same = type(value), [is_same for x in value if (is_same := _sameness(x)) is not None]
+  if len(same) < len(value):
     return None
-  return lambda x: type(x) is cls and len(x) == len(same) and all(f(y) for f, y in zip(same, x))  # pyright: ignore
+
+  def are_same(x: Any) -> bool:
+    if type(x) is not cls or len(x) != len(same):
+      return False
+    return all(is_same(y) for is_same, y in zip(same, x, strict=True))
+
+  return are_same
 
 
 def _content_of(value: Any) -> Callable[[Any], bool]:
@@ -318,10 +326,8 @@ _MORE, _GLOBAL, _NAME, _IMPORT = (
 )
 
 
-def _parts(x: Any) -> dict[str, Any]:
-  """What a bound method or a partial holds."""
-  if isinstance(x, types.MethodType):
-    return {"function": x.__func__, "self": x.__self__}
+def _parts(x: functools.partial) -> dict[str, Any]:
+  """What a partial holds."""
   return {"function": x.func, "args": x.args, "keywords": x.keywords}
 
 

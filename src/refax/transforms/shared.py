@@ -107,6 +107,10 @@ class _Own(NamedTuple):
   made: Any
   around: Around
 
+  def is_of(self, parts: tuple) -> bool:
+    """Whether these are the function, or the object and the function of a method."""
+    return all(ref() is x for ref, x in zip(self.parts, parts, strict=True))
+
 
 class Known:
   """What was compiled for functions: by function, and by what functions have in common."""
@@ -135,9 +139,8 @@ class Known:
     if not has_hash(own):
       return make(None), fun
     known = self._own.get(own)
-    if known is not None and all(ref() is x for ref, x in zip(known.parts, parts, strict=True)):
-      if known.around.holds():
-        return known.made, fun
+    if known is not None and known.is_of(parts) and known.around.holds():
+      return known.made, fun
     key = None if (found := lasting(fun)) is None else (found[1], options)
     if key is not None and has_hash(key):
       made, around, _, first = self._kept.get(key, (None, None, None, None))
@@ -180,7 +183,7 @@ class Known:
       holds_models: whether it holds cells of models.
     """
     for key, entry in list(self._own.items()) if holds_models else ():
-      if entry.made is made and any(is_importable(ref()) for ref in entry.parts):
+      if entry.made is made and all(is_importable(ref()) for ref in entry.parts):
         self._own.pop(key, None)
     for key, (other, *_) in list(self._kept.items()):
       if other is made:

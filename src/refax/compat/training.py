@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from refax.core.filters import Filter
-from refax.core.variable import Param
-from refax.graph.state import State
-from refax.train.optimizer import Optimizer, OptState
+from refax.core.filters import Filter, to_predicate
+from refax.core.variable import Param, is_variable
+from refax.graph.state import State, from_flat_state, to_flat_state
+from refax.train import optimizer
+from refax.train.optimizer import OptState
 
 
 class OptArray(OptState):
@@ -30,6 +31,25 @@ class OptVariable(OptState):
   >>> issubclass(nnx.OptVariable, nnx.OptState)
   True
   """
+
+
+class Optimizer(optimizer.Optimizer):
+  """`nnx.Optimizer`, which leaves out gradients that `wrt` does not select, as Flax NNX does.
+
+  >>> from refax.compat import nnx; import optax, jax.numpy as jnp
+  >>> model = nnx.LoRA(4, 2, 4, base_module=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+  >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.LoRAParam)
+  >>> grads = nnx.grad(lambda m: m(jnp.ones((1, 4))).sum())(model)  # of every Param
+  >>> _ = optimizer.update(model, grads); bool((model.lora_b[...] != 0).all())
+  True
+  """
+
+  def _gradients(self, params: State, grads: Any) -> State:
+    if isinstance(grads, State):
+      selects, flat = to_predicate(self.wrt), to_flat_state(grads)
+      kept = [(path, g) for path, g in flat if not is_variable(g) or selects(path, g)]
+      grads = from_flat_state(kept)
+    return super()._gradients(params, grads)
 
 
 class ModelAndOptimizer(Optimizer):

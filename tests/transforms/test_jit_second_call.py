@@ -126,7 +126,7 @@ def test_a_read_of_what_is_differentiated_is_refused_in_traced_code(name):
   np.testing.assert_array_equal(again["v"], 3 * X)
 
 
-def test_gradients_of_one_model_are_not_traced_again_for_each_call():
+def test_gradients_are_not_traced_again_for_each_call_nor_for_each_model():
   traces = []
 
   @jax.jit
@@ -134,10 +134,14 @@ def test_gradients_of_one_model_are_not_traced_again_for_each_call():
     traces.append(x)
     return x * x
 
-  model = Net(2.0)
-  for _ in range(3):
-    nnx.grad(lambda m: square(m.v).sum())(model)
+  for model in (Net(2.0), Net(3.0)):
+    for _ in range(2):
+      nnx.grad(lambda m: square(m.v).sum())(model)
   assert len(traces) == 1
+  jax.jit(lambda: model.v + 1)()  # a trace has it by closure
+  for _ in range(2):
+    nnx.grad(lambda m: square(m.v).sum())(model)
+  assert len(traces) == 2
 
 
 def test_a_write_to_what_is_differentiated_is_refused_after_one_to_a_copy():

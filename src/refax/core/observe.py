@@ -103,11 +103,17 @@ def differentiated(variables: Iterable[Any]) -> Iterator[None]:
   keys = {id(x): x for v in variables for x in (v, *jax.tree.leaves(v.get_raw_value()))}
   found = outer | {k: x for k, x in keys.items() if not _jax.is_tracer(x)}
   _local.differentiated = found
+  is_in_trace = any(key in _in_traces for key in found)
+  number = _number(frozenset(found)) if is_in_trace else 0
   try:
-    with _differentiation(_number(frozenset(found))) if found else contextlib.nullcontext():
+    with _differentiation(number) if number else contextlib.nullcontext():
       yield
   finally:
     _local.differentiated = outer
+
+
+_in_traces: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""What traces have read by closure, by its `id`: JAX may keep these traces."""
 
 
 _differentiation = jax.make_user_context(default_value=0)
@@ -135,9 +141,13 @@ def note(variable: Any, cell: Any) -> None:
   found, seen = _local.differentiated, _local.seen
   if found and (id(cell) in found if _jax.is_ref(cell) else id(variable) in found):
     raise AliasError.differentiated(variable._def.origin)
+  is_by_closure = not _jax.is_tracer(cell) and _jax.is_staging()
+  if is_by_closure:
+    owner = cell if _jax.is_ref(cell) else variable
+    _in_traces[id(owner)] = owner
   if seen is not None:
     seen[id(cell)] = weakref.ref(variable) if _jax.is_tracer(cell) else lambda: variable
-  elif _jax.is_staging() and not _jax.is_tracer(cell):
+  elif is_by_closure:
     on_closure_read(variable)
 
 

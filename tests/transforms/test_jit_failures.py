@@ -172,3 +172,14 @@ def test_an_interrupt_by_an_exception_of_a_signal_handler():
     assert signal.getsignal(signal.SIGUSR1) is handler
   finally:
     signal.signal(signal.SIGUSR1, old)
+
+
+def test_a_result_that_is_no_array_is_told_of_the_users_function():
+  def step(x):
+    return {"a": x, "b": "text"}
+
+  with pytest.raises(TypeError) as error:
+    nnx.jit(step)(jnp.ones(2))
+  assert "function step at " in str(error.value) and "test_jit_failures.py" in str(error.value)
+  assert "<class 'str'> in its result" in str(error.value)
+  assert "traced.py" not in str(error.value)

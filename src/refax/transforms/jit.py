@@ -15,24 +15,23 @@ import numpy as np
 from refax import _jax, config
 from refax.core.definition import kind
 from refax.core.epoch import epoch
-from refax.core.graphdef import GraphDef
 from refax.core.interrupt import uninterrupted
-from refax.core.observe import compiled_as_is, observe
+from refax.core.observe import observe
 from refax.core.variable import Variable
 from refax.core.watch import Watch, any_array
 from refax.errors import AliasError, ArgumentError
 from refax.transforms.ahead import AheadCompiled, Lowered, checked, description
 from refax.transforms.around import Around
 from refax.transforms.bind import Given, bind
-from refax.transforms.commit import Outputs
 from refax.transforms.compiled import Compiled, Retraced
 from refax.transforms.fast import FastCalls, Seen, is_eager, steady
 from refax.transforms.layout import constrained, laid_out
-from refax.transforms.lift import Frame, Inputs
+from refax.transforms.lift import Inputs
 from refax.transforms.method import bound, method_of
 from refax.transforms.options import listed, resolved, shifted
 from refax.transforms.reach import Reach
 from refax.transforms.shared import Known, weak_function
+from refax.transforms.traced import Spec, Static, marks_of, run_traced
 from refax.transforms.tree import signature
 from refax.transforms.versions import Versions
 from refax.typing import Path, path_str
@@ -162,16 +161,16 @@ class _Jitted:
       if not is_finalizing() and (living := this()) is not None:
         living._note_gone(key)
 
-    def look(spec: tuple) -> None:
+    def look(spec: Spec) -> None:
       if (living := this()) is not None:
         living._look_around(spec)
 
     self._reaches: dict[tuple, Reach] = {}  # for static arguments of one kind each
     self._gone = gone
     self._versions = Versions()
-    self._statics: dict[tuple, _Static] = {}
+    self._statics: dict[tuple, Static] = {}
     self._jitted: Any = jax.jit(
-      _named(functools.partial(_call, self._function, look), fun), static_argnums=0, **options
+      _named(functools.partial(run_traced, self._function, look), fun), static_argnums=0, **options
     )
 
   @property
@@ -183,9 +182,9 @@ class _Jitted:
     watch, then = Watch(seen_as=any_array), epoch.value
     inputs, spec, leaves = self._split(args, kwargs, watch)
     if not is_eager():
-      with observe() as seen, self._naming(inputs, spec[2]):
+      with observe() as seen, self._naming(inputs, spec.given):
         outputs = self._jitted(self._static_of(spec), *leaves)
-      self._reach(spec[1]).add(_concrete(seen))
+      self._reach(spec.static).add(_concrete(seen))
       return inputs.commit(outputs)
     key, compiled = self._compiled(inputs, spec, leaves, watch)
     try:
@@ -193,7 +192,7 @@ class _Jitted:
     except Retraced:
       self.fast.forget(key)
       return self.call(args, kwargs, values, names)
-    if (reach := self._reach(spec[1])).is_steady:
+    if (reach := self._reach(spec.static)).is_steady:
       static = self._static_values(len(args), names)
       seen = Seen(values, names, static, inputs, watch, then)
       self.fast.learn(seen, compiled, reach.slots)
@@ -209,7 +208,7 @@ class _Jitted:
       raise compiled.renamed(error) from None
 
   def _compiled(
-    self, inputs: Inputs, spec: tuple, leaves: tuple, watch: Watch
+    self, inputs: Inputs, spec: Spec, leaves: tuple, watch: Watch
   ) -> tuple[tuple, Compiled]:
     """What is compiled for this structure; it is traced where there is none."""
     settings = (config.using_hijax(), _jax.checks_results(), _jax.trace_context())
@@ -218,20 +217,20 @@ class _Jitted:
     compiled = self.fast.compiled(key)
     if compiled is None:
       compiled, found = self._trace(inputs, spec, leaves)
-      if self._reach(spec[1]).add(found):
+      if self._reach(spec.static).add(found):
         _KNOWN.forget(self, holds_models=True)
-        key = (self._spec(inputs, spec[1], spec[2], watch), *rest)
+        key = (self._spec(inputs, spec.static, spec.given, watch), *rest)
       self.fast.keep(key, compiled)
     return key, compiled
 
-  def _trace(self, inputs: Inputs, spec: tuple, leaves: tuple) -> tuple[Compiled, list[Variable]]:
+  def _trace(self, inputs: Inputs, spec: Spec, leaves: tuple) -> tuple[Compiled, list[Variable]]:
     """What is compiled for these leaves, and the Variables that are reached by closure."""
     static = self._static_of(spec, is_compiled=True)
-    with observe() as seen, self._naming(inputs, spec[2]):
+    with observe() as seen, self._naming(inputs, spec.given):
       traced = self._jitted.trace(static, *leaves)
     compiled = Compiled(
       inputs,
-      spec[2],
+      spec.given,
       traced,
       functools.partial(self._jitted, static),
       careful=_jax.checks_results(),
@@ -239,16 +238,15 @@ class _Jitted:
     )
     return compiled, _concrete(seen)
 
-  def _look_around(self, spec: tuple) -> None:
+  def _look_around(self, spec: Spec) -> None:
     """Note what there is around the function, for what is being traced now."""
-    graphdef, static, _, version, _ = spec
     if (around := self._around) is None:
       return
-    variables = {template[0] for template in graphdef.templates if template is not None}
-    parts = (*(value for *_, value in static), *graphdef.static_parts(), *variables)
-    around.add((self._fun, *parts))
-    if version or not (around.is_known and around.is_light):
-      _KNOWN.forget(self, holds_models=bool(version))
+    variables = {template[0] for template in spec.graphdef.templates if template is not None}
+    values = (value for *_, value in spec.static)
+    around.add((self._fun, *values, *spec.graphdef.static_parts(), *variables))
+    if spec.version or not (around.is_known and around.is_light):
+      _KNOWN.forget(self, holds_models=bool(spec.version))
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
@@ -259,7 +257,7 @@ class _Jitted:
       lowered = compiled.lower(inputs.leaves)
       run = lambda executable, inputs, _: self._run(compiled, inputs, executable)
     else:
-      with self._naming(inputs, spec[2]):
+      with self._naming(inputs, spec.given):
         lowered = self._jitted.lower(self._static_of(spec), *leaves)
       run = lambda executable, inputs, now: inputs.commit(executable(*now))
     was = description(spec, (*leaves[0], *leaves[1]))
@@ -267,15 +265,15 @@ class _Jitted:
 
     def make(executable: Any) -> AheadCompiled:
       fast = FastCalls()
-      left_out = [key for key, *_ in spec[1] if isinstance(key, int)]
+      left_out = [key for key, *_ in spec.static if isinstance(key, int)]
 
       def call(args: tuple, kwargs: dict[str, Any], values: tuple, names: tuple[str, ...]) -> Any:
         watch, then = Watch(seen_as=any_array), epoch.value
-        args, kwargs = _with_static(spec[1], args, kwargs)
+        args, kwargs = _with_static(spec.static, args, kwargs)
         inputs, spec_now, now = self._split(args, kwargs, watch, enters_mesh=is_for_mesh)
         checked(_name_of(fun), was, description(spec_now, (*now[0], *now[1])))
         result = run(executable, inputs, now)
-        reach = self._reach(spec[1])
+        reach = self._reach(spec.static)
         if compiled is not None and reach.is_steady and is_eager():
           seen = Seen(values, names, (), inputs, watch, then, left_out)
           fast.learn(seen, compiled, reach.slots, executable)
@@ -288,7 +286,7 @@ class _Jitted:
   def trace(self, *args: Any, **kwargs: Any) -> Any:
     """The traced computation for these arguments, as `jax.jit(f).trace`."""
     inputs, spec, leaves = self._split(args, kwargs, abstract=True)
-    with self._naming(inputs, spec[2]):
+    with self._naming(inputs, spec.given):
       return self._jitted.trace(self._static_of(spec), *leaves)
 
   def clear_cache(self) -> None:
@@ -321,7 +319,7 @@ class _Jitted:
 
   def _spec(
     self, inputs: Inputs, static: tuple, mask: tuple[bool, ...], watch: Watch | None = None
-  ) -> tuple:
+  ) -> Spec:
     """The static half of a call. What the function reaches by closure has a number in it."""
     reach = self._reach(static)
     found = reach.snapshot(watch)
@@ -331,7 +329,7 @@ class _Jitted:
       self.clear_cache()
     version = self._versions.number(found, reach.ids)
     self._drop_orphans()
-    return inputs.graphdef, static, mask, version, _marks(inputs.leaves, reach.refs)
+    return Spec(inputs.graphdef, static, mask, version, marks_of(inputs.leaves, reach.refs))
 
   def _reach(self, static: tuple) -> Reach:
     """What is reached with these static arguments, which may hold models."""
@@ -351,16 +349,16 @@ class _Jitted:
   def _drop_orphans(self) -> None:
     """Forget what was compiled with cells whose objects are gone."""
     if gone := self._versions.take_orphans():
-      self._statics = {k: x for k, x in list(self._statics.items()) if k[0][3] not in gone}
-      self.fast.forget_all(lambda key: key[0][3] in gone)
+      self._statics = {k: x for k, x in list(self._statics.items()) if k[0].version not in gone}
+      self.fast.forget_all(lambda key: key[0].version in gone)
       self._jitted.clear_cache()
 
-  def _static_of(self, spec: tuple, *, is_compiled: bool = False) -> "_Static":
-    """The argument that stands for `spec`: one for each; `is_compiled` as in `_Static`."""
+  def _static_of(self, spec: Spec, *, is_compiled: bool = False) -> Static:
+    """The argument that stands for `spec`: one for each; `is_compiled` as in `Static`."""
     key = (spec, is_compiled)
     if len(self._statics) > STRUCTURES and key not in self._statics:
       self.clear_cache()
-    return self._statics.setdefault(key, _Static(spec, is_compiled))
+    return self._statics.setdefault(key, Static(spec, is_compiled))
 
   def _check(self, inputs: Inputs, abstract: bool) -> None:
     """Refuse what is neither an array nor an object, by the name of its argument."""
@@ -397,6 +395,8 @@ class _Jitted:
         lot = [x for d, x in zip(mask, inputs.leaves, strict=True) if d is (found[1] == "donated")]
         raise AliasError.closure(lot[int(found[2])]._def.origin) from None
       text = re.sub(r"(?<=argument path is )(kept|donated)\[(\d+)\]", named, str(error))
+      text = re.sub(r"(?<=function )run_traced at \S+", _place_of(self._fun), text)
+      text = re.sub(r"at output component \[1\]\[\d+\]", "in its result", text)
       if text == str(error):
         raise
       raise type(error)(text) from None
@@ -416,33 +416,10 @@ REACHED = 64  # lots of objects that one function finds by closure, one after th
 STRUCTURES = 1024  # of one function; a program with more makes new ones all the time
 
 
-class _Static:
-  """The static argument of the inner `jax.jit`, equal to itself only.
-
-  JAX compares such arguments inside C++, and turns what is raised there (Ctrl-C) into a ValueError:
-  a comparison in Python must not happen there.
-  """
-
-  __slots__ = ("__weakref__", "is_compiled", "spec")
-
-  def __init__(self, spec: tuple, is_compiled: bool):
-    self.spec = spec
-    self.is_compiled = is_compiled
-    """Whether the trace is compiled as it is, and never differentiated."""
-
-
 def _concrete(seen: dict[int, Callable[[], Any]]) -> list[Variable]:
   """Of the Variables that a trace has used, those from outside it."""
   found = [x for read in seen.values() if (x := read()) is not None]
   return [x for x in found if not any(map(_jax.is_tracer, jax.tree.leaves(x.get_raw_value())))]
-
-
-def _marks(leaves: Sequence[Any], reached: frozenset[int]) -> tuple[tuple[bool, bool], ...]:
-  """What a trace refuses besides: Variables that are reached by closure too, or differentiated."""
-  variables = [x for x in leaves if isinstance(x, Variable)]
-  is_reached = lambda v: any(id(x) in reached for x in jax.tree.leaves(v._cell))
-  marks = tuple((bool(reached) and is_reached(v), bool(v._def.selected)) for v in variables)
-  return marks if any(map(any, marks)) else ()
 
 
 def _is_argument(x: Any, abstract: bool) -> bool:
@@ -465,43 +442,17 @@ def leaf_name(fun: Callable, path: Path) -> str:
   return f"{argument}{path_str(tuple(rest))}"
 
 
-def _call(
-  function: Callable[[], Callable],
-  look: Callable[[tuple], None],
-  static: _Static,
-  kept: tuple,
-  donated: tuple,
-) -> Outputs:
-  """What is traced: leaves in, outputs out; Variables in hijax storage are written in place."""
-  look(spec := static.spec)
-  graphdef: GraphDef = spec[0]
-  parts = iter(kept), iter(donated)
-  frame = Frame(graphdef, [next(parts[d]) for d in spec[2]])
-  args, kwargs = frame.args
-  args = list(args)
-  for key, _, value in spec[1]:
-    if isinstance(key, int):
-      args[key] = value
-    else:
-      kwargs[key] = value
-  with contextlib.ExitStack() as stack:
-    if spec[3]:
-      stack.enter_context(_version(spec[3]))
-    if static.is_compiled:
-      refs = filter(_jax.is_ref, jax.tree.leaves(frame.leaves))
-      stack.enter_context(compiled_as_is(refs))
-    return frame.collect(function()(*args, **kwargs))
-
-
-_version = jax.make_user_context(default_value=0)
-"""What is reached by closure, by number. It is part of the key of all that JAX keeps of a trace: a
-loop's body that is the same function as before has another model in it now."""
-
-
 def _named(call: Any, fun: Callable) -> Callable:
   """Profiles and errors show the user's function (`functools.wraps` would show its signature)."""
   call.__name__ = _name_of(fun)
   return call
+
+
+def _place_of(fun: Callable) -> str:
+  """A function as JAX says what it is."""
+  code = getattr(inspect.unwrap(fun), "__code__", None)
+  place = "" if code is None else f" at {code.co_filename}:{code.co_firstlineno}"
+  return f"{_name_of(fun)}{place}"
 
 
 def _name_of(fun: Callable) -> str:

@@ -216,7 +216,7 @@ def _take(state: Any, shape: _Shape, leaves: list[Any]) -> bool:
 def is_built_in(treedef: Any) -> bool:
   """Whether there are only lists, tuples and dicts in a container, whose keys are plain.
 
-  JAX compares what a call is given in C++, where nothing in Python may run: see `jit._Static`.
+  JAX compares what a call is given in C++, where nothing in Python may run: see `traced.Static`.
   """
   if not isinstance(treedef, jax.tree_util.PyTreeDef):
     return False

@@ -395,7 +395,7 @@ class _Jitted:
         lot = [x for d, x in zip(mask, inputs.leaves, strict=True) if d is (found[1] == "donated")]
         raise AliasError.closure(lot[int(found[2])]._def.origin) from None
       text = re.sub(r"(?<=argument path is )(kept|donated)\[(\d+)\]", named, str(error))
-      text = re.sub(r"(?<=function )run_traced at \S+", _place_of(self._fun), text)
+      text = re.sub(r"(?<=function )run_traced at \S+", lambda _: _place_of(self._fun), text)
       text = re.sub(r"at output component \[1\]\[\d+\]", "in its result", text)
       if text == str(error):
         raise

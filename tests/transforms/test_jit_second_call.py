@@ -13,6 +13,7 @@ import pytest
 
 from refax import nnx
 from refax.errors import AliasError, DifferentiatedWriteError
+from refax.transforms import around
 
 X = jnp.arange(3.0) + 1
 
@@ -446,3 +447,39 @@ class InTestCase(unittest.TestCase):
     np.testing.assert_array_equal(step(model, X), 2 * X)
     np.testing.assert_array_equal(step(model, X), 2 * X)
     self.assertEqual(int(model.calls), 2)
+
+
+# What a step mentions is known, or nnx.jit(f) would be compiled in each call
+
+
+STRANGE = {"c_", "r_", "s_", "index_exp", "mgrid", "ogrid"}  # indexed, and not called
+
+
+@pytest.mark.parametrize("name", ["jnp", "jax.nn", "jax.lax", "jax.random", "optax", "nnx"])
+def test_code_that_mentions_functions_of_a_library_is_known(name):
+  space = {"jnp": jnp, "jax": jax, "optax": optax, "nnx": nnx}
+  library = eval(name, space)
+  unknown = []
+  for attribute in dir(library):
+    if attribute.startswith("_") or isinstance(getattr(library, attribute), types.ModuleType):
+      continue
+    exec(f"def f(x): return {name}.{attribute}", space)
+    looked = around.Around()
+    looked.add([space["f"]])
+    if not (looked.is_known and looked.is_light and looked.holds()):
+      unknown.append(attribute)
+  assert set(unknown) <= STRANGE
+
+
+TRANSFORMATIONS = ["adam", "adamw", "sgd", "lion", "rmsprop", "adafactor", "lamb"]
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_code_that_uses_a_transformation_of_optax_is_known(name):
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0), getattr(optax, name)(optax.cosine_decay_schedule(1.0, 10))
+  )
+  step = lambda x: tx.update(x, tx.init(x))
+  looked = around.Around()
+  looked.add([step])
+  assert looked.is_known and looked.holds()

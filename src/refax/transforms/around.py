@@ -2,11 +2,13 @@
 
 import dis
 import functools
+import inspect
 import os
 import pathlib
 import sys
 import sysconfig
 import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -141,6 +143,8 @@ class Around:
   def _object(self, x: Any, names: frozenset[str]) -> None:
     """A plain object: an attribute of it may change, and it stays the same."""
     cls = type(x)
+    if isinstance(x, _STATELESS):
+      return
     if isinstance(x, types.BuiltinFunctionType):
       owner = x.__self__  # a module, or a list, for its `append`
       self.is_known &= isinstance(owner, types.ModuleType) and _is_fixed(owner.__name__)
@@ -150,7 +154,7 @@ class Around:
       self._class(cls)
       self.is_known &= _has_only_dict(x)
       self._space(x, vars, None)
-    elif not has_equality(x) and not isinstance(x, _STATELESS):
+    elif not has_equality(x):
       self.is_known &= hasattr(x, "__dict__") and not any(hasattr(cls, k) for k in _COMPUTED)
       self._space(x, vars, names)
 
@@ -205,12 +209,15 @@ def _sameness(value: Any) -> Callable[[Any], bool] | None:
     return None  # a view of what may change
   if isinstance(value, tuple | list) and _is_heavy(value):
     return _items_same(value)
-  if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
+  is_content = isinstance(value, list | tuple | set | frozenset | dict | np.ndarray)
+  if is_content and not _is_large_array(value):
     try:
       return _content_of(value) if _is_small(value) else None
     except NotByValue:
       return None
   known = weakly(value)
+  if _is_large_array(value):
+    return lambda x: x is known()
   if has_equality(value):
     return functools.partial(_is_equal, known, kind(value))
   return lambda x: x is known()
@@ -220,7 +227,12 @@ def _is_heavy(value: Any) -> bool:
   """Whether a value is a model or an array, or a list or tuple with one in it."""
   if isinstance(value, tuple | list):
     return len(value) <= _LONGEST and any(map(_is_heavy, value))
-  return isinstance(value, _HEAVY)
+  return isinstance(value, _HEAVY) or _is_large_array(value)
+
+
+def _is_large_array(value: Any) -> bool:
+  """Whether an array of NumPy takes long to compare: it is the same if it is the same one."""
+  return isinstance(value, np.ndarray) and value.nbytes > 64 * _LONGEST
 
 
 def _items_same(value: Any) -> Callable[[Any], bool] | None:
@@ -252,6 +264,7 @@ _LEFT_ALONE = (*_HEAVY, np.ndarray, types.NoneType, types.EllipsisType)
 _STATELESS = (
   types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc, property,
   types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodWrapperType,
+  typing.TypeVar, typing.ParamSpec, inspect.Signature,
 )  # fmt: skip
 
 _COMPUTED = ("__getattr__", "__getitem__", "__next__")

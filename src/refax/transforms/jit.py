@@ -218,7 +218,7 @@ class _Jitted:
     if compiled is None:
       compiled, found = self._trace(inputs, spec, leaves)
       if self._reach(spec.static).add(found):
-        _KNOWN.forget(self, holds_models=True)
+        _KNOWN.forget_for_others(self)
         key = (self._spec(inputs, spec.static, spec.given, watch), *rest)
       self.fast.keep(key, compiled)
     return key, compiled
@@ -246,7 +246,7 @@ class _Jitted:
     values = (value for *_, value in spec.static)
     around.add((self._fun, *values, *spec.graphdef.static_parts(), *variables))
     if spec.version or not (around.is_known and around.is_light):
-      _KNOWN.forget(self, holds_models=bool(spec.version))
+      _KNOWN.forget_for_others(self)
 
   def lower(self, *args: Any, **kwargs: Any) -> Lowered:
     """The lowered computation for these arguments, as `jax.jit(f).lower`."""
@@ -345,6 +345,7 @@ class _Jitted:
     """An object that was reached by closure is gone: the next call is to look for others."""
     if self._versions.note_gone(key):
       self.fast.forget_entries()
+      _KNOWN.forget(self)  # a function of a module would keep its cells until the next call
 
   def _drop_orphans(self) -> None:
     """Forget what was compiled with cells whose objects are gone."""

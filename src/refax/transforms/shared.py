@@ -175,16 +175,15 @@ class Known:
     while len(self._kept) > _MOST:
       self._kept.popitem(last=False)
 
-  def forget(self, made: Any, *, holds_models: bool) -> None:
-    """Let other functions not find it; nor its own, if that lives as long as a module.
-
-    Args:
-      made: what was made.
-      holds_models: whether it holds cells of models.
-    """
-    for key, entry in list(self._own.items()) if holds_models else ():
-      if entry.made is made and all(is_importable(ref()) for ref in entry.parts):
-        self._own.pop(key, None)
+  def forget_for_others(self, made: Any) -> None:
+    """Let no other function find it: it may hold a model."""
     for key, (other, *_) in list(self._kept.items()):
       if other is made:
         self._kept.pop(key, None)
+
+  def forget(self, made: Any) -> None:
+    """Let nobody find it any more."""
+    self.forget_for_others(made)
+    for key, entry in list(self._own.items()):
+      if entry.made is made:
+        self._own.pop(key, None)

@@ -1,11 +1,11 @@
 """nnx.jit of one function, written again and again, as `nnx.jit(f)(model, x)` in a loop.
 
-As in `jax.jit`, what was compiled belongs to the function, and to every other one of the same code:
-a lambda in the loop is a new function each time. That holds for functions that can be imported, and
-for those without a closure, if they reach no model and no array, which would be kept alive. And it
-holds as long as what their code finds around itself (globals, helper functions, attributes of
-modules and classes) is as it was: who sets a global number and writes `nnx.jit(f)` again gets a new
-trace. Code that finds what cannot be compared is compiled each time.
+As in `jax.jit`, what was compiled belongs to the function, as long as that lives. It also belongs
+to every other one of the same code, for a lambda in the loop is a new function each time: if it can
+be imported, or has no closure, and reaches no model and no array, which would be kept alive. Both
+hold as long as what the code finds around itself (globals, helper functions, attributes of modules
+and classes) is as it was: who sets a global number and writes `nnx.jit(f)` again gets a new trace.
+Code that finds what cannot be compared is compiled each time.
 """
 
 import collections

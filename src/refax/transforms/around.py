@@ -109,19 +109,21 @@ class Around:
       self._open += [(part, names) for part in parts]
     elif (wrapped := _wrapped(x)) is not None:
       self._open.append((wrapped, names))
-      self._space(x, rules_of, None)
+      if rules_of(x) or not isinstance(wrapped, types.FunctionType) or not is_installed(wrapped):
+        self._space(x, rules_of, None)
     elif not isinstance(x, _LEFT_ALONE) and type(x) is not object:
       self._object(x, names)
 
   def _function(self, f: types.FunctionType, asked_for: frozenset[str]) -> None:
     if (wrapped := _wrapped(f)) is not None:
       self._open.append((wrapped, frozenset()))
-    self._space(f, vars, asked_for - {"__wrapped__"})
     if is_installed(f):
       self.is_known &= _is_fixed(f.__globals__.get("__name__"))  # `__module__` is what it wraps
-      if f.__closure__ is not None:  # a transformation of optax, a function of several cases
-        self._space(f, _own_values, None)
+      if f.__closure__ is not None and self._is_new(id(f), contents):
+        # A transformation of optax, a function of several cases: it holds functions of the user's.
+        self._open += [(contents(cell), frozenset()) for cell in f.__closure__]
       return
+    self._space(f, vars, asked_for - {"__wrapped__"})
     names = frozenset(names_in(f.__code__))
     asked, imported = _loaded(f.__code__)
     self.is_known &= _MOVING_CALLS.isdisjoint(asked - f.__globals__.keys())

@@ -211,15 +211,12 @@ def _sameness(value: Any) -> Callable[[Any], bool] | None:
     return None  # a view of what may change
   if isinstance(value, tuple | list) and _is_heavy(value):
     return _items_same(value)
-  is_content = isinstance(value, list | tuple | set | frozenset | dict | np.ndarray)
-  if is_content and not _is_large_array(value):
+  if isinstance(value, list | tuple | set | frozenset | dict | np.ndarray):
     try:
       return _content_of(value) if _is_small(value) else None
     except NotByValue:
       return None
   known = weakly(value)
-  if _is_large_array(value):
-    return lambda x: x is known()
   if has_equality(value):
     return functools.partial(_is_equal, known, kind(value))
   return lambda x: x is known()
@@ -229,12 +226,7 @@ def _is_heavy(value: Any) -> bool:
   """Whether a value is a model or an array, or a list or tuple with one in it."""
   if isinstance(value, tuple | list):
     return len(value) <= _LONGEST and any(map(_is_heavy, value))
-  return isinstance(value, _HEAVY) or _is_large_array(value)
-
-
-def _is_large_array(value: Any) -> bool:
-  """Whether an array of NumPy takes long to compare: it is the same if it is the same one."""
-  return isinstance(value, np.ndarray) and value.nbytes > 64 * _LONGEST
+  return isinstance(value, _HEAVY)
 
 
 def _items_same(value: Any) -> Callable[[Any], bool] | None:

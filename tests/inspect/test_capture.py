@@ -547,3 +547,18 @@ def test_numpy_arrays_stay_what_they_are():
 
   f = lambda m, x: x if m(x)[0] else 2 * x
   np.testing.assert_array_equal(nnx.capture(f)(Mask(), X)[0], X)
+
+
+def test_a_type_of_variable_makes_a_decorator():
+  class Net(nnx.Module):
+    def __call__(self, x):
+      self.sow(nnx.Intermediate, "seen", 2 * x)
+      return x
+
+  @nnx.capture(nnx.Intermediate)
+  def run(net, x):
+    return net(x)
+
+  y, kept = run(Net(), jnp.ones(2))
+  assert y.tolist() == [1, 1]
+  assert kept["seen"][0].tolist() == [2, 2]

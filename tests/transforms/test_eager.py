@@ -226,9 +226,13 @@ def test_nothing_of_a_call_is_kept_alive(way, compiled):
 
 def test_the_number_of_computations_is_bounded(compiled, monkeypatch):
   monkeypatch.setattr(eager, "_MOST", 3)
-  for n in range(6):
-    assert int(nnx.cond(True, lambda x, n=n: x + n, lambda x: x, 1)) == 1 + n
+  add = lambda n: int(nnx.cond(True, lambda x, n=n: x + n, lambda x: x, 1))
+  assert [add(n) for n in range(6)] == list(range(1, 7))
   assert len(compiled) == 3
+  kept = next(iter(compiled.values()))
+  add(3)  # the oldest of them is used, and another one goes
+  add(7)
+  assert kept in compiled.values()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -43,7 +43,8 @@ def capture(
   and use any transform. State that it writes is written.
 
   Args:
-    fn: a Module, or a function of Modules and arrays.
+    fn: a Module, or a function of Modules and arrays; or, for a decorator, the first of `which`,
+      a type of Variable.
     *which: the Modules of interest, those that match one of these; by default all. A type of
       Module; a path such as `"encoder/layers/*"`, where `*` stands for any one step and `**` for
       any number; a predicate `(path, module) -> bool`. A type of Variable chooses what is sown
@@ -72,6 +73,10 @@ def capture(
   >>> kept["layers"][0]["__call__"][0].shape
   (4, 3)
   """
+  if isinstance(fn, type) and issubclass(fn, Variable):
+    options = {"methods": methods, "inputs": inputs, "gradients": gradients, "init": init}
+    options["method_outputs"] = method_outputs
+    return lambda decorated: capture(decorated, fn, *which, **options)
   wanted = (methods,) if isinstance(methods, str) else tuple(methods)
   choice = Choice.of(which if method_outputs is None else (..., *which))
   methods_of = wanted if method_outputs is None else None

@@ -19,7 +19,7 @@ from refax import _jax
 from refax.core.storage import is_array_like
 from refax.transforms.fast import is_eager
 
-_MOST = 256  # computations that are remembered
+_MOST = 64  # computations that are remembered
 
 _compiled: "collections.OrderedDict[Hashable, Callable]" = collections.OrderedDict()
 
@@ -48,11 +48,10 @@ def compiled_once(function: Callable, *args: Any) -> Any:
 def _kept(closed: Any) -> Callable:
   """The compiled function of a jaxpr, and of all that are equal."""
   key = _Key().of(closed.jaxpr)
-  if (run := _compiled.get(key)) is None:
-    run = jax.jit(_jax.jaxpr_as_fun(closed))
-    while len(_compiled) >= _MOST:
-      _compiled.pop(next(iter(_compiled)), None)
-    _compiled[key] = run
+  run = _compiled.pop(key, None) or jax.jit(_jax.jaxpr_as_fun(closed))
+  while len(_compiled) >= _MOST:
+    _compiled.popitem(last=False)
+  _compiled[key] = run  # as the last one that was used
   return run
 
 

@@ -369,3 +369,25 @@ def test_gradients_flow_through_a_function_that_is_mapped_inside(axis_name):
 
   close(jax.grad(loss)(1.0), 3.0)
   close(nnx.grad(lambda p: loss(p))(nnx.Param(1.0)), 3.0)
+
+
+def test_a_mapped_constructor_names_the_axis_of_what_it_makes():
+  names = {nnx.PARTITION_NAME: "layers"}
+
+  class Stack(nnx.Module):
+    @nnx.vmap(in_axes=(0, 0), transform_metadata=names)
+    def __init__(self, rngs):
+      self.w = nnx.Param(rngs.normal((4, 4)), out_sharding=("din", "dout"))
+
+    @nnx.scan(in_axes=(0, nnx.Carry), transform_metadata=names)
+    def __call__(self, x):
+      return x @ self.w, None
+
+  model = Stack(nnx.Rngs(0).split(5))
+  assert model.w.shape == (5, 4, 4)
+  assert model.w.sharding_names == ("layers", "din", "dout")
+  want = x = jnp.ones((1, 4))
+  for w in model.w[...]:
+    want = want @ w
+  np.testing.assert_allclose(model(x)[0], want, rtol=1e-5)
+  assert model.w.sharding_names == ("layers", "din", "dout")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from refax.core.annotation import AXES, PARTITION_NAME
 from refax.core.flatten import Walk
 from refax.core.variable import Variable, is_variable
-from refax.transforms.axes import argument_axes, assign
+from refax.transforms.axes import StateAxes, argument_axes, assign
 from refax.transforms.lift import Inputs
 
 
@@ -147,13 +147,27 @@ def transform_metadata(
       _pad(x, _rank(x) + 1)
       remove_axis(x, axis, names)
     out = f(*args, **kwargs)
-    known = {id(x) for x, _ in given}
-    new = [(x, axis) for x, axis in _mapped_results(out, out_axes) if id(x) not in known]
-    for x, axis in (*given, *new):
+    changed = {id(x): (x, axis) for x, axis in given}
+    known = set(map(id, inputs.leaves))
+    for x, axis in (*_mapped_results(out, out_axes), *_gained(args, kwargs, in_axes, known)):
+      changed.setdefault(id(x), (x, axis))
+    for x, axis in changed.values():
       add_axis(x, axis, names)
     return out
 
   return wrapper
+
+
+def _gained(
+  args: tuple, kwargs: dict[str, Any], in_axes: Any, known: set[int]
+) -> list[tuple[Variable, int]]:
+  """The Variables that mapped arguments have got meanwhile (a mapped `__init__`), and their axes."""
+  inputs = Inputs.of(args, kwargs)
+  axes = argument_axes(inputs, in_axes, len(args), default=0 if kwargs else None)
+  are_told = any(isinstance(x, StateAxes) for x in jax.tree.leaves(in_axes))
+  pairs = [(inputs.leaves[i], axis) for i, axis in axes.items() if type(axis) is int]
+  new = [(x, axis) for x, axis in pairs if isinstance(x, Variable) and id(x) not in known]
+  return [(x, axis if are_told else 0) for x, axis in new]
 
 
 def _mapped_results(out: Any, out_axes: Any) -> list[tuple[Variable, int]]:

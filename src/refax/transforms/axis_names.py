@@ -161,7 +161,7 @@ def transform_metadata(
 def _gained(
   args: tuple, kwargs: dict[str, Any], in_axes: Any, known: set[int]
 ) -> list[tuple[Variable, int]]:
-  """The Variables that mapped arguments have got meanwhile (a mapped `__init__`), and their axes."""
+  """The Variables that mapped arguments have got (in a mapped `__init__`), and their axes."""
   inputs = Inputs.of(args, kwargs)
   axes = argument_axes(inputs, in_axes, len(args), default=0 if kwargs else None)
   are_told = any(isinstance(x, StateAxes) for x in jax.tree.leaves(in_axes))

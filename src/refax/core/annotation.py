@@ -21,12 +21,14 @@ from refax.errors import ShardingError
 PARTITION_NAME = "partition_name"
 NAMES = frozenset(
   """
-  eager_sharding mesh opt_sharding out_sharding sharding sharding_names sharding_rules
+  eager_sharding mesh opt_sharding optimizer_sharding out_sharding sharding sharding_names
+  sharding_rules
   """.split()  # noqa: SIM905 - words in lines are read faster
 )
 
-AXES = ("out_sharding", "opt_sharding")
-"""The entries that name axes: of the array, and of what an optimizer keeps for it."""
+AXES = ("out_sharding", "opt_sharding", "optimizer_sharding")
+"""The entries that name axes: of the array, and of what an optimizer keeps for it, here and in
+Flax NNX."""
 
 Axis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, Axis]]

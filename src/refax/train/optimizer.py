@@ -200,7 +200,8 @@ def _annotate(opt_state: Any, params: State) -> None:
   found = {}
   for path, x in to_flat_state(params):
     metadata = x.get_metadata()
-    axes = metadata.get("opt_sharding", metadata.get("out_sharding"))
+    names = ("opt_sharding", "optimizer_sharding", "out_sharding")
+    axes = next((metadata[name] for name in names if name in metadata), None)
     known = {k: metadata[k] for k in ("mesh", "sharding_rules") if k in metadata}
     found[path, x.shape] = () if axes is None else tuple({"out_sharding": axes, **known}.items())
   if not any(found.values()):

@@ -196,11 +196,12 @@ def test_initializers_that_annotate():
 
 @SORTS
 @pytest.mark.parametrize("hijax", [True, False])
-def test_the_state_of_an_optimizer_has_the_names_of_its_parameter_or_others(hijax, sort):
+@pytest.mark.parametrize("name", ["opt_sharding", "optimizer_sharding"])
+def test_the_state_of_an_optimizer_has_the_names_of_its_parameter_or_others(name, hijax, sort):
   with jax.set_mesh(mesh_of(sort)), nnx.use_hijax(hijax):
     model = linear((None, "model"))
     other = linear((None, "model"))
-    other.kernel.set_metadata(opt_sharding=("data", "model"))
+    other.kernel.set_metadata(**{name: ("data", "model")})
     model = nnx.Dict(a=model, b=other, c=nnx.Linear(8, 16, rngs=nnx.Rngs(0)))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     mu = optimizer.opt_state[0].mu

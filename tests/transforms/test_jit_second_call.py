@@ -228,6 +228,21 @@ def test_another_model_under_a_name_in_text_is_seen(name):
   assert (int(first.calls), int(second.calls)) == (2, 2)
 
 
+def test_a_model_in_an_attribute_of_a_decorated_function_is_seen():
+  @functools.wraps(times)
+  def holder():
+    pass
+
+  holder.model = Net(2.0)
+  tools = {"holder": holder}
+  step = nnx.jit(lambda x: tools["holder"].model(x))
+  assert step(X).tolist() == (2 * X).tolist()
+  other = functools.wraps(times)(lambda: None)
+  other.model = Net(3.0)
+  tools["holder"] = other
+  assert step(X).tolist() == (3 * X).tolist()
+
+
 def test_another_model_in_a_derivative_of_the_user_is_seen():
   box = types.SimpleNamespace(model=Net(2.0))
   rule = jax.custom_vjp(lambda x: x)

@@ -378,7 +378,7 @@ class _Search:
       leads |= self._slot(f, (name,), lambda f, name=name: vars(f).get(name), vars(f)[name], depth)
     wrapped = getattr(f, "__wrapped__", None)
     if callable(wrapped):
-      leads = self.visit(wrapped, depth + 1)
+      leads |= self.visit(wrapped, depth + 1)
       if is_library(f.__globals__.get("__name__")):
         return leads  # a transform around it
     for i, cell in enumerate(f.__closure__ or ()):

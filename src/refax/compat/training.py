@@ -10,7 +10,7 @@ import optax
 
 from refax.core.filters import Filter, to_predicate
 from refax.core.variable import Param, is_variable
-from refax.graph.state import State, from_flat_state, to_flat_state
+from refax.graph.state import State, filter_state
 from refax.train import optimizer
 from refax.train.optimizer import OptState
 
@@ -46,9 +46,8 @@ class Optimizer(optimizer.Optimizer):
 
   def _gradients(self, params: State, grads: Any) -> State:
     if isinstance(grads, State):
-      selects, flat = to_predicate(self.wrt), to_flat_state(grads)
-      kept = [(path, g) for path, g in flat if not is_variable(g) or selects(path, g)]
-      grads = from_flat_state(kept)
+      selects = to_predicate(self.wrt)
+      grads = filter_state(grads, lambda path, g: not is_variable(g) or selects(path, g))
     return super()._gradients(params, grads)
 
 

@@ -26,9 +26,11 @@ NAMES = frozenset(
   """.split()  # noqa: SIM905 - words in lines are read faster
 )
 
-AXES = ("out_sharding", "opt_sharding", "optimizer_sharding")
-"""The entries that name axes: of the array, and of what an optimizer keeps for it, here and in
-Flax NNX."""
+OF_STATE = ("opt_sharding", "optimizer_sharding")
+"""The entry that names the axes of what an optimizer keeps for an array, here and in Flax NNX."""
+
+AXES = ("out_sharding", *OF_STATE)
+"""The entries that name axes."""
 
 Axis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, Axis]]

@@ -74,9 +74,16 @@ def capture(
   (4, 3)
   """
   if isinstance(fn, type) and issubclass(fn, Variable):
-    options = {"methods": methods, "inputs": inputs, "gradients": gradients, "init": init}
-    options["method_outputs"] = method_outputs
-    return lambda decorated: capture(decorated, fn, *which, **options)
+    return lambda decorated: capture(
+      decorated,
+      fn,
+      *which,
+      methods=methods,
+      inputs=inputs,
+      gradients=gradients,
+      init=init,
+      method_outputs=method_outputs,
+    )
   wanted = (methods,) if isinstance(methods, str) else tuple(methods)
   choice = Choice.of(which if method_outputs is None else (..., *which))
   methods_of = wanted if method_outputs is None else None

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from refax import config
 from refax.core import storage
-from refax.core.annotation import check, mesh_of, spec_of
+from refax.core.annotation import OF_STATE, check, mesh_of, spec_of
 from refax.core.array_protocol import unwrap
 from refax.core.filters import Filter
 from refax.core.flatten import Walk
@@ -200,8 +200,7 @@ def _annotate(opt_state: Any, params: State) -> None:
   found = {}
   for path, x in to_flat_state(params):
     metadata = x.get_metadata()
-    names = ("opt_sharding", "optimizer_sharding", "out_sharding")
-    axes = next((metadata[name] for name in names if name in metadata), None)
+    axes = next((metadata[name] for name in (*OF_STATE, "out_sharding") if name in metadata), None)
     known = {k: metadata[k] for k in ("mesh", "sharding_rules") if k in metadata}
     found[path, x.shape] = () if axes is None else tuple({"out_sharding": axes, **known}.items())
   if not any(found.values()):

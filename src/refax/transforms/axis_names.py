@@ -139,17 +139,20 @@ def transform_metadata(
 
   @functools.wraps(f)
   def wrapper(*args: Any, **kwargs: Any) -> Any:
-    inputs = Inputs.of(args, kwargs)
-    axes = argument_axes(inputs, in_axes, len(args), default=0 if kwargs else None)
-    given = [(inputs.leaves[i], axis) for i, axis in axes.items() if type(axis) is int]
-    given = [(x, axis) for x, axis in given if isinstance(x, Variable)]
+    leaves, given = _mapped_arguments(args, kwargs, in_axes)
     for x, axis in given:
       _pad(x, _rank(x) + 1)
       remove_axis(x, axis, names)
     out = f(*args, **kwargs)
     changed = {id(x): (x, axis) for x, axis in given}
-    known = set(map(id, inputs.leaves))
-    for x, axis in (*_mapped_results(out, out_axes), *_gained(args, kwargs, in_axes, known)):
+    known = set(map(id, leaves))
+    are_told = any(isinstance(x, StateAxes) for x in jax.tree.leaves(in_axes))
+    gained = [
+      (x, axis if are_told else 0)
+      for x, axis in _mapped_arguments(args, kwargs, in_axes)[1]
+      if id(x) not in known
+    ]  # in a mapped `__init__`
+    for x, axis in (*_mapped_results(out, out_axes), *gained):
       changed.setdefault(id(x), (x, axis))
     for x, axis in changed.values():
       add_axis(x, axis, names)
@@ -158,16 +161,14 @@ def transform_metadata(
   return wrapper
 
 
-def _gained(
-  args: tuple, kwargs: dict[str, Any], in_axes: Any, known: set[int]
-) -> list[tuple[Variable, int]]:
-  """The Variables that mapped arguments have got (in a mapped `__init__`), and their axes."""
+def _mapped_arguments(
+  args: tuple, kwargs: dict[str, Any], in_axes: Any
+) -> tuple[list[Any], list[tuple[Variable, int]]]:
+  """All leaves of the arguments, and the Variables among them that are mapped, with their axes."""
   inputs = Inputs.of(args, kwargs)
   axes = argument_axes(inputs, in_axes, len(args), default=0 if kwargs else None)
-  are_told = any(isinstance(x, StateAxes) for x in jax.tree.leaves(in_axes))
   pairs = [(inputs.leaves[i], axis) for i, axis in axes.items() if type(axis) is int]
-  new = [(x, axis) for x, axis in pairs if isinstance(x, Variable) and id(x) not in known]
-  return [(x, axis if are_told else 0) for x, axis in new]
+  return inputs.leaves, [(x, axis) for x, axis in pairs if isinstance(x, Variable)]
 
 
 def _mapped_results(out: Any, out_axes: Any) -> list[tuple[Variable, int]]:

@@ -77,7 +77,8 @@ class _Key:
     return (*inputs, equations, tuple(map(self._read, jaxpr.outvars)))
 
   def _defined(self, variables: Sequence[Any]) -> tuple:
-    self._numbers |= zip(variables, range(len(self._numbers), 2**62), strict=False)
+    for var in variables:
+      self._numbers[var] = len(self._numbers)
     return tuple(var.aval for var in variables)
 
   def _equation(self, eqn: Any) -> tuple:

@@ -141,14 +141,15 @@ class Known:
     known = self._own.get(own)
     if known is not None and known.is_of(parts) and known.around.holds():
       return known.made, fun
-    key = None if (found := lasting(fun)) is None else (found[1], options)
-    if key is not None and has_hash(key):
+    found = lasting(fun)
+    key = (found[1], options) if found is not None and has_hash(found[1]) else None
+    if key is not None:
       made, around, _, first = self._kept.get(key, (None, None, None, None))
       if around is not None and around.is_light and around.holds():
         return made, first
     made = make(around := Around())
     self._note(own, parts, made, around)
-    if found is not None and has_hash(key):
+    if found is not None and key is not None:
       self._keep(key, (made, around, found[0], fun))
     return made, fun
 

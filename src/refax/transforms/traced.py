@@ -68,9 +68,8 @@ def run_traced(
     donated: and those that are.
   """
   look(spec := static.spec)
-  graphdef: GraphDef = spec.graphdef
   parts = iter(kept), iter(donated)
-  frame = Frame(graphdef, [next(parts[d]) for d in spec.given])
+  frame = Frame(spec.graphdef, [next(parts[d]) for d in spec.given])
   args, kwargs = frame.args
   args = list(args)
   for key, _, value in spec.static:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from refax import _jax
 from refax.core.gather import as_kept
+from refax.core.interrupt import uninterrupted
 from refax.core.observe import compiled_as_is, observe
 from refax.core.storage import as_array, needs_guard, write_ref
 from refax.core.variable import Variable
@@ -229,6 +230,11 @@ def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Arr
 
 
 def write_closures(refs: Closures, values: dict[int, jax.Array]) -> None:
-  """Write back state that was reached by closure."""
-  for key, value in values.items():
-    write_ref(refs[key], as_array(value), None, "a Variable that came by closure")
+  """Write back state that was reached by closure: all of it, whatever signal comes meanwhile."""
+
+  def write() -> None:
+    for key, value in values.items():
+      write_ref(refs[key], as_array(value), None, "a Variable that came by closure")
+
+  if values:
+    uninterrupted(write) if _jax.no_trace_active() else write()

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import signal
 import weakref
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from refax import _jax, nnx
-from refax.transforms import eager, stage
+from refax.transforms import eager
 
 X = jnp.arange(6.0).reshape(2, 3)
 SCALE = 2.0
@@ -249,34 +248,6 @@ def test_an_error_leaves_state_as_it_was(way):
   with pytest.raises(KeyError, match="no"):
     run(way, fails, model, X)
   np.testing.assert_array_equal(model.mean, mean)
-
-
-def test_state_by_closure_is_written_as_a_whole_though_a_signal_comes(monkeypatch):
-  class Late(Exception):
-    pass
-
-  def late(*_):
-    raise Late
-
-  def ringing(*args):
-    signal.raise_signal(signal.SIGUSR1)
-    return write_ref(*args)
-
-  write_ref, counts = stage.write_ref, [nnx.Variable(0), nnx.Variable(0)]
-
-  def body(_, x):
-    for count in counts:
-      count[...] += 1
-    return x
-
-  monkeypatch.setattr(stage, "write_ref", ringing)
-  old = signal.signal(signal.SIGUSR1, late)
-  try:
-    with pytest.raises(Late):
-      nnx.fori_loop(0, 2, body, X)
-  finally:
-    signal.signal(signal.SIGUSR1, old)
-  assert [int(count) for count in counts] == [2, 2]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -23,7 +23,7 @@ from refax.inspect.choice import Choice, Presence
 from refax.inspect.target import Arguments, Compiled, like, owner_and_function
 from refax.transforms.jit import jit
 from refax.transforms.lift import Inputs
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 from refax.transforms.taps import Found, Label, Look, evaluate, is_tap, tap, unreached
 from refax.typing import Path
 
@@ -213,9 +213,8 @@ def _captured(
   refs, closures = read_closures([staged])
   evaluated = functools.partial(_evaluated, observer, is_final)
   result, found = staged.run_with(evaluated, values_of(inputs), closures)
-  write_closures(refs, result.closures)
   states = [_state_of([f for f in found if f.key[0].type is kind]) for kind in observer.types]
-  return inputs.commit(result.outputs), states
+  return inputs.commit(result.outputs, refs, result.closures), states
 
 
 def _evaluated(

@@ -16,7 +16,7 @@ from refax.train.finite import all_finite
 from refax.transforms.effect import transaction
 from refax.transforms.jit import jit
 from refax.transforms.lift import Inputs, Outputs
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 
 __all__ = ["check"]
 
@@ -123,8 +123,7 @@ class _Guarded:
     new = list(outputs.written), result.closures
     if _alike(new, old):
       new = jax.lax.cond(ok, lambda new, _: new, lambda _, old: old, new, old)
-    write_closures(refs, new[1])
-    return inputs.commit(Outputs(new[0], outputs.fresh, spec)), ok
+    return inputs.commit(Outputs(new[0], outputs.fresh, spec), refs, new[1]), ok
 
 
 SMALL = 1 << 14  # elements

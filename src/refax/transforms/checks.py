@@ -7,7 +7,7 @@ from typing import Any
 from jax.experimental import checkify as jax_checkify
 
 from refax.transforms.lift import Inputs
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 
 
 def checkify(f: Callable, *, errors: Any = jax_checkify.user_checks) -> Callable:
@@ -38,7 +38,6 @@ def checkify(f: Callable, *, errors: Any = jax_checkify.user_checks) -> Callable
     refs, closures = read_closures([staged])
     run = jax_checkify.checkify(staged.run_apart, errors)
     error, (outputs, after) = run(values, closures)
-    write_closures(refs, after)
-    return error, inputs.commit(outputs)
+    return error, inputs.commit(outputs, refs, after)
 
   return wrapper

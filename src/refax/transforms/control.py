@@ -14,7 +14,7 @@ from refax.transforms.eager import compiled_once
 from refax.transforms.fast import is_eager
 from refax.transforms.lift import Inputs
 from refax.transforms.loops import difference, signature
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 from refax.typing import ArrayLike, describe
 
 
@@ -87,8 +87,7 @@ def _branch(select: Callable, which: Any, functions: Sequence[Callable], operand
   is_scalar = is_array_like(which) and not jnp.shape(which)
   choose = functools.partial(compiled_once, choose) if is_scalar else choose  # JAX says what it is
   outputs, after = choose(which, values, closures)
-  write_closures(refs, after)
-  return inputs.commit(outputs)
+  return inputs.commit(outputs, refs, after)
 
 
 def _check_alike(stages: Sequence[Staged]) -> None:

@@ -16,7 +16,7 @@ from refax.graph.split import state
 from refax.graph.state import State, to_flat_state
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.loops import difference, leaf_indices, out_parts, signature
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 from refax.typing import path_str
 
 
@@ -126,9 +126,8 @@ class _Call:
     primal = jax.custom_vjp(lambda diff, rest, closures: self._run(self.fun, diff, rest, closures))
     primal.defvjp(self._forward, self._backward)
     fresh, written, after = primal(diff, rest, closures)
-    write_closures(refs, after)
     spec = self.fun.outputs.spec._replace(written=tuple(self.written))
-    return self.inputs.commit(Outputs(written, fresh, spec))
+    return self.inputs.commit(Outputs(written, fresh, spec), refs, after)
 
   def _run(self, staged: Staged, diff: dict, rest: dict, closures: dict) -> tuple:
     values = [diff.get(i, rest.get(i)) for i in range(self.count)]

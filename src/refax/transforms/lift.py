@@ -13,6 +13,8 @@ attributes that were added or changed, and new objects with cells of their own.
 """
 
 import functools
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +33,8 @@ from refax.core.rebuild import unflatten
 from refax.core.variable import Variable, VariableDef
 from refax.core.watch import Watch
 from refax.transforms.commit import Commit, Outputs, OutputSpec
+
+_NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
 class Entered(NamedTuple):
@@ -100,20 +104,37 @@ class Inputs:
       return leaf._handle(leaf._cell, leaf._def)
     return enter_variable(type(leaf), leaf._def, entered)
 
-  def commit(self, outputs: Outputs) -> Any:
+  def commit(
+    self,
+    outputs: Outputs,
+    closures: Mapping[int, jax.Ref] = _NONE,
+    values: Mapping[int, jax.Array] = _NONE,
+  ) -> Any:
     """Give the caller's objects what the function wrote, and rebuild what it returned.
+
+    No signal comes before all of it is there.
+
+    Args:
+      outputs: what the function gave back.
+      closures: the Refs that it reaches by closure, by any key.
+      values: for the keys of those that it has written, the values.
 
     Raises:
       TraceContextError: an object from another trace would have to change; nothing has.
     """
-    commit = functools.partial(self._commit, outputs)
+    commit = functools.partial(self._commit, outputs, closures, values)
     return uninterrupted(commit) if _jax.no_trace_active() else commit()
 
-  def _commit(self, outputs: Outputs) -> Any:
+  def _commit(
+    self, outputs: Outputs, closures: Mapping[int, jax.Ref], values: Mapping[int, jax.Array]
+  ) -> Any:
     commit = Commit(self.graphdef, outputs.spec)
     commit.check(self.leaves, self.objects)
     fresh = map(fresh_leaf, outputs.fresh, outputs.spec.hijax)
     leaves = [*self.leaves, *fresh]
+    for key, new in values.items():
+      array = storage.as_array(new)
+      storage.write_ref(closures[key], array, None, "a Variable that came by closure")
     for index, new in zip(outputs.spec.written, outputs.written, strict=True):
       install(self.leaves[index], new)
     return commit.build(leaves, self.objects)

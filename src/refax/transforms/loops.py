@@ -21,7 +21,7 @@ from refax.transforms.axis_names import kept_up
 from refax.transforms.eager import compiled_once
 from refax.transforms.fast import is_eager
 from refax.transforms.lift import Inputs, Outputs
-from refax.transforms.stage import Result, Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Result, Staged, read_closures, values_of
 from refax.transforms.view import View, value_of
 from refax.typing import ArrayLike, describe, path_str
 
@@ -189,10 +189,10 @@ def _loop(
     return run(tests, step, carry.start(values, closures))
 
   last = compiled_once(loop, values, closures)
-  write_closures(refs, last.closures)
   fresh = [carry.final(i, last) for i in range(len(staged.outputs.fresh))]
   spec = staged.outputs.spec._replace(written=tuple(sorted(staged.written)))
-  return inputs.commit(Outputs([last.cells[i] for i in spec.written], fresh, spec))
+  outputs = Outputs([last.cells[i] for i in spec.written], fresh, spec)
+  return inputs.commit(outputs, refs, last.closures)
 
 
 def _condition(cond: Staged) -> int:
@@ -396,11 +396,11 @@ class Scan:
     (last, whole), (written, stacked) = compiled_once(
       loop, self._shared(), closures, whole, (index, xs)
     )
-    write_closures(refs, last.closures)
     written = {i: move(x, 0, self.sliced[i]) for i, x in written.items()} | whole | last.cells
     spec = staged.outputs.spec._replace(written=tuple(carry.written))
     fresh = self._fresh(stacked, last, 0 if reverse else -1)
-    return self.inputs.commit(Outputs([written[i] for i in spec.written], fresh, spec))
+    outputs = Outputs([written[i] for i in spec.written], fresh, spec)
+    return self.inputs.commit(outputs, refs, last.closures)
 
   def _shared(self) -> list[Any]:
     """The values that are not sliced: each step is given slices in the place of the others."""

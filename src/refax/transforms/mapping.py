@@ -31,7 +31,7 @@ from refax.transforms.axes import (
 from refax.transforms.axis_names import kept_up
 from refax.transforms.lift import Inputs, Outputs, OutputSpec
 from refax.transforms.shared import derived
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 from refax.typing import Path, path_str
 
 REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -180,8 +180,7 @@ class _Mapped:
       for i, x in zip(spec.written, outputs.written, strict=True)
     ]
     after = {k: REDUCTIONS[closed[k]](x) if k in closed else x for k, x in after.items()}
-    write_closures(refs, after)
-    return self.inputs.commit(Outputs(written, outputs.fresh, spec))
+    return self.inputs.commit(Outputs(written, outputs.fresh, spec), refs, after)
 
   def _mapped(self, places: list, values: list, axes: dict, closures: dict, closure_axes: dict):
     """Run it under `jax.vmap`; `places` says of each result what it is, its axis, and its like."""

@@ -10,7 +10,7 @@ from refax import _jax
 from refax.transforms.effect import undone_on_error
 from refax.transforms.lift import Inputs
 from refax.transforms.reach import Reach
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 
 
 def remat(
@@ -59,8 +59,7 @@ def remat(
     refs, closures = read_closures([staged])
     run = jax.checkpoint(staged.run, prevent_cse=prevent_cse, policy=policy)
     outputs, after = run(values, closures)
-    write_closures(refs, after)
-    return inputs.commit(outputs)
+    return inputs.commit(outputs, refs, after)
 
   return wrapper
 

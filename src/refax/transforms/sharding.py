@@ -13,7 +13,7 @@ from refax._jax import is_tracer, put
 from refax.core.annotation import of_axes
 from refax.transforms.axes import argument_axes, assign
 from refax.transforms.lift import Inputs, Outputs
-from refax.transforms.stage import Staged, read_closures, values_of, write_closures
+from refax.transforms.stage import Staged, read_closures, values_of
 
 
 def shard_map(
@@ -99,8 +99,7 @@ def shard_map(
     )
     everywhere = _put(list(closures.values()), [PartitionSpec()] * len(closures), mesh, axis_names)
     outputs, after = run(values, dict(zip(closures, everywhere, strict=True)))
-    write_closures(refs, after)
-    return inputs.commit(outputs)
+    return inputs.commit(outputs, refs, after)
 
   return wrapper
 

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from refax import _jax
 from refax.core.gather import as_kept
-from refax.core.interrupt import uninterrupted
 from refax.core.observe import compiled_as_is, observe
-from refax.core.storage import as_array, needs_guard, write_ref
+from refax.core.storage import needs_guard
 from refax.core.variable import Variable
 from refax.errors import AliasError
 from refax.transforms import view
@@ -227,14 +226,3 @@ def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Arr
   """All Refs that the functions reach by closure, and their values."""
   refs = {key: ref for staged in stages for key, ref in staged.closures.items()}
   return refs, {key: _jax.read_cell(ref) for key, ref in refs.items()}
-
-
-def write_closures(refs: Closures, values: dict[int, jax.Array]) -> None:
-  """Write back state that was reached by closure: all of it, whatever signal comes meanwhile."""
-
-  def write() -> None:
-    for key, value in values.items():
-      write_ref(refs[key], as_array(value), None, "a Variable that came by closure")
-
-  if values:
-    uninterrupted(write) if _jax.no_trace_active() else write()

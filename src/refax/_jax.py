@@ -374,6 +374,11 @@ def is_outside(ref: Any, mesh: jax.sharding.Mesh) -> bool:
   return _sits_on_one(bits(peek_cell(ref)).sharding, mesh)
 
 
+def is_on_one_device(ref: jax.Ref) -> bool:
+  """Whether a Ref has its buffer on a single device."""
+  return isinstance(bits(peek_cell(ref)).sharding, jax.sharding.SingleDeviceSharding)
+
+
 def _sits_on_one(sharding: Any, mesh: jax.sharding.Mesh) -> bool:
   """Whether this is a single device, one of a mesh."""
   is_single = isinstance(sharding, jax.sharding.SingleDeviceSharding)

@@ -435,3 +435,91 @@ def test_without_private_jax_the_refusal_is_jaxs_own_and_device_put_before_helps
     """,
     REFAX_PUBLIC_JAX="1",
   )
+
+
+@both
+def test_the_cells_of_a_call_follow_a_batch_that_is_divided_up(axes):
+  run(
+    """
+    data = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh, P("data")))
+    noise = lambda m, r, x: m(x) + jax.random.normal(r.noise(), (8, 2))
+    third = lambda f: lambda *args: f(args[2])
+    ways = {
+      "argument": lambda m, r: nnx.jit(noise),
+      "keyword": lambda m, r: lambda m, r, x: nnx.jit(noise)(m, x=x, r=r),
+      "closure": lambda m, r: third(nnx.jit(lambda x: noise(m, r, x))),
+      "container": lambda m, r: lambda m, r, x: nnx.jit(lambda a: noise(*a))([m, r, x]),
+      "compiled": lambda m, r: nnx.jit(noise).lower(m, r, data).compile(),
+      "remat": lambda m, r: nnx.jit(nnx.remat(noise)),
+    }
+    for name, way in ways.items():
+      twin, seed = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Rngs(noise=1)
+      want = [noise(twin, seed, np.asarray(data)) for _ in range(3)]
+      model, rngs = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Rngs(noise=1)
+      f = way(model, rngs)
+      for w in want:
+        y = f(model, rngs, data)
+        close(y, w)
+        assert y.sharding.spec[:1] == ("data",), (name, y.sharding)
+      assert all(is_everywhere(x) for x in arrays(model)), name
+      close(model(np.asarray(data)), twin(np.asarray(data)))
+    """,
+    axes,
+  )
+
+
+def test_a_batch_that_is_divided_up_may_come_after_others():
+  run("""
+  data = jax.device_put(before, NamedSharding(mesh, P("data")))
+  compiled = nnx.jit(step)
+  for by_closure in (False, True):
+    (model, optimizer), twin = made(), made()
+    f = nnx.jit(lambda x: step(model, optimizer, x))
+    for x in (before, before, data, data, before, np.asarray(data)):
+      close(f(x) if by_closure else compiled(model, optimizer, x), step(*twin, before))
+    assert all(is_everywhere(x) for x in arrays(model, optimizer.opt_state))
+  """)
+
+
+def test_an_eager_transform_of_a_model_and_a_batch_that_is_divided_up():
+  run("""
+  data = jax.device_put(before, NamedSharding(mesh, P("data")))
+  (model, _), (twin, _) = made(), made()
+  close(nnx.grad(loss)(model, data)["kernel"][...], nnx.grad(loss)(twin, before)["kernel"][...])
+  """)
+
+
+def test_state_beside_a_model_on_a_mesh_follows_it():
+  run("""
+  model, rngs, count = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Rngs(noise=1), nnx.Variable(0)
+  elsewhere = nnx.Variable(jnp.ones(2))
+  nnx.device_put(model.kernel, NamedSharding(mesh, P("data")))
+
+  @nnx.jit
+  def f(model, rngs, count, x):
+    count[...] += 1
+    return model(x) + jax.random.normal(rngs.noise(), (8, 2))
+
+  twin, seed = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Rngs(noise=1)
+  for i in range(3):
+    close(f(model, rngs, count, before), twin(before) + jax.random.normal(seed.noise(), (8, 2)))
+    assert int(count) == i + 1
+  assert model.kernel.sharding == NamedSharding(mesh, P("data"))
+  assert is_everywhere(count) and is_everywhere(model.bias)
+  assert elsewhere.sharding.device_set == {first}
+  """)
+
+
+def test_a_batch_on_other_devices_is_refused_and_nothing_moves():
+  run("""
+  small = jax.sharding.Mesh(np.array(jax.devices()[2:]), ("data",))
+  data = jax.device_put(before, NamedSharding(small, P("data")))
+  model, optimizer = made()
+  try:
+    nnx.jit(step)(model, optimizer, data)
+    raise AssertionError
+  except ValueError as error:
+    assert "incompatible devices" in str(error)
+  assert all(x.sharding.device_set == {first} for x in arrays(model, optimizer))
+  nnx.jit(step)(model, optimizer, before)
+  """)

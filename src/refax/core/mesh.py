@@ -24,26 +24,37 @@ def objects_enter_mesh(leaves: Iterable[Any]) -> None:
     enter_mesh(x for cell in cells for x in jax.tree.leaves(cell))
 
 
-_entered: set[jax.sharding.Mesh] = set()
-"""The meshes that cells have moved to."""
+is_possible = False
+"""Whether there are several devices."""
 
 
-def arguments_meet(leaves: Iterable[Any]) -> None:
+def arguments_meet(leaves: Iterable[Any]) -> bool:
   """`objects_enter_mesh` for the arguments of one compiled function, also outside of the mesh.
 
-  Where some of their cells have moved to a mesh and others have not (the model was evaluated in it,
-  the optimizer not), those move too: one function cannot have both.
+  Where some of them lie on a mesh (a batch that was divided up, a model that was laid out), the
+  cells on one of its devices move to it too: one function cannot have both. JAX does so with arrays
+  that nobody has put anywhere.
+
+  Returns:
+    Whether something has moved, outside of `jax.set_mesh`.
   """
+  moved = False
   if _jax.wide_mesh() is not None:
     objects_enter_mesh(leaves)
-  elif _entered and _jax.no_trace_active():
+  elif is_possible and _jax.no_trace_active():
     cells = [x for leaf in leaves for x in jax.tree.leaves(getattr(leaf, "_cell", leaf))]
     refs = [x for x in cells if type(x) is jax.Ref]
-    meshes: set[Any] = {
-      getattr(_jax.bits(_jax.peek_cell(ref)).sharding, "mesh", None) for ref in refs
-    }
-    for mesh in meshes & _entered:
-      _enter(refs, mesh)
+    if any(map(_jax.is_on_one_device, refs)):
+      for mesh in dict.fromkeys(mesh for x in cells if (mesh := _mesh_of(x)) is not None):
+        moved = _enter(refs, mesh) or moved
+  return moved
+
+
+def _mesh_of(x: Any) -> jax.sharding.Mesh | None:
+  """The mesh of several devices on which an array, or the buffer of a Ref, lies."""
+  array = _jax.peek_cell(x) if type(x) is jax.Ref else x
+  mesh = getattr(getattr(_jax.bits(array), "sharding", None), "mesh", None)
+  return mesh if isinstance(mesh, jax.sharding.Mesh) and mesh.size > 1 else None
 
 
 def enter_mesh(cells: Iterable[Any]) -> None:
@@ -57,11 +68,13 @@ def enter_mesh(cells: Iterable[Any]) -> None:
   _enter(cells, mesh)
 
 
-def _enter(cells: Iterable[Any], mesh: jax.sharding.Mesh) -> None:
-  cells = {id(x): x for x in cells}.values()
+def _enter(cells: Iterable[Any], mesh: jax.sharding.Mesh) -> bool:
+  """Move those that are on one device of a mesh; whether there are any."""
+  cells, moved = {id(x): x for x in cells}.values(), False
   while refs := [x for x in cells if _jax.is_outside(x, mesh)]:
-    _entered.add(mesh)
     _move(refs, NamedSharding(mesh, PartitionSpec()))
+    moved = True
+  return moved
 
 
 def _move(refs: list[jax.Ref], sharding: NamedSharding) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax, config
-from refax.core import annotation, storage, text
+from refax.core import annotation, mesh, storage, text
 from refax.core.array_protocol import ArrayProtocol, unwrap
 from refax.core.definition import Origin, VariableDef
 from refax.core.epoch import epoch
@@ -582,6 +582,7 @@ def _look_for_meshes() -> None:
   Not before there are several devices: a function in Python takes 0.2 us, five times as long.
   """
   Variable._flat = property(lambda v: (objects_enter_mesh((v,)), v._node)[1])
+  mesh.is_possible = True
 
 
 _jax.on_several_devices = _look_for_meshes

@@ -16,6 +16,7 @@ from refax import _jax, config
 from refax.core.definition import kind
 from refax.core.epoch import epoch
 from refax.core.interrupt import uninterrupted
+from refax.core.mesh import arguments_meet
 from refax.core.observe import observe
 from refax.core.variable import Variable
 from refax.core.watch import Watch, any_array
@@ -228,6 +229,9 @@ class _Jitted:
     static = self._static_of(spec, is_compiled=True)
     with observe() as seen, self._naming(inputs, spec.given):
       traced = self._jitted.trace(static, *leaves)
+    closures = [x for x in traced.jaxpr.consts if _jax.is_ref(x)]
+    if closures and arguments_meet([*inputs.leaves, *closures]):
+      return self._trace(inputs, spec, leaves)
     compiled = Compiled(
       inputs,
       spec.given,

@@ -663,27 +663,36 @@ def _flattening_functions() -> frozenset[int]:
 
 
 _REFUSING = {
-  "value_and_grad_f": "jax.grad",
-  "jacfun": "jax.jacobian",
-  "device_put": "jax.device_put",
+  ("api.py", "value_and_grad_f"): "jax.grad",
+  ("api.py", "jacfun"): "jax.jacobian",
+  ("api.py", "device_put"): "jax.device_put",
+  ("pjit.py", "with_sharding_constraint"): "jax.lax.with_sharding_constraint",
+  ("flatten_util.py", "ravel_pytree"): "jax.flatten_util.ravel_pytree",
+  ("update.py", "apply_updates"): "optax.apply_updates",
 }
-"""The functions inside JAX that flatten their arguments and then refuse Refs, by public name."""
+"""The functions inside JAX and optax that flatten their arguments and then refuse Refs, by file and
+name; the public names."""
 
 
 def refusing_function() -> str | None:
   """The function of JAX that flattens an object now, if it takes no Refs: its error would not help.
 
-  Private: the names of functions in `jax/_src/api.py`, looked up in the frames of the call. Where
-  they are others, JAX's own error arrives. To be called by a flattening function of a pytree.
+  Private: the names of functions in files of JAX and optax, looked up in the frames of the call.
+  Where they are others, JAX's own error arrives. To be called by a flattening function of a pytree.
   """
   frame = sys._getframe(2)
   if id(frame.f_code) not in _flattening_functions():
     return None
   while frame is not None and id(frame.f_code) in _flattening_functions():
     frame = frame.f_back
-  if frame is None or not frame.f_code.co_filename.endswith("api.py"):
+  if frame is None:
     return None
-  return _REFUSING.get(frame.f_code.co_name)
+  code = frame.f_code
+  found = _REFUSING.get((os.path.basename(code.co_filename), code.co_name))
+  of_library = found is not None and frame.f_globals.get("__name__", "").startswith(
+    ("jax.", "optax.")
+  )
+  return found if of_library else None
 
 
 _TREE_FILES = frozenset(

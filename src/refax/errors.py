@@ -705,11 +705,27 @@ class RefArgumentError(RefaxError, TypeError):
         got=f"{kind} with hijax Variables",
         fix="write nnx.device_put(model, sharding), which moves the Variables in place",
       )
+    if function in _OF_ARRAYS:
+      return cls(
+        f"{function} computes with arrays, and hijax Variables are jax.Refs",
+        got=f"{kind} with hijax Variables",
+        fix=_OF_ARRAYS[function],
+      )
     return cls(
       f"{function} cannot differentiate with respect to hijax Variables: they are jax.Refs",
       got=f"{kind} with hijax Variables as an argument that is differentiated",
       fix=_GRADIENT,
     )
+
+
+_OF_ARRAYS = {
+  "jax.lax.with_sharding_constraint": "lay out the model by nnx.device_put or nnx.shard; or, "
+  "inside a function, each value: jax.lax.with_sharding_constraint(variable[...], sharding)",
+  "jax.flatten_util.ravel_pytree": "give it arrays: ravel_pytree(nnx.pure(nnx.state(model))); "
+  "nnx.update(model, unravel(flat)) writes them back",
+  "optax.apply_updates": "let nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads) do it; "
+  "or give it arrays, nnx.pure(state) and nnx.pure(updates), and write the result by nnx.update",
+}
 
 
 class ReturnedRefError(RefaxError, ValueError):

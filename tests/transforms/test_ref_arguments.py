@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from refax import nnx
 from refax.errors import AliasError, RefArgumentError
@@ -126,3 +128,51 @@ def test_a_nested_derivative_reads_its_own_argument():
   m = model()
   inner = lambda m: nnx.grad(loss)(m)["kernel"].sum()
   assert nnx.grad(inner)(m)["kernel"].shape == (2, 3)
+
+
+WITH_ARRAYS = {
+  "ravel_pytree": (lambda m: ravel_pytree(nnx.state(m)), r"ravel_pytree\(nnx\.pure"),
+  "ravel_pytree of a model": (ravel_pytree, r"ravel_pytree\(nnx\.pure"),
+  "apply_updates": (
+    lambda m: optax.apply_updates(nnx.state(m), nnx.grad(loss)(m)),
+    r"nnx\.pure\(state\) and nnx\.pure\(updates\)",
+  ),
+  "with_sharding_constraint": (
+    lambda m: jax.jit(lambda s: jax.lax.with_sharding_constraint(s, one_device()))(nnx.state(m)),
+    r"with_sharding_constraint\(variable\[\.\.\.\], sharding\)",
+  ),
+}
+
+
+def one_device():
+  return jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
+
+
+@pytest.mark.parametrize(("call", "fix"), WITH_ARRAYS.values(), ids=WITH_ARRAYS)
+def test_functions_of_arrays_name_what_to_give_them(call, fix):
+  m = model()
+  before = np.asarray(m.kernel)
+  with pytest.raises(RefArgumentError, match=rf"computes with arrays(.|\n)*fix: .*{fix}"):
+    call(m)
+  np.testing.assert_array_equal(m.kernel, before)
+
+
+def test_what_functions_of_arrays_name_works():
+  m, twin = model(), nnx.to_lojax(model())
+  flat, unravel = ravel_pytree(nnx.pure(nnx.state(m)))
+  np.testing.assert_array_equal(flat, ravel_pytree(nnx.state(twin))[0])  # lojax holds arrays
+  nnx.update(m, unravel(flat * 2))
+  np.testing.assert_array_equal(m.kernel, 2 * twin.kernel)
+  state, grads = nnx.state(m), nnx.grad(loss)(m)
+  want = m.kernel[...] + grads["kernel"][...]
+  nnx.update(m, optax.apply_updates(nnx.pure(state), nnx.pure(grads)))
+  np.testing.assert_array_equal(m.kernel, want)
+  constrained = lambda m: jax.lax.with_sharding_constraint(m.kernel[...], one_device())
+  np.testing.assert_array_equal(jax.jit(constrained)(m), want)
+
+
+def test_a_function_of_the_user_of_the_same_name_is_none_of_these():
+  def ravel_pytree(tree):
+    return jax.tree.leaves(tree)
+
+  assert len(ravel_pytree(model())) == 2

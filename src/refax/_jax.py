@@ -14,6 +14,7 @@ import operator
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -485,9 +486,39 @@ def copied_cells(refs: list[jax.Ref]) -> list[jax.Ref]:
   private = _private()
   if private is None:
     return [new_cell(read_cell(ref)) for ref in refs]
-  values = copied_for_cells(list(map(peek_cell, refs)))
+  values = copies_of_cells(refs)
   avals = [ref._aval for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
   return list(map(private.ref, avals, values))
+
+
+def copies_of_cells(refs: list[jax.Ref]) -> list[jax.Array]:
+  """`copied_for_cell` of what concrete Refs hold at one moment; when eager.
+
+  Private: the buffers `ref._refs._buf`, all looked at in one C call, as in `snapshot`.
+  """
+  if _private() is None:
+    return list(map(read_cell, refs))
+  try:
+    return copied_for_cells(list(map(operator.attrgetter("_refs._buf"), refs)))
+  except (RuntimeError, ValueError) as error:
+    return _copied_later(refs, error)
+
+
+def _copied_later(refs: list[jax.Ref], error: Exception) -> list[jax.Array]:
+  """What Refs hold when the step of another thread, which has taken their buffers, has ended.
+
+  Args:
+    refs: concrete Refs.
+    error: what came of an attempt to read them; raised if no other thread is the reason.
+  """
+  if not may_be_taken(error) or (copies := snapshot(refs)) is None:
+    raise error
+  return copies
+
+
+def may_be_taken(error: Exception) -> bool:
+  """Whether an error of JAX may come of a step in another thread, which has taken a buffer."""
+  return threading.active_count() > 1 and "deleted" in str(error)
 
 
 def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
@@ -504,7 +535,10 @@ def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
     if has_no_tangent or not jnp.issubdtype(ref.dtype, jnp.inexact):
       return value
     return jax.lax.stop_gradient(value)
-  return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
+  try:
+    return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
+  except (RuntimeError, ValueError) as error:
+    return _copied_later([ref], error)[0]
 
 
 def is_write_now(ref: jax.Ref, value: Any) -> bool:
@@ -588,6 +622,7 @@ def exchange(
   *,
   give: Callable[[Any], list] | None = None,
   store: Callable[[Any, Iterator], Iterator] | None = None,
+  may_wait: bool = False,
 ) -> Callable[[Any], Any]:
   """A compiled function without its buffers of Refs, which installs the new ones as it returns.
 
@@ -607,6 +642,8 @@ def exchange(
     give: from the arguments of `run` to the arrays that the call may overwrite, if there are any.
     store: from the arguments of `run` and the iterator to another one, which stores some of the
       rest elsewhere as it is used up; it must do so in C, and yield None for each.
+    may_wait: whether a call that only reads is made again if the step of another thread has taken
+      what it reads. `result` must make all of the call then.
 
   Returns:
     `run(args) -> result`.
@@ -629,7 +666,21 @@ def exchange(
       any(chain(map(setattr, writes, name, new), store(args, new)))
     return result(new)
 
-  return run
+  def read(args: Any) -> Any:
+    attempt = 0
+    while True:  # no iterator: this is as hot as `run`
+      try:
+        return result(flat(map(call, ([],), (pick(args),), ([c._buf for c in reads],))))
+      except (RuntimeError, ValueError) as error:
+        if not may_be_taken(error) or attempt == TRIES:
+          raise
+      wait(attempt := attempt + 1)
+
+  return read if may_wait and reads and not (writes or give or store) else run
+
+
+TRIES = 2000
+"""How often a thread tries to read what others write."""
 
 
 @functools.cache
@@ -1388,7 +1439,7 @@ def has_failed(error: Any) -> Any:
   )
 
 
-def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
+def snapshot(refs: list[jax.Ref], tries: int = TRIES) -> list[jax.Array] | None:
   """Copies of what concrete Refs hold at one moment, while other threads may write them.
 
   Private: the buffers `ref._refs._buf`. All are looked at in one C call, and so is their exchange
@@ -1405,16 +1456,22 @@ def snapshot(refs: list[jax.Ref], tries: int = 2000) -> list[jax.Array] | None:
   for attempt in range(tries):
     held = list(map(look, cells))
     arrays = list(map(bits, held))  # `jit` is slow with typed keys
-    try:
-      copies, calls = _copied_together(arrays)
-    except Exception as error:  # while another call takes a buffer, it is not deleted yet
-      if not any(x.is_deleted() for x in arrays) and "deleted or donated" not in str(error):
-        raise
-    else:
-      if calls < 2 or all(map(operator.is_, held, map(look, cells))):
-        return list(map(_as_key, held, copies))
-    time.sleep(random.random() * 1e-5 * min(attempt, 100))
+    if not any(x.is_deleted() for x in arrays):
+      try:
+        copies, calls = _copied_together(arrays)
+      except Exception as error:  # while another call takes a buffer, it is not deleted yet
+        if not any(x.is_deleted() for x in arrays) and "deleted or donated" not in str(error):
+          raise
+      else:
+        if calls < 2 or all(map(operator.is_, held, map(look, cells))):
+          return list(map(_as_key, held, copies))
+    wait(attempt)
   return None
+
+
+def wait(attempt: int) -> None:
+  """A pause before the next attempt to read what another thread writes."""
+  time.sleep(random.random() * 1e-5 * min(attempt, 100))
 
 
 def _copied_together(xs: list[jax.Array]) -> tuple[list[jax.Array], int]:

@@ -8,6 +8,7 @@ import collections
 import copy as copylib
 import itertools
 import operator
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar, cast
 
@@ -729,8 +730,8 @@ def borrowed(v: Variable) -> Any:
   of a Ref is donated by later steps, so it must not be kept, and no user may see it.
   """
   cell = v._cell
-  if type(cell) is not jax.Ref or not _jax.no_trace_active():
-    return v.get_value()
+  if type(cell) is not jax.Ref or not _jax.no_trace_active() or threading.active_count() > 1:
+    return v.get_value()  # another thread might take the buffer before it is used
   enter_mesh((cell,))
   note(v, cell)
   return _jax.peek_cell(cell)

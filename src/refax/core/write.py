@@ -1,6 +1,6 @@
-"""Writes of several Variables, all or none, and copies of several."""
+"""Several Variables at once: writes, all or none, and copies and values of one moment."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax
 from refax import _jax
 from refax.core import storage
 from refax.core.array_protocol import unwrap
+from refax.core.gather import as_kept
 from refax.core.interrupt import uninterrupted
 from refax.core.mesh import enter_mesh
 from refax.core.observe import before_write, is_quiet, note
@@ -69,17 +70,43 @@ def copied(variables: Sequence[Variable], hijax: bool | None = None) -> list[Var
   ]
 
 
-def _copied_together(variables: list[Variable], hijax: bool) -> list[Variable]:
-  """Copies of Variables that have a concrete Ref each."""
-  cells: list[Any] = [v._node[0][0] for v in variables]
+def values_at_once(leaves: Sequence[Any]) -> list[Any]:
+  """The value of each Variable among some leaves, read where it lies; the others as they are.
+
+  Those of Refs are of one moment: the step of another thread is in all of them, or in none.
+  """
+  values, is_eager = list(leaves), _jax.no_trace_active()
+  refs: dict[int, Variable] = {}
+  with as_kept():
+    for i, x in enumerate(leaves):
+      if not isinstance(x, Variable):
+        continue
+      reads_cell = type(x).get_value is Variable.get_value  # no class that reads another way
+      if is_eager and reads_cell and type(x._node[0][0]) is jax.Ref:
+        refs[i] = x
+      else:
+        values[i] = x.get_value()
+  if refs:
+    copies = _jax.copies_of_cells(_read_now(refs.values()))
+    for i, x in zip(refs, copies, strict=True):
+      values[i] = x
+  return values
+
+
+def _read_now(variables: Iterable[Variable]) -> list[Any]:
+  """The concrete Refs of Variables that are being read."""
+  cells = [v._node[0][0] for v in variables]
   enter_mesh(cells)
   if not is_quiet():
     for variable, cell in zip(variables, cells, strict=True):
       note(variable, cell)
-  if hijax:
-    new = _jax.copied_cells(cells)
-  else:
-    new = _jax.copied_for_cells(list(map(_jax.peek_cell, cells)))
+  return cells
+
+
+def _copied_together(variables: list[Variable], hijax: bool) -> list[Variable]:
+  """Copies of Variables that have a concrete Ref each."""
+  cells = _read_now(variables)
+  new: Sequence[Any] = (_jax.copied_cells if hijax else _jax.copies_of_cells)(cells)
   definitions = [v._def.elsewhere(hijax) for v in variables]
   return make_variables(map(type, variables), zip(new), definitions, _jax.trace_state())
 

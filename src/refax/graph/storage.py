@@ -9,10 +9,9 @@ from jax.sharding import NamedSharding
 from refax.core.annotation import mesh_of, spec_of
 from refax.core.filters import Filter, to_predicate
 from refax.core.flatten import flatten
-from refax.core.gather import as_kept
 from refax.core.rebuild import unflatten
 from refax.core.variable import Variable, replaced
-from refax.core.write import copied
+from refax.core.write import copied, values_at_once
 
 
 def to_hijax(tree: Any, /, *, only: Filter = ...) -> Any:
@@ -64,9 +63,7 @@ def pure(tree: Any, /) -> Any:
   0.0
   """
   flat = flatten(tree)
-  with as_kept():
-    values = [x.get_value() if isinstance(x, Variable) else x for x in flat.leaves]
-  return unflatten(flat.graphdef, values)[0]
+  return unflatten(flat.graphdef, values_at_once(flat.leaves))[0]
 
 
 as_pure = pure

@@ -55,10 +55,7 @@ class Slot(NamedTuple):
 
   def read(self) -> Any:
     """The value, an array that no later step changes or donates, of another thread either."""
-    if not _jax.is_ref(self.cell):
-      return self.cell
-    copies = _jax.snapshot([self.cell])
-    return _jax.read_cell(self.cell) if copies is None else copies[0]
+    return _jax.read_cell(self.cell) if _jax.is_ref(self.cell) else self.cell
 
 
 class Slots(NamedTuple):

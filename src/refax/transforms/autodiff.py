@@ -19,6 +19,7 @@ from refax.core.gather import as_kept
 from refax.core.graphdef import LEAF, NODE
 from refax.core.observe import differentiated, undo_on_error
 from refax.core.variable import Param, Variable
+from refax.core.write import values_at_once
 from refax.errors import (
   AliasError,
   GradientOutputError,
@@ -251,8 +252,9 @@ class Differentiated:
         if owners.setdefault(index, argnum) != argnum:
           raise AliasError.gradient(self.inputs.leaves[index]._def.origin, owners[index], argnum)
       self._forms.append(form)
+    selected = values_at_once([self.inputs.leaves[i] for i in owners])
+    self.values = dict(zip(owners, map(unwrap, selected), strict=True))
     with as_kept():
-      self.values = {i: unwrap(self.inputs.leaves[i]) for i in owners}
       self._local = self._locals(to_predicate(through))
 
   def _locals(self, through: Predicate) -> dict[int, Entered]:

@@ -176,6 +176,7 @@ def _bound(
     compiled.cells(leaves),
     sources.picker(items),
     give=sources.giver(items) if items.given else None,
+    may_wait=not compiled.careful,
   )
   variables = sources.reader([i for i, _ in commit.written])
   one_by_one = all(tree is ARRAY for _, tree in commit.written)

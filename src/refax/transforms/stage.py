@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
-from refax.core.gather import as_kept
 from refax.core.observe import compiled_as_is, observe
 from refax.core.storage import needs_guard
 from refax.core.variable import Variable
+from refax.core.write import values_at_once
 from refax.errors import AliasError
 from refax.transforms import view
 from refax.transforms.lift import Entered, Inputs, Outputs
@@ -218,8 +218,7 @@ def _without_tangent(x: Any) -> Any:
 
 def values_of(inputs: Inputs) -> list[Any]:
   """The current value of each leaf of the inputs."""
-  with as_kept():
-    return [x.get_value() if isinstance(x, Variable) else x for x in inputs.leaves]
+  return values_at_once(inputs.leaves)
 
 
 def read_closures(stages: Sequence[Staged]) -> tuple[Closures, dict[int, jax.Array]]:

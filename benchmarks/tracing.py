@@ -1,6 +1,7 @@
 """What it takes to trace and lower a train step, and to compile it, by the depth of the model.
 
-By hand: the same MLP with BatchNorm and Dropout as functions of nested dicts of arrays.
+By hand: the same MLP with BatchNorm and Dropout as functions of nested dicts of arrays; and once more
+with a `jax.Ref` for each array, which is what the state of Refax costs in JAX itself.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,13 @@ def lower(depth: int) -> Steps:
   x, y = data()
   ours, theirs = (trained(lib, lambda lib: mlp(lib, depth)) for lib in (nnx, flax))
   state, hand = equinox_trained(depth), _by_hand(depth)
+  refs = jax.tree.map(jax.new_ref, hand)
   equinox = lambda: eqx.filter_jit(equinox_step).lower((x, y), state)
   return {
     BASE: afresh(lambda: jax.jit(_step).lower(hand, x, y)),
     "Refax nnx.jit": afresh(lambda: nnx.jit(train_step(nnx)).lower(*ours, x, y)),
     "Refax, jax.jit": afresh(lambda: jax.jit(train_step(nnx)).lower(*ours, x, y)),
+    "raw Refs, jax.jit": afresh(lambda: jax.jit(_step_of_refs).lower(refs, x, y)),
     "Flax nnx.jit": afresh(lambda: flax.jit(train_step(flax)).lower(*theirs, x, y)),
     "Equinox filter_jit": afresh(equinox),
   }
@@ -96,3 +99,11 @@ def _step(state: dict, x: jax.Array, y: jax.Array) -> tuple[dict, jax.Array]:
   updates, tx = TX.update(grads, state["tx"], state["params"])
   params = optax.apply_updates(state["params"], updates)
   return {"params": params, "stats": stats, "tx": tx, "key": key}, loss
+
+
+def _step_of_refs(refs: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The same on Refs, without Refax: each is read once, and written once."""
+  state, loss = _step(jax.tree.map(lambda ref: ref[...], refs), x, y)
+  for ref, new in zip(jax.tree.leaves(refs), jax.tree.leaves(state), strict=True):
+    ref[...] = new
+  return loss

@@ -1,7 +1,7 @@
 """What it takes to trace and lower a train step, and to compile it, by the depth of the model.
 
-By hand: the same MLP with BatchNorm and Dropout as functions of nested dicts of arrays; and once more
-with a `jax.Ref` for each array, which is what the state of Refax costs in JAX itself.
+By hand: the same MLP with BatchNorm and Dropout as functions of nested dicts of arrays; and once
+more with a `jax.Ref` for each array, which is what the state of Refax costs in JAX itself.
 """
 
 from collections.abc import Callable

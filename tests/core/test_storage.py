@@ -10,7 +10,7 @@ from refax.core import storage
 from refax.errors import DifferentiatedWriteError, ShapeMismatchError, SharedWriteError
 
 PLAIN = (nnx.Variable, nnx.Cache, nnx.Intermediate, nnx.Perturbation, nnx.Param)
-DETACHED = (nnx.BatchStat, nnx.RngState, nnx.RngCount, nnx.RngKey, nnx.OptState)
+DETACHED = (nnx.BatchStat, nnx.RngState, nnx.RngCount, nnx.RngKey, nnx.metrics.MetricState)
 
 
 def nest(name, f):

@@ -125,11 +125,13 @@ class VariableDef:
   `selected` is true while the Variable is being differentiated, so that a write to it is an error
   even in a nested transform. It takes no part in equality either: inside a loss, the parameters
   must still `jax.tree.map` together with those of another model. Nor does `is_gradient`, which says
-  that the Variable holds a gradient, and `hijax`, the storage that an abstract Variable will have.
+  that the Variable holds a gradient, `attached`, that a detached type keeps gradients for once, and
+  `hijax`, the storage that an abstract Variable will have.
   """
 
   __slots__ = (
     "_hash",
+    "attached",
     "gathered",
     "hijax",
     "is_gradient",
@@ -153,6 +155,7 @@ class VariableDef:
     self.gathered: Any = metadata.get(GATHERED)
     self.origin = origin
     self.selected: Any = False
+    self.attached = False
     self.is_gradient = False
     self.hijax = False
 
@@ -160,6 +163,7 @@ class VariableDef:
     new = object.__new__(VariableDef)
     new.metadata, new.items, new._hash = self.metadata, self.items, self._hash
     new.origin, new.selected, new.is_gradient = origin, False, self.is_gradient
+    new.attached = False
     new.hijax, new.gathered = self.hijax, self.gathered
     return new
 
@@ -167,12 +171,19 @@ class VariableDef:
     """The same Variable with other metadata."""
     new = VariableDef(metadata, self.origin)
     new.selected, new.is_gradient, new.hijax = self.selected, self.is_gradient, self.hijax
+    new.attached = self.attached
     return new
 
   def as_selected(self, differentiation: Differentiation) -> "VariableDef":
     """The same, for a Variable that is being differentiated."""
     new = self._like(self.origin)
     new.selected = differentiation
+    return new
+
+  def as_attached(self) -> "VariableDef":
+    """The same, for a Variable through which gradients flow, whatever its type."""
+    new = self._like(self.origin)
+    new.selected, new.attached = self.selected, True
     return new
 
   def as_gradient(self) -> "VariableDef":

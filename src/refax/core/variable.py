@@ -124,7 +124,7 @@ class Variable(ArrayProtocol, Generic[A]):
       if not storage.is_array_like(leaf):
         return leaf
       leaf = storage.as_array(leaf, hijax)
-      leaf = storage.stored(leaf, self._def.origin, detached=self.detached, hijax=hijax)
+      leaf = storage.stored(leaf, self._def.origin, detached=self.drops_gradients, hijax=hijax)
       return _jax.new_cell(leaf) if hijax else leaf
 
     return new(value) if treedef is _ARRAY else treedef.unflatten(map(new, leaves))
@@ -146,7 +146,8 @@ class Variable(ArrayProtocol, Generic[A]):
       like: a Variable with the same metadata, made in the same place.
     """
     hijax, value = config.using_hijax(), storage.strong(value)
-    return cls._handle(_jax.new_cell(value) if hijax else value, like._def.elsewhere(hijax))
+    has_cell = hijax and not _is_local(value)
+    return cls._handle(_jax.new_cell(value) if has_cell else value, like._def.elsewhere(hijax))
 
   @classmethod
   def _unflatten(cls, definition: VariableDef, children: Iterable[Any]) -> "Variable":
@@ -158,6 +159,11 @@ class Variable(ArrayProtocol, Generic[A]):
     _set_node(self, (children, definition))
     _set_trace(self, now)
     return self
+
+  @property
+  def drops_gradients(self) -> bool:
+    """Whether it stores values without gradients: its type is detached, and not in `through=`."""
+    return self.detached and not self._node[1].attached
 
   @property
   def _cell(self) -> Any:
@@ -284,7 +290,7 @@ class Variable(ArrayProtocol, Generic[A]):
     if index is ... and storage.is_exact(value, cell):
       self._check_writable()
       hijax = _jax.is_ref(cell)
-      new = storage.stored(value, self._def.origin, detached=self.detached, hijax=hijax)
+      new = storage.stored(value, self._def.origin, detached=self.drops_gradients, hijax=hijax)
       return Writes([(cell, new, value)], cell) if hijax else Writes([], new)
     value = jax.tree.map(unwrap, value, is_leaf=is_variable)
     self._check_writable()
@@ -322,7 +328,7 @@ class Variable(ArrayProtocol, Generic[A]):
       if isinstance(x, jax.ShapeDtypeStruct) or not _is_abstract(cell):
         return x
       x = storage.as_array(storage.fit(x, cell, origin), self._def.hijax)
-      x = storage.stored(x, origin, detached=self.detached, hijax=self._def.hijax)
+      x = storage.stored(x, origin, detached=self.drops_gradients, hijax=self._def.hijax)
       return _jax.new_cell(x) if self._def.hijax else x
 
     return Writes([], treedef.unflatten(map(new, cells, values)))
@@ -345,7 +351,7 @@ class Variable(ArrayProtocol, Generic[A]):
     if not hijax and isinstance(value, jax.ShapeDtypeStruct):
       return value  # an abstract model
     new = storage.fit(value, cell, self._def.origin)
-    return storage.stored(new, self._def.origin, detached=self.detached, hijax=hijax)
+    return storage.stored(new, self._def.origin, detached=self.drops_gradients, hijax=hijax)
 
   def _indexed(self, index: Any, value: Any) -> Any:
     old = self.get_value()

@@ -36,15 +36,13 @@ _REQUIRED: Any = type("_Required", (), {"__repr__": lambda _: "<required>"})()
 
 
 class OptState(Variable):
-  """The state of an optimizer. Detached: what is written to it carries no gradient.
+  """The state of an optimizer. A gradient that is taken of updates flows through it.
 
   >>> from refax import nnx; import optax
   >>> optimizer = nnx.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optax.adam(1e-3), wrt=nnx.Param)
   >>> isinstance(optimizer.step, nnx.OptState)
   True
   """
-
-  detached = True
 
 
 class Optimizer(Pytree):

@@ -260,7 +260,7 @@ class Differentiated:
   def _locals(self, through: Predicate) -> dict[int, Entered]:
     """State that gradients flow through: differentiable arrays inside, written back at the end."""
     return {
-      i: Entered(leaf.get_value(), hijax=False)
+      i: Entered(leaf.get_value(), hijax=False, attached=True)
       for i, (path, leaf) in enumerate(
         zip(self.inputs.graphdef.paths, self.inputs.leaves, strict=True)
       )

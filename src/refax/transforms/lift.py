@@ -43,6 +43,7 @@ class Entered(NamedTuple):
   value: Any
   hijax: bool
   selected: Differentiation | None = None
+  attached: bool = False
 
 
 class Inputs:
@@ -197,6 +198,8 @@ def enter_variable(cls: type[Variable], definition: VariableDef, entered: Entere
   """A Variable on a value inside a transform."""
   if entered.selected is not None:
     definition = definition.as_selected(entered.selected)
+  if entered.attached:
+    definition = definition.as_attached()
   cell = entered.value
   if entered.hijax:
     cell = jax.tree.map(_jax.new_cell, cell)
@@ -225,7 +228,7 @@ def storable(variable: Variable, value: Any) -> Any:
   """
 
   def own(x: Any) -> Any:
-    x = storage.stored(x, variable._def.origin, detached=variable.detached, hijax=True)
+    x = storage.stored(x, variable._def.origin, detached=variable.drops_gradients, hijax=True)
     return storage.as_array(x)
 
   return jax.tree.map(own, value)

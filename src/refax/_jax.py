@@ -312,6 +312,29 @@ def is_staging() -> bool:
   return trace is not None and type(trace.value).__name__ == "DynamicJaxprTrace"
 
 
+_DERIVATIVES = frozenset(("JVPTrace", "LinearizeTrace", "JaxprTrace"))
+
+
+def computes_now(under: frozenset[str] = _DERIVATIVES) -> bool:
+  """Whether nothing is recorded: code runs eagerly, under derivatives at most.
+
+  Private: JAX's trace of now, and the `parent_trace` of each trace. Without them the answer is no.
+
+  Args:
+    under: the traces that code may run under.
+  """
+  private = _private()
+  if private is None:
+    return False
+  trace = getattr(getattr(private.core, "trace_state_strong_ref", None), "value", private)
+  eager = getattr(private.core, "eval_trace", private)
+  while trace is not None and trace is not eager:
+    if type(trace).__name__ not in under:
+      return False
+    trace = getattr(trace, "parent_trace", private)
+  return True
+
+
 def is_differentiating() -> bool:
   """Whether `jax.grad`, `jax.jvp` or `jax.vjp` computes now, and nothing compiled is recorded.
 
@@ -531,6 +554,9 @@ def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
   not tell them from a gradient.
   """
   if is_tracer(ref) or not no_trace_active():
+    if not is_tracer(ref) and computes_now(_DERIVATIVES | {"BatchTrace"}):
+      # JAX's own read of a Ref gives its buffer away for a moment: Ctrl-C would lose it.
+      return copied(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
     value = ref[...]
     if has_no_tangent or not jnp.issubdtype(ref.dtype, jnp.inexact):
       return value
@@ -560,9 +586,18 @@ def write_cell(ref: jax.Ref, value: jax.Array) -> None:
 
   Private when eager: installs the buffer without dispatching `ref[...] = value`.
   """
-  if is_tracer(ref) or is_tracer(value) or not no_trace_active():
+  if is_tracer(ref) or is_tracer(value):
     ref[...] = value
-    return
+  elif no_trace_active():
+    _install(ref, value)
+  elif computes_now():  # not under `jax.vmap`, where JAX refuses it
+    with jax.ensure_compile_time_eval():
+      _install(ref, value)
+  else:
+    ref[...] = value
+
+
+def _install(ref: jax.Ref, value: jax.Array) -> None:
   impl: Any = ref._refs  # pyright: ignore[reportAttributeAccessIssue]
   old = impl._buf
   impl._buf = _committed(value if value.sharding == old.sharding else put(value, old.sharding))

@@ -282,6 +282,42 @@ def everything(net, optimizer):
   return [np.asarray(x) for x in jax.tree.leaves(nnx.to_lojax((net, optimizer)))]
 
 
+def per_example(net):
+  """The gradients of three examples."""
+  return nnx.vmap(lambda net, s: nnx.grad(lambda n: s * loss(n))(net), in_axes=(None, 0))(
+    net, jnp.arange(1.0, 4.0)
+  )
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_a_transformation_may_take_a_gradient_for_each_example(jit):
+  private = optax.contrib.differentially_private_aggregate(0.5, 0.0, 0)
+  tx = optax.chain(private, optax.sgd(0.1, momentum=0.9))
+  net = Net()
+  optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+  params = nnx.pure(nnx.state(net, nnx.Param))
+  state = tx.init(params)
+  update = lambda net, optimizer: optimizer.update(net, per_example(net)) and None
+  for _ in range(3):
+    updates, state = tx.update(nnx.pure(per_example(net)), state, params)
+    params = optax.apply_updates(params, updates)
+    (nnx.jit(update) if jit else update)(net, optimizer)
+    got = nnx.pure(nnx.state(net, nnx.Param))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, params)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_gradients_of_examples_are_refused_if_nothing_sums_them_up(tx):
+  net = Net()
+  optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+  grads = per_example(net)
+  before = everything(net, optimizer)
+  with pytest.raises(TreeMismatchError, match=r"a gradient float32\[3,3\] for a parameter float32"):
+    optimizer.update(net, grads)
+  for a, b in zip(everything(net, optimizer), before, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_gradients_are_refused_and_nothing_is_written(name, jit):

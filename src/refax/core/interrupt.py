@@ -45,11 +45,31 @@ def uninterrupted(f: Callable[[], T]) -> T:
       raw.signal(number, lambda *signal_and_frame: came.append(signal_and_frame))
     return f()
   finally:
-    # Ctrl-C comes first and is given back last, so it cannot leave another one without its handler.
-    for number in reversed(held):
-      raw.signal(number, held[number])
-    for number, frame in came:
+    raised: BaseException | None = None
+    while (
+      True
+    ):  # a handler that is back raises between any two of these lines, also inside `signal`
+      try:
+        for number in reversed(held):
+          raw.signal(number, held[number])
+        break
+      except BaseException as error:
+        raised = error
+    try:
+      _hand_over(came, held)
+    finally:
+      if raised is not None:
+        raise raised
+
+
+def _hand_over(came: list[tuple[int, Any]], held: dict[int, Any]) -> None:
+  """Call the handlers of the signals that came: each of them, whatever others raise."""
+  while came:
+    number, frame = came.pop(0)
+    try:
       held[number](number, frame)
+    finally:
+      _hand_over(came, held)
 
 
 def surely(f: Callable[[], None]) -> None:

@@ -102,10 +102,10 @@ def differentiated(variables: Iterable[Any]) -> Iterator[None]:
   outer = _local.differentiated
   keys = {id(x): x for v in variables for x in (v, *jax.tree.leaves(v.get_raw_value()))}
   found = outer | {k: x for k, x in keys.items() if not _jax.is_tracer(x)}
-  _local.differentiated = found
   is_in_trace = any(key in _in_traces for key in found)
   number = _number(frozenset(found)) if is_in_trace else 0
-  try:
+  try:  # Ctrl-C comes between a line that calls something and the next: nothing is set before
+    _local.differentiated = found
     with _differentiation(number) if number else contextlib.nullcontext():
       yield
   finally:
@@ -186,5 +186,4 @@ def before_write(ref: Any) -> None:
   """A Ref is about to be written, now or when what is being traced will run."""
   log = _local.log
   if log is not None and id(ref) not in log and not _jax.is_tracer(ref):
-    with jax.ensure_compile_time_eval():
-      log[id(ref)] = (ref, ref[...])
+    log[id(ref)] = (ref, _jax.copied(_jax.peek_cell(ref)))

@@ -30,7 +30,7 @@ from refax.train.finite import all_finite
 from refax.train.hyperparams import Hyperparams
 from refax.train.placement import beside, is_beside, sharding_of
 from refax.transforms.layout import move
-from refax.typing import describe, path_str
+from refax.typing import Path, describe, path_str
 
 _REQUIRED: Any = type("_Required", (), {"__repr__": lambda _: "<required>"})()
 
@@ -142,6 +142,9 @@ class Optimizer(Pytree):
     old = treedef.unflatten(map(unwrap, slots))
     kwargs = jax.tree.map(unwrap, kwargs, is_leaf=is_variable)
     updates, new = optax.with_extra_args_support(self.tx).update(grads, old, params, **kwargs)
+    wrong = _difference(params, grads)
+    if wrong is not None and _difference(params, updates) is not None:
+      raise wrong
     values = jax.tree.leaves(optax.apply_updates(params, updates))
     written = [*(v for _, v in to_flat_state(targets)), *slots]
     writes = list(zip(written, [*values, *treedef.flatten_up_to(new)], strict=True))
@@ -174,16 +177,35 @@ class Optimizer(Pytree):
     plain = isinstance(grads, Mapping)
     flat = to_flat_state(grads if plain else state(grads, self.wrt))
     by_path = {path: unwrap(g) for path, g in flat}
+    are_batched = _are_batched(params_by_path, by_path)
     for path, param in params_by_path.items():
       if path not in by_path:
         raise TreeMismatchError.gradients(path_str(path), f"no gradient for {describe(param)}")
-      if jnp.shape(by_path[path]) != param.shape:
-        got = f"a gradient {describe(by_path[path])} for a parameter {describe(param)}"
-        raise TreeMismatchError.gradients(path_str(path), got)
+      if jnp.shape(by_path[path]) != param.shape and not are_batched:
+        raise _of_shape(path, by_path[path], param)
     for path in by_path:
       if path not in params_by_path:
         raise TreeMismatchError.gradients(path_str(path), "a gradient without a parameter")
     return from_flat_state(by_path)
+
+
+def _difference(params: State, grads: Any) -> TreeMismatchError | None:
+  """The error for the first gradient that has not the shape of its parameter."""
+  for (path, param), (_, grad) in zip(to_flat_state(params), to_flat_state(grads), strict=True):
+    if jnp.shape(grad) != param.shape:
+      return _of_shape(path, grad, param)
+  return None
+
+
+def _of_shape(path: Path, grad: Any, param: jax.Array) -> TreeMismatchError:
+  got = f"a gradient {describe(grad)} for a parameter {describe(param)}"
+  return TreeMismatchError.gradients(path_str(path), got)
+
+
+def _are_batched(params: Mapping[Path, Any], grads: Mapping[Path, Any]) -> bool:
+  """Whether there is a gradient for each example, as differentially private training takes them."""
+  shape_of = lambda path: jnp.shape(grads[path]) if path in grads else ()
+  return all(shape_of(path)[1:] == x.shape != shape_of(path) for path, x in params.items())
 
 
 def _assigned(opt_state: Any) -> TreeMismatchError:

@@ -38,21 +38,19 @@ def compiled_once(function: Callable, *args: Any) -> Any:
   closed, out = _jax.traced(lambda flat: function(*tree.unflatten(flat)), flat)
   if not _jax.only_refs_are_effects(closed):  # what prints, or calls Python, is another each time
     return function(*args)
+  consts = closed.consts
+  closed = _jax.consts_as_inputs(_jax.without_rules(closed))  # no array is kept alive
   try:
-    run = _kept(_jax.consts_as_inputs(_jax.without_rules(closed)))  # no array is kept alive
+    hash(key := _Key().of(closed.jaxpr))
   except (_Unknown, TypeError):  # something that has no hash
     return function(*args)
-  return jax.tree.unflatten(jax.tree.structure(out), run(*closed.consts, *flat))
-
-
-def _kept(closed: Any) -> Callable:
-  """The compiled function of a jaxpr, and of all that are equal."""
-  key = _Key().of(closed.jaxpr)
+  # What has failed is not kept: after Ctrl-C while it compiles, JAX never compiles that jaxpr.
   run = _compiled.pop(key, None) or jax.jit(_jax.jaxpr_as_fun(closed))
+  results = run(*consts, *flat)
   while len(_compiled) >= _MOST:
     _compiled.popitem(last=False)
   _compiled[key] = run  # as the last one that was used
-  return run
+  return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
 class _Unknown(Exception):

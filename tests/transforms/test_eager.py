@@ -325,3 +325,22 @@ def test_rules_that_jax_keeps_in_another_way_are_not_looked_into(make, monkeypat
     got = nnx.cond(True, make(factor), lambda x: x, X)
     np.testing.assert_array_equal(got, X * factor)
   assert not compiled
+
+
+def test_what_was_interrupted_is_not_kept(monkeypatch):
+  calls = []
+
+  def jit(f, **options):
+    def run(*args):
+      calls.append(None)
+      raise KeyboardInterrupt
+
+    return run
+
+  f = lambda: nnx.fori_loop(0, 3, lambda _, x: x * 1.25 + 7, X)
+  with monkeypatch.context() as patch:
+    patch.setattr(eager.jax, "jit", jit)
+    with pytest.raises(KeyboardInterrupt):
+      f()
+  assert calls
+  np.testing.assert_allclose(f(), jax.lax.fori_loop(0, 3, lambda _, x: x * 1.25 + 7, X))

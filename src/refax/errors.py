@@ -500,7 +500,16 @@ class TraceContextError(RefaxError, RuntimeError):
   """A write from inside a transform to an object from outside it: a tracer would leak."""
 
   @classmethod
-  def variable(cls, at: Any):
+  def variable(cls, at: Any, *, is_array_for_now: bool = False):
+    if is_array_for_now:
+      return cls(
+        "a Variable that is an array while it is differentiated cannot be written inside another "
+        "transform",
+        at=at,
+        got="a write by closure; `through=`, and the residuals of nnx.custom_vjp, give arrays",
+        fix="pass the model as an argument to the function inside, by a transform of Refax "
+        "(nnx.scan, nnx.cond, nnx.remat, ...), which hands out what is written",
+      )
     return cls(
       "a lojax Variable from outside a transform cannot be written inside it",
       at=at,
@@ -514,8 +523,8 @@ class TraceContextError(RefaxError, RuntimeError):
       "an object from outside a transform cannot change its structure inside it",
       at=at,
       got="an attribute set from another trace than the one where the object was made",
-      fix="keep what changes in a Variable and write that (self.count[...] = x), "
-      "or pass the object through nnx.jit",
+      fix="keep what changes in a Variable and write that (self.count[...] = x), or pass the "
+      "object as an argument, by a transform of Refax (nnx.jit, nnx.grad, nnx.scan, ...)",
     )
 
 
@@ -529,7 +538,7 @@ class SharedWriteError(RefaxError, RuntimeError):
       at=at,
       got="a write to a Variable that came by closure or with in_axes=None",
       fix="pass the model as a mapped argument, with an axis on this Variable "
-      "(for Rngs: rngs.split(n))",
+      "(for Rngs: rngs.split(n)); or drop the write, as for jax.hessian, by nnx.no_update(f)",
     )
 
   @classmethod

@@ -512,8 +512,8 @@ def test_an_object_made_inside_a_transform_may_change_there_and_one_from_outside
 
   fix = (
     "  got: an attribute set from another trace than the one where the object was made\n"
-    "  fix: keep what changes in a Variable and write that (self.count[...] = x), "
-    "or pass the object through nnx.jit"
+    "  fix: keep what changes in a Variable and write that (self.count[...] = x), or pass the "
+    "object as an argument, by a transform of Refax (nnx.jit, nnx.grad, nnx.scan, ...)"
   )
   for how, at in enumerate(["Node.n", "List", "Dict", "Node.n"]):
     with pytest.raises(TraceContextError) as error:

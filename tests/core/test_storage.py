@@ -164,7 +164,7 @@ def test_a_write_under_vmap_to_a_variable_that_is_not_mapped_is_refused(jit):
     f"{v._def.origin.line})\n"
     "  got: a write to a Variable that came by closure or with in_axes=None\n"
     "  fix: pass the model as a mapped argument, with an axis on this Variable "
-    "(for Rngs: rngs.split(n))"
+    "(for Rngs: rngs.split(n)); or drop the write, as for jax.hessian, by nnx.no_update(f)"
   )
   assert float(v) == 0.0
 

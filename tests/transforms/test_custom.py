@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refax import nnx
-from refax.errors import MissingRuleError, TreeMismatchError
+from refax.errors import DifferentiatedWriteError, MissingRuleError, TreeMismatchError
 
 X = jnp.array([0.3, 0.4])
 
@@ -119,3 +119,52 @@ def test_a_rule_of_the_wrong_form_is_named(fwd, bwd, message):
   f.defvjp(fwd, bwd)
   with pytest.raises(TreeMismatchError, match=message):
     nnx.grad(lambda x: f(x).sum())(X)
+
+
+def counted(write):
+  """A function with a rule, of a model that writes a float Variable in it."""
+
+  class Counted(nnx.Module):
+    def __init__(self):
+      self.w, self.seen = nnx.Param(jnp.ones(3)), nnx.Variable(jnp.zeros(3))
+
+    def __call__(self, x):
+      write(self, x)
+      return (self.w[...] * x).sum()
+
+  f = nnx.custom_vjp(lambda m, x: m(x))
+  f.defvjp(lambda m, x: (f(m, x), None), lambda _, g: (None, jnp.full(3, 2 * g)))
+  return Counted(), f
+
+
+FREE = {
+  "a count": lambda m, x: m.seen.set_value(m.seen + 1.0),
+  "a comparison": lambda m, x: m.seen.set_value(m.seen + (x > 0)),
+  "stop_gradient": lambda m, x: m.seen.set_value(m.seen + jax.lax.stop_gradient(x)),
+  "in a loop": lambda m, x: m.seen.set_value(
+    jax.lax.fori_loop(0, 1, lambda _, c: c + jax.lax.stop_gradient(x), m.seen[...])
+  ),
+}
+CALLS = {
+  "argument": lambda m, f, x: nnx.grad(f, argnums=1)(m, x),
+  "closure": lambda m, f, x: nnx.grad(lambda x: f(m, x))(x),
+  "jit": lambda m, f, x: nnx.jit(nnx.grad(f, argnums=1))(m, x),
+  "jax": lambda m, f, x: jax.grad(lambda x: f(m, x))(x),
+  "jax.jit": lambda m, f, x: jax.jit(jax.grad(lambda x: f(m, x)))(x),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("write", FREE.values(), ids=FREE)
+def test_a_rule_may_write_what_depends_on_nothing_that_is_differentiated(write, call):
+  (m, f), x = counted(write), jnp.ones(3)
+  np.testing.assert_array_equal(call(m, f, x), jnp.full(3, 2.0))
+  np.testing.assert_array_equal(m.seen, jnp.ones(3))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_rule_may_not_write_what_is_differentiated(call):
+  m, f = counted(lambda m, x: m.seen.set_value(m.seen + x * (x > 0)))
+  with pytest.raises(DifferentiatedWriteError):
+    call(m, f, jnp.ones(3))
+  np.testing.assert_array_equal(m.seen, jnp.zeros(3))

@@ -495,3 +495,33 @@ def test_what_a_transaction_undoes_is_seen_by_compiled_functions(bare):
   assert v.tag == "old"
   assert float(step(holder)) == 0.0
   np.testing.assert_array_equal(v, [2.0, 2.0])
+
+
+class Sowing(nnx.Module):
+  def __init__(self):
+    self.count = nnx.Variable(0)
+
+  def __call__(self, x):
+    self.count += 1
+    self.sow(nnx.Intermediate, "seen", x)
+    return x * 2
+
+  def named(self, x):
+    return self(x) + 1
+
+
+@pytest.mark.parametrize("of", [lambda m: m, lambda m: m.named], ids=["module", "method"])
+@pytest.mark.parametrize(
+  "way",
+  [
+    lambda f, x: nnx.no_update(f)(x),
+    lambda f, x: jax.vmap(lambda x: nnx.no_update(f)(x))(x),
+    lambda f, x: jax.jit(lambda x: nnx.no_update(f)(x))(x),
+    lambda f, x: jax.grad(lambda x: nnx.no_update(f)(x).sum())(x),
+  ],
+  ids=["eager", "vmap", "jit", "grad"],
+)
+def test_a_module_that_sows_may_be_called_without_updates(way, of):
+  model = Sowing()
+  assert jnp.isfinite(way(of(model), jnp.arange(3.0))).all()
+  assert int(model.count) == 0 and not hasattr(model, "seen")

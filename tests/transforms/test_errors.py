@@ -439,7 +439,7 @@ def test_message_of_a_write_to_a_variable_that_jax_vmap_shares():
     "  at:  Net.last  (Variable, created at test_errors.py:N)\n"
     "  got: a write to a Variable that came by closure or with in_axes=None\n"
     "  fix: pass the model as a mapped argument, with an axis on this Variable "
-    "(for Rngs: rngs.split(n))"
+    "(for Rngs: rngs.split(n)); or drop the write, as for jax.hessian, by nnx.no_update(f)"
   )
 
 
@@ -695,8 +695,8 @@ def test_message_of_an_attribute_set_by_closure(jit):
     "an object from outside a transform cannot change its structure inside it\n"
     "  at:  Linear.cache\n"
     "  got: an attribute set from another trace than the one where the object was made\n"
-    "  fix: keep what changes in a Variable and write that (self.count[...] = x), "
-    "or pass the object through nnx.jit"
+    "  fix: keep what changes in a Variable and write that (self.count[...] = x), or pass the "
+    "object as an argument, by a transform of Refax (nnx.jit, nnx.grad, nnx.scan, ...)"
   )
   assert not hasattr(net.linear, "cache")
 

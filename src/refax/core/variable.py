@@ -365,7 +365,7 @@ class Variable(ArrayProtocol, Generic[A]):
     if self._def.selected:
       raise DifferentiatedWriteError.selected(self._def.origin)
     if not self.is_hijax and self._trace != _jax.trace_state():
-      raise TraceContextError.variable(self._def.origin)
+      raise TraceContextError.variable(self._def.origin, is_array_for_now=self._def.hijax)
 
   def __delitem__(self, index) -> None:
     value = copylib.copy(self.get_value())

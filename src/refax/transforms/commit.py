@@ -109,7 +109,8 @@ class Commit:
     for index in self.spec.written:
       variable = leaves[index]
       if not variable.is_hijax and variable._trace != now:
-        raise TraceContextError.variable(variable._def.origin)
+        definition = variable._def
+        raise TraceContextError.variable(definition.origin, is_array_for_now=definition.hijax)
 
   def build(self, leaves: list[Any], objects: Sequence[Node]) -> Any:
     """Change the caller's objects, and build what the function returned.

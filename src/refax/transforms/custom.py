@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refax import _jax
 from refax.core.array_protocol import unwrap
 from refax.core.graphdef import LEAF, GraphDef
 from refax.core.rebuild import unflatten
@@ -14,6 +15,7 @@ from refax.core.variable import Variable
 from refax.errors import MissingRuleError, TreeMismatchError
 from refax.graph.split import state
 from refax.graph.state import State, to_flat_state
+from refax.transforms.dependence import NOTHING, Flow, Tangents
 from refax.transforms.lift import Inputs, Outputs
 from refax.transforms.loops import difference, leaf_indices, out_parts, signature
 from refax.transforms.stage import Staged, read_closures, values_of
@@ -90,6 +92,7 @@ class _Call:
   ):
     self.inputs, self.args, self.fixed, self.bwd = inputs, args, fixed, bwd
     self._fwd = fwd
+    self.fwd: Staged | None = None
     self.values = values_of(inputs)
     self.count = len(self.values)
     self.fun = Staged(fun, inputs, self.values)
@@ -126,8 +129,34 @@ class _Call:
     primal = jax.custom_vjp(lambda diff, rest, closures: self._run(self.fun, diff, rest, closures))
     primal.defvjp(self._forward, self._backward)
     fresh, written, after = primal(diff, rest, closures)
+    if not _jax.no_trace_active():
+      written, after = self._without_zeros(written, after)
     spec = self.fun.outputs.spec._replace(written=tuple(self.written))
     return self.inputs.commit(Outputs(written, fresh, spec), refs, after)
+
+  def _without_zeros(self, written: Sequence[Any], after: dict[int, Any]) -> tuple[list, dict]:
+    """What is written, without gradients where it depends on nothing that has one.
+
+    For all that a `jax.custom_vjp` returns, JAX has a gradient: then a Ref refuses it.
+    """
+    moving, moving_closures = self._dependent(self.fun)
+    if self.fwd is not None:
+      more, more_closures = self._dependent(self.fwd)
+      moving, moving_closures = moving | more, moving_closures | more_closures
+    fixed = lambda x, depends: x if depends else jax.tree.map(jax.lax.stop_gradient, x)
+    values = [fixed(x, i in moving) for i, x in zip(self.written, written, strict=True)]
+    return values, {key: fixed(x, key in moving_closures) for key, x in after.items()}
+
+  def _dependent(self, staged: Staged) -> tuple[set[int], set[int]]:
+    """Which leaves and closures are written with values that depend on what has a gradient."""
+    flows: list[Any] = []
+    for i, tree in enumerate(map(jax.tree.structure, self.values)):
+      flows += [Flow(frozenset([i])) if i in self.diff else NOTHING] * tree.num_leaves
+    flows += [NOTHING] * len(staged.closures)
+    results = Tangents().run(staged.pure.jaxpr, staged.pure.consts, flows)
+    leaves, closures = staged.finals_of(results)
+    moving = {i for i, found in leaves.items() if any(flow.all for flow in found)}
+    return moving, {key for key, flow in closures.items() if flow.all}
 
   def _run(self, staged: Staged, diff: dict, rest: dict, closures: dict) -> tuple:
     values = [diff.get(i, rest.get(i)) for i in range(self.count)]

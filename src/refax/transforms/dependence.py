@@ -8,6 +8,8 @@ in and not used is no read, nor is one that a branch hands back as it was.
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from refax import _jax
 
 Key = Hashable
@@ -164,6 +166,18 @@ _RULES = {
   "while": Dependence._while,
   "cond": Dependence._cond,
 }
+
+
+class Tangents(Dependence):
+  """The same for gradients: what has none depends on nothing."""
+
+  def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+    if eqn.primitive.name == "stop_gradient":
+      return [NOTHING]
+    flows = super()._equation(eqn, values)
+    has_tangent = lambda var: jnp.issubdtype(getattr(var.aval, "dtype", jnp.float32), jnp.inexact)
+    pairs = zip(flows, eqn.outvars, strict=True)
+    return [x if isinstance(x, Cell) or has_tangent(v) else NOTHING for x, v in pairs]
 
 
 def _either(a: Any, b: Any) -> Any:

@@ -15,10 +15,11 @@ from refax.core.interrupt import surely
 from refax.core.node import Node
 from refax.core.rebuild import fill, resolver
 from refax.core.variable import Variable
-from refax.errors import NonFiniteError, UnwantedWriteError
+from refax.errors import AliasError, NonFiniteError, UnwantedWriteError
 from refax.transforms.dependence import NOTHING, Cell, Dependence, Flow
 from refax.transforms.effect_graph import Graph, draw, signature
 from refax.transforms.lift import Inputs, Outputs
+from refax.transforms.method import method_of
 from refax.transforms.stage import Staged, read_closures, values_of
 from refax.typing import path_str
 
@@ -141,6 +142,10 @@ def assert_no_writes(f: Callable) -> Callable:
 
 
 def _stage(f: Callable, args: tuple, kwargs: dict[str, Any]) -> Staged:
+  """A Module, or a method of one, is an argument: it may change its structure then."""
+  if (method := method_of(f)) is not None:
+    with contextlib.suppress(AliasError):  # the function finds it by closure, too
+      return _stage(method[0], (method[1], *args), kwargs)
   inputs = Inputs.of(args, kwargs)
   return Staged(f, inputs, values_of(inputs))
 

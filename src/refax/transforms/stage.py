@@ -125,6 +125,13 @@ class Staged:
     finals = {i: t.unflatten(islice(rest, t.num_leaves)) for i, t in self._hijax.items()}
     return outputs, finals, dict(zip(self.closures, rest, strict=True))
 
+  def finals_of(self, results: Sequence[Any]) -> tuple[dict[int, list[Any]], dict[int, Any]]:
+    """Of what there is for each result of `pure`: that of final values, by leaf and by closure."""
+    outputs, finals, closures = self._apart(range(len(results)))
+    by_leaf = dict(zip(outputs.spec.written, outputs.written, strict=True)) | finals
+    of = lambda tree: [results[j] for j in jax.tree.leaves(tree)]
+    return {i: of(x) for i, x in by_leaf.items()}, {k: results[j] for k, j in closures.items()}
+
   def updated(self) -> set[int]:
     """Which of the caller's Variables are written in part, by `dynamic_update_slice`."""
     jaxpr = self.pure.jaxpr

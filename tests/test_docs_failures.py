@@ -142,6 +142,11 @@ def eval_after_closure(net):
   assert (step() == 0).any()  # still in training mode
 
 
+def solved(layer):
+  square = lambda v: (layer.kernel[...].T @ layer.kernel[...]) @ v + v
+  return jax.scipy.sparse.linalg.cg(square, jnp.ones(3), maxiter=3)[0]
+
+
 GLOBAL_NORM = lambda net: optax.global_norm(nnx.state(net))
 ZEROS = lambda net: jax.tree.map(lambda x: x * 0, net)
 FIRST = jax.devices()[0]
@@ -177,6 +182,8 @@ CASES = [
   ("a write in a function with `jax.custom_jvp`", custom_jvp_write, NO_RULE, BEFORE),
   ("a write in the body of `jax.lax.reduce`", reduce_write,
    (NotImplementedError, "Cannot lower effectful"), BEFORE),
+  ("a Variable read in the function of `jax.scipy", lambda net: jax.jit(solved)(net.linear),
+   (ValueError, "does not have a corresponding jaxpr input"), BEFORE),
   ("`jax.debug.print", lambda net: jax.debug.print("{}", net.count), NO_HANDLER, BEFORE),
   ("`jax.pure_callback", lambda net: jax.pure_callback(lambda x: x, TYPE, net.count), NO_RULE,
    BEFORE),
@@ -238,6 +245,9 @@ def test_what_the_page_says_to_write_instead_works():
   assert float(net.count) == 2
   assert jax.pure_callback(lambda x: x, TYPE, net.count[...]) == 2
   jax.debug.print("{}", net.count[...])
+  np.testing.assert_allclose(
+    nnx.jit(lambda m: solved(nnx.to_lojax(m)))(net.linear), solved(net.linear), rtol=1e-5
+  )
 
   @jax.custom_vjp
   def f(x):

@@ -396,3 +396,23 @@ def test_a_program_that_imports_flax_nnx_runs_unchanged(tmp_path, how):
     command = [sys.executable, str(script), "--flag"]
   done = subprocess.run(command, capture_output=True, text=True, timeout=300)
   assert done.stdout == "(1, 2) ['--flag']\n", done.stderr
+
+
+def test_gradients_flow_through_statistics_and_metrics_as_in_flax():
+  def gradients(lib):
+    class Model(lib.Module):
+      def __init__(self):
+        self.w, self.s = lib.Param(jnp.array(2.0)), lib.BatchStat(jnp.array(1.0))
+
+      def __call__(self, x):
+        self.s[...] = 0.5 * self.s[...] + 0.5 * self.w[...] * x
+        return self.s[...] * x
+
+    def by_metric(model):
+      average = lib.metrics.Average("loss")
+      average.update(loss=model(3.0))
+      return average.compute()
+
+    return [lib.grad(f)(Model())["w"][...] for f in (lambda m: m(3.0), by_metric)]
+
+  assert gradients(nnx) == gradients(flax.nnx) == [4.5, 4.5]

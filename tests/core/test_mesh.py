@@ -519,7 +519,7 @@ def test_a_batch_on_other_devices_is_refused_and_nothing_moves():
     nnx.jit(step)(model, optimizer, data)
     raise AssertionError
   except ValueError as error:
-    assert "incompatible devices" in str(error)
+    assert "incompatible devices" in str(error) and "fix: lay all of them out" in str(error)
   assert all(x.sharding.device_set == {first} for x in arrays(model, optimizer))
   nnx.jit(step)(model, optimizer, before)
   """)

@@ -163,7 +163,9 @@ class Variable(ArrayProtocol, Generic[A]):
   @property
   def drops_gradients(self) -> bool:
     """Whether it stores values without gradients: its type is detached, and not in `through=`."""
-    return self.detached and not self._node[1].attached
+    if not self.detached or self._node[1].attached:
+      return False
+    return self.is_hijax or not Variable.is_lenient  # in Flax, arrays keep theirs
 
   @property
   def _cell(self) -> Any:

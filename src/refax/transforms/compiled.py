@@ -281,6 +281,8 @@ class Compiled:
   def renamed(self, error: Exception) -> Exception:
     """An error of JAX that names the user's arguments, and not those of the compiled function."""
     text = _OURS.sub(self._named, str(error))
+    if "incompatible devices" in text:
+      text += _ON_ONE_MESH
     return error if text == str(error) else type(error)(text)
 
   def _named(self, match: re.Match) -> str:
@@ -296,6 +298,10 @@ class Compiled:
     return self._names()[next(i for i, span in self._spans.items() if key in span)] + path
 
 
+_ON_ONE_MESH = (
+  "\n  fix: lay all of them out on one mesh: nnx.device_put(model, sharding), or "
+  "nnx.shard(model, mesh, plan); or call inside `with jax.set_mesh(mesh)`"
+)
 _OURS = re.compile(
   r"(?:(?<=argument )|(?<=argument path is ))(written|read|arrays)\[(\d+)\]((?:\[[^\]]*\])*)"
 )

@@ -92,7 +92,7 @@ class _Call:
   ):
     self.inputs, self.args, self.fixed, self.bwd = inputs, args, fixed, bwd
     self._fwd = fwd
-    self.fwd: Staged | None = None
+    self.fwd: Any = None  # staged when a derivative is taken
     self.values = values_of(inputs)
     self.count = len(self.values)
     self.fun = Staged(fun, inputs, self.values)

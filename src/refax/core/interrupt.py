@@ -46,9 +46,8 @@ def uninterrupted(f: Callable[[], T]) -> T:
     return f()
   finally:
     raised: BaseException | None = None
-    while (
-      True
-    ):  # a handler that is back raises between any two of these lines, also inside `signal`
+    # A handler that is back may raise between any two of these lines, and inside `signal`.
+    for _ in range(1000):
       try:
         for number in reversed(held):
           raw.signal(number, held[number])

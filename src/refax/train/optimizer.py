@@ -191,9 +191,10 @@ class Optimizer(Pytree):
 
 def _difference(params: State, grads: Any) -> TreeMismatchError | None:
   """The error for the first gradient that has not the shape of its parameter."""
-  for (path, param), (_, grad) in zip(to_flat_state(params), to_flat_state(grads), strict=True):
-    if jnp.shape(grad) != param.shape:
-      return _of_shape(path, grad, param)
+  by_path = dict(to_flat_state(grads))
+  for path, param in to_flat_state(params):
+    if jnp.shape(by_path[path]) != param.shape:
+      return _of_shape(path, by_path[path], param)
   return None
 
 

@@ -136,3 +136,28 @@ def test_through_names_a_detached_type_too(kind, hijax):
   np.testing.assert_allclose(v, x**2)
   v[...] = jnp.ones(3)
   np.testing.assert_allclose(nnx.grad(f, argnums=1)(v, x), jnp.zeros(3))  # without it, none does
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, jax.checkpoint])
+@pytest.mark.parametrize("hijax", [True, False])
+def test_a_trace_that_drops_gradients_is_not_used_where_they_are_kept(jit, hijax):
+  class Pair(nnx.Module):
+    def __init__(self):
+      self.a, self.b = (nnx.BatchStat(jnp.ones(3), is_hijax=hijax) for _ in range(2))
+
+  pair, x = Pair(), jnp.arange(1.0, 4.0)
+
+  @jit
+  def f(pair, x):
+    pair.a[...], pair.b[...] = pair.a * x, pair.b * x * 2
+    return pair.a[...].sum() + pair.b[...].sum()
+
+  def grad(through):
+    pair.a[...] = pair.b[...] = jnp.ones(3)
+    return nnx.grad(f, argnums=1, through=through)(pair, x)
+
+  for _ in range(2):
+    np.testing.assert_allclose(grad(None), jnp.zeros(3))
+    np.testing.assert_allclose(grad(nnx.BatchStat), jnp.full(3, 3.0))
+    np.testing.assert_allclose(grad(lambda path, v: path == ("a",)), jnp.ones(3))
+    np.testing.assert_allclose(grad(lambda path, v: path == ("b",)), jnp.full(3, 2.0))

@@ -78,6 +78,9 @@ class custom_vjp:
     return call.run()
 
 
+_MOVING = "what has a gradient"
+
+
 class _Call:
   """One call. `fwd` is traced when it is needed: it may call the function itself."""
 
@@ -149,14 +152,14 @@ class _Call:
 
   def _dependent(self, staged: Staged) -> tuple[set[int], set[int]]:
     """Which leaves and closures are written with values that depend on what has a gradient."""
-    flows: list[Any] = []
+    flows, moves = [], Flow(computed=frozenset([_MOVING]))
     for i, tree in enumerate(map(jax.tree.structure, self.values)):
-      flows += [Flow(frozenset([i])) if i in self.diff else NOTHING] * tree.num_leaves
+      flows += [moves if i in self.diff else NOTHING] * tree.num_leaves
     flows += [NOTHING] * len(staged.closures)
     results = Tangents().run(staged.pure.jaxpr, staged.pure.consts, flows)
     leaves, closures = staged.finals_of(results)
-    moving = {i for i, found in leaves.items() if any(flow.all for flow in found)}
-    return moving, {key for key, flow in closures.items() if flow.all}
+    moving = {i for i, found in leaves.items() if any(_MOVING in flow.all for flow in found)}
+    return moving, {key for key, flow in closures.items() if _MOVING in flow.all}
 
   def _run(self, staged: Staged, diff: dict, rest: dict, closures: dict) -> tuple:
     values = [diff.get(i, rest.get(i)) for i in range(self.count)]

@@ -161,3 +161,25 @@ def test_a_trace_that_drops_gradients_is_not_used_where_they_are_kept(jit, hijax
     np.testing.assert_allclose(grad(nnx.BatchStat), jnp.full(3, 3.0))
     np.testing.assert_allclose(grad(lambda path, v: path == ("a",)), jnp.ones(3))
     np.testing.assert_allclose(grad(lambda path, v: path == ("b",)), jnp.full(3, 2.0))
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, jax.checkpoint, lambda f: f])
+def test_one_function_of_what_keeps_its_gradient_and_of_what_drops_it(jit):
+  class Layer(nnx.Module):
+    def __init__(self):
+      self.stat = nnx.BatchStat(jnp.ones(3), is_hijax=False)
+
+  class Pair(nnx.Module):
+    def __init__(self):
+      self.a, self.b = Layer(), Layer()
+
+  @jit
+  def f(layer, x):
+    layer.stat[...] = layer.stat + x * 3
+    return layer.stat[...].sum()
+
+  both = lambda pair, x: f(pair.a, x) + f(pair.b, x)
+  for name in ("a", "b"):
+    through = lambda path, v, name=name: path[:1] == (name,)
+    grad = nnx.grad(both, argnums=1, through=through)(Pair(), jnp.ones(3))
+    np.testing.assert_allclose(grad, jnp.full(3, 3.0))

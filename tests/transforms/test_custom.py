@@ -168,3 +168,38 @@ def test_a_rule_may_not_write_what_is_differentiated(call):
   with pytest.raises(DifferentiatedWriteError):
     call(m, f, jnp.ones(3))
   np.testing.assert_array_equal(m.seen, jnp.zeros(3))
+
+
+@jax.custom_jvp
+def rounded(x):
+  """Quantized; the gradient is that of the identity."""
+  return x.astype(jnp.int8).astype(jnp.float32)
+
+
+rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+
+MOVING = {
+  "a rule inside": lambda x: rounded(x * 5),
+  "a branch": lambda x: jax.lax.cond(x.sum() > 0, lambda x: x * 2, lambda x: x * 0, x),
+  "a loop": lambda x: jax.lax.fori_loop(0, 2, lambda _, c: c * x, x),
+  "jit": jax.jit(lambda x: jnp.where(x > 0, x, 0.0)),
+}
+
+
+@pytest.mark.parametrize("call", [CALLS["argument"], CALLS["closure"], CALLS["jit"]])
+@pytest.mark.parametrize("value", MOVING.values(), ids=MOVING)
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_no_gradient_of_what_a_rule_writes_is_lost(value, call, by_closure):
+  other = nnx.Variable(jnp.zeros(3))
+  target = lambda m: other if by_closure else m.seen
+  m, f = counted(lambda m, x: target(m).set_value(value(x)))
+  with pytest.raises(DifferentiatedWriteError):
+    call(m, f, jnp.ones(3))
+  np.testing.assert_array_equal(target(m), jnp.zeros(3))
+
+
+def test_a_rule_may_write_a_detached_variable_by_closure():
+  stat = nnx.BatchStat(jnp.zeros(3))
+  m, f = counted(lambda m, x: stat.set_value(x * 5))
+  np.testing.assert_array_equal(nnx.grad(f, argnums=1)(m, jnp.ones(3)), jnp.full(3, 2.0))
+  np.testing.assert_array_equal(stat, jnp.full(3, 5.0))

@@ -125,8 +125,9 @@ class VariableDef:
   `selected` is true while the Variable is being differentiated, so that a write to it is an error
   even in a nested transform. It takes no part in equality either: inside a loss, the parameters
   must still `jax.tree.map` together with those of another model. Nor does `is_gradient`, which says
-  that the Variable holds a gradient, `attached`, that a detached type keeps gradients for once, and
-  `hijax`, the storage that an abstract Variable will have.
+  that the Variable holds a gradient, and `hijax`, the storage that an abstract Variable will have.
+  `attached` does: a detached type keeps gradients for once, and what JAX has traced where it drops
+  them is not to be used.
   """
 
   __slots__ = (
@@ -202,7 +203,10 @@ class VariableDef:
     return self._hash
 
   def __eq__(self, other) -> bool:
-    return self is other or (isinstance(other, VariableDef) and self.items == other.items)
+    if self is other:
+      return True
+    same = isinstance(other, VariableDef) and self.items == other.items
+    return same and self.attached is other.attached
 
   def __repr__(self) -> str:
     return f"VariableDef({self.metadata})"

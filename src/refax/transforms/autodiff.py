@@ -4,7 +4,6 @@ The selected Variables are read once, outside, and are plain arrays inside: a Re
 differentiated function is kept as a residual by every layer. All other state is written in place.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -261,7 +260,7 @@ class Differentiated:
   def _locals(self, through: Predicate) -> dict[int, Entered]:
     """State that gradients flow through: differentiable arrays inside, written back at the end."""
     return {
-      i: Entered(leaf.get_value(), hijax=False, attached=True)
+      i: Entered(leaf.get_value(), hijax=False, attached=leaf.detached)
       for i, (path, leaf) in enumerate(
         zip(self.inputs.graphdef.paths, self.inputs.leaves, strict=True)
       )
@@ -298,7 +297,6 @@ class Differentiated:
       Differentiation() as now,
       differentiated(variables),
       config.local_variables() as hijax_afterwards,
-      self._through(),
     ):
       marks = {i: now for i in values if not self._is_local(i)}
       entered = {i: Entered(v, hijax=False, selected=marks.get(i)) for i, v in values.items()}
@@ -309,12 +307,6 @@ class Differentiated:
         raise GradientOutputError.no_pair(_name(f), _shapes(out))
       value, aux = out if has_aux else (out, None)
       return unwrap(value), frame.collect(aux, hijax_afterwards=hijax_afterwards)
-
-  def _through(self) -> contextlib.AbstractContextManager[Any]:
-    """What was traced where detached types drop gradients is traced anew where some keep them."""
-    paths, leaves = self.inputs.graphdef.paths, self.inputs.leaves
-    kept = frozenset(paths[i] for i in self._local if leaves[i].detached)
-    return _keeping(_keeping.value | kept) if kept else contextlib.nullcontext()
 
   def _is_local(self, index: int) -> bool:
     """For `refax.compat`: a lojax Variable may be written while it is differentiated."""
@@ -396,8 +388,3 @@ def _shapes(out: Any) -> str:
 
 def _leaves(tree: Any) -> list[Any]:
   return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Variable))
-
-
-_keeping = jax.make_user_context(default_value=frozenset())
-"""Which Variables of detached types `through=` selects, by path: a part of the key of all that JAX
-keeps of a trace."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from refax import _jax
+from refax.core import storage
 from refax.core.array_protocol import unwrap
 from refax.core.graphdef import LEAF, GraphDef
 from refax.core.rebuild import unflatten
@@ -146,9 +147,17 @@ class _Call:
     if self.fwd is not None:
       more, more_closures = self._dependent(self.fwd)
       moving, moving_closures = moving | more, moving_closures | more_closures
-    fixed = lambda x, depends: x if depends else jax.tree.map(jax.lax.stop_gradient, x)
-    values = [fixed(x, i in moving) for i, x in zip(self.written, written, strict=True)]
-    return values, {key: fixed(x, key in moving_closures) for key, x in after.items()}
+    free = lambda x: jax.tree.map(jax.lax.stop_gradient, x)
+    values = [x if i in moving else free(x) for i, x in zip(self.written, written, strict=True)]
+    kept = {k: self._storable(k, x) if k in moving_closures else free(x) for k, x in after.items()}
+    return values, kept
+
+  def _storable(self, key: int, x: jax.Array) -> jax.Array:
+    """What is written to a Ref by closure; refused where a gradient would be lost, as elsewhere."""
+    variable = self.fun.closure_variable(key)
+    origin = "a Variable that came by closure" if variable is None else variable._def.origin
+    detached = variable is not None and variable.drops_gradients
+    return storage.stored(x, origin, detached=detached, hijax=True)
 
   def _dependent(self, staged: Staged) -> tuple[set[int], set[int]]:
     """Which leaves and closures are written with values that depend on what has a gradient."""

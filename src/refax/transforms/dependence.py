@@ -174,7 +174,9 @@ class Tangents(Dependence):
   def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
     if eqn.primitive.name == "stop_gradient":
       return [NOTHING]
-    flows = super()._equation(eqn, values)
+    # A rule of the user's own gives gradients where the function has none, as for a rounding.
+    follow = self._other if _jax.is_custom(eqn) else super()._equation
+    flows = follow(eqn, values)
     has_tangent = lambda var: jnp.issubdtype(getattr(var.aval, "dtype", jnp.float32), jnp.inexact)
     pairs = zip(flows, eqn.outvars, strict=True)
     return [x if isinstance(x, Cell) or has_tangent(v) else NOTHING for x, v in pairs]

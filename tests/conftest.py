@@ -16,6 +16,9 @@ if os.environ.get("REFAX_CHECK_SHAPES"):
   install_import_hook("refax.nn", "tests.shape_checker.check")
 
 
+from refax import _jax  # after the hook
+
+
 def reuse_ir_contexts(times: int = 10) -> None:
   """Let JAX before 0.12 use an MLIR context for several programs, as later releases do.
 
@@ -72,3 +75,10 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.line(f"{sum(int(line.split()[0]) for line in lines)} programs in all")
     for line in sorted(lines):
       terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def no_other_thread_trains():
+  """A process in which a thread has once waited for another one copies what it reads: forget it."""
+  yield
+  _jax.taken.is_seen = False

@@ -539,9 +539,20 @@ def _copied_later(refs: list[jax.Ref], error: Exception) -> list[jax.Array]:
   return copies
 
 
+class _Taken:
+  """Whether a thread of this process has found that another one had taken a buffer."""
+
+  is_seen = False
+
+
+taken = _Taken()
+
+
 def may_be_taken(error: Exception) -> bool:
   """Whether an error of JAX may come of a step in another thread, which has taken a buffer."""
-  return threading.active_count() > 1 and "deleted" in str(error)
+  found = threading.active_count() > 1 and "deleted" in str(error)
+  taken.is_seen = taken.is_seen or found
+  return found
 
 
 def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:

@@ -8,7 +8,6 @@ import collections
 import copy as copylib
 import itertools
 import operator
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, NamedTuple, TypeGuard, TypeVar, cast
 
@@ -738,11 +737,13 @@ def borrowed(v: Variable) -> Any:
   of a Ref is donated by later steps, so it must not be kept, and no user may see it.
   """
   cell = v._cell
-  if type(cell) is not jax.Ref or not _jax.no_trace_active() or threading.active_count() > 1:
-    return v.get_value()  # another thread might take the buffer before it is used
+  if type(cell) is not jax.Ref or not _jax.no_trace_active():
+    return v.get_value()
   enter_mesh((cell,))
   note(v, cell)
-  return _jax.peek_cell(cell)
+  buffer = _jax.peek_cell(cell)
+  # The step of another thread might take it before it is used: seldom, and only where there is one.
+  return v.get_value() if _jax.taken.is_seen or buffer.is_deleted() else buffer
 
 
 def map_variables(fn: Callable[[Variable], Any], tree: Any) -> Any:

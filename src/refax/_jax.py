@@ -536,6 +536,7 @@ def _copied_later(refs: list[jax.Ref], error: Exception) -> list[jax.Array]:
   """
   if not may_be_taken(error) or (copies := snapshot(refs)) is None:
     raise error
+  taken.is_seen = True
   return copies
 
 
@@ -549,10 +550,32 @@ taken = _Taken()
 
 
 def may_be_taken(error: Exception) -> bool:
-  """Whether an error of JAX may come of a step in another thread, which has taken a buffer."""
-  found = threading.active_count() > 1 and "deleted" in str(error)
-  taken.is_seen = taken.is_seen or found
-  return found
+  """Whether an error of JAX may come of a step in another thread, which has taken a buffer.
+
+  It may have ended by now, and its thread with it: so one looks once more in any case.
+  """
+  return "deleted" in str(error)
+
+
+def is_calling_elsewhere() -> bool:
+  """Whether another thread is in a call of a compiled function."""
+  own = threading.get_ident()
+  for ident, frame in sys._current_frames().items():
+    while ident != own and frame is not None:
+      code = frame.f_code
+      if code in _CALLING or code.co_filename.endswith(os.path.join("jax", "_src", "pjit.py")):
+        return True
+      frame = frame.f_back
+  return False
+
+
+_CALLING: set[Any] = set()
+"""The code of what makes compiled calls."""
+
+
+def may_take() -> bool:
+  """Whether another thread may take the buffers of Refs from one line to the next."""
+  return taken.is_seen or (threading.active_count() > 1 and is_calling_elsewhere())
 
 
 def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
@@ -713,20 +736,26 @@ def exchange(
     return result(new)
 
   def read(args: Any) -> Any:
-    attempt = 0
+    attempt = idle = 0
     while True:  # no iterator: this is as hot as `run`
       try:
         return result(flat(map(call, ([],), (pick(args),), ([c._buf for c in reads],))))
       except (RuntimeError, ValueError) as error:
-        if not may_be_taken(error) or attempt == TRIES:
+        idle = 0 if is_calling_elsewhere() else idle + 1
+        if not may_be_taken(error) or attempt == TRIES or idle == IDLE:
           raise
+        taken.is_seen = True
       wait(attempt := attempt + 1)
 
+  _CALLING.add(run.__code__)
   return read if may_wait and reads and not (writes or give or store) else run
 
 
-TRIES = 2000
-"""How often a thread tries to read what others write."""
+TRIES = 20_000
+"""How often a thread tries to read what others write: about ten seconds."""
+
+IDLE = 64
+"""How often it finds, one time after the other, that nobody writes and there is nothing to read."""
 
 
 @functools.cache
@@ -1498,7 +1527,7 @@ def snapshot(refs: list[jax.Ref], tries: int = TRIES) -> list[jax.Array] | None:
   if not no_trace_active() or any(map(is_tracer, refs)):
     return [read_cell(ref) for ref in refs]
   cells: list[Any] = [ref._refs for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
-  look = operator.attrgetter("_buf")
+  look, idle = operator.attrgetter("_buf"), 0
   for attempt in range(tries):
     held = list(map(look, cells))
     arrays = list(map(bits, held))  # `jit` is slow with typed keys
@@ -1511,6 +1540,9 @@ def snapshot(refs: list[jax.Ref], tries: int = TRIES) -> list[jax.Array] | None:
       else:
         if calls < 2 or all(map(operator.is_, held, map(look, cells))):
           return list(map(_as_key, held, copies))
+    idle = 0 if is_calling_elsewhere() else idle + 1
+    if idle == IDLE:
+      break
     wait(attempt)
   return None
 

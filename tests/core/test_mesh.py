@@ -523,3 +523,36 @@ def test_a_batch_on_other_devices_is_refused_and_nothing_moves():
   assert all(x.sharding.device_set == {first} for x in arrays(model, optimizer))
   nnx.jit(step)(model, optimizer, before)
   """)
+
+
+def test_a_cell_that_plain_jit_has_read_by_closure_stays_and_is_refused():
+  run("""
+  data = jax.device_put(before, NamedSharding(mesh, P("data")))
+  model, optimizer = made()
+  plain = jax.jit(lambda x: model(x))
+  want = np.asarray(plain(before))
+  try:
+    nnx.jit(lambda model, x: model(x))(model, data)
+    raise AssertionError
+  except ValueError as error:
+    assert "fix: lay all of them out" in str(error)
+  close(plain(before), want)
+  close(model(before), want)
+  """)
+
+
+def test_what_is_compiled_ahead_of_time_moves_a_cell_by_closure_first():
+  run("""
+  data = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("data")))
+  v = nnx.Variable(jnp.zeros(8))
+
+  @nnx.jit
+  def add(x):
+    v[...] += x
+    return v[...]
+
+  for i in (1, 3, 5):
+    compiled = add.lower(data).compile()
+    close(compiled(data), i * np.arange(8.0))
+    close(compiled(data), (i + 1) * np.arange(8.0))
+  """)

@@ -306,6 +306,20 @@ def test_a_transformation_may_take_a_gradient_for_each_example(jit):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, params)
 
 
+def test_gradients_of_batches_of_several_sizes_are_refused():
+  net = Net()
+  mean = optax.stateless(lambda grads, _: jax.tree.map(lambda g: g.mean(0), grads))
+  optimizer = nnx.Optimizer(net, optax.chain(mean, optax.sgd(0.1)), wrt=nnx.Param)
+  grads = per_example(net)
+  optimizer.update(net, grads)
+  before = everything(net, optimizer)
+  grads["a"]["bias"] = nnx.pure(grads)["a"]["bias"][:2]
+  with pytest.raises(TreeMismatchError, match="structure of the parameters"):
+    optimizer.update(net, grads)
+  for a, b in zip(everything(net, optimizer), before, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
 def test_gradients_of_examples_are_refused_if_nothing_sums_them_up(tx):
   net = Net()

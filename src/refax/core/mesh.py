@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from refax import _jax
 from refax.core.epoch import epoch
 from refax.core.interrupt import uninterrupted
+from refax.core.observe import in_plain_traces
 
 
 def objects_enter_mesh(leaves: Iterable[Any]) -> None:
@@ -33,7 +34,8 @@ def arguments_meet(leaves: Iterable[Any]) -> bool:
 
   Where some of them lie on a mesh (a batch that was divided up, a model that was laid out), the
   cells on one of its devices move to it too: one function cannot have both. JAX does so with arrays
-  that nobody has put anywhere.
+  that nobody has put anywhere. A cell that a function of plain `jax.jit` has read by closure stays,
+  and JAX refuses it: that function would lose its state.
 
   Returns:
     Whether something has moved, outside of `jax.set_mesh`.
@@ -44,7 +46,8 @@ def arguments_meet(leaves: Iterable[Any]) -> bool:
   elif is_possible and _jax.no_trace_active():
     cells = [x for leaf in leaves for x in jax.tree.leaves(getattr(leaf, "_cell", leaf))]
     refs = [x for x in cells if type(x) is jax.Ref]
-    if any(map(_jax.is_on_one_device, refs)):
+    alone = list(filter(_jax.is_on_one_device, refs))
+    if alone and not any(id(ref) in in_plain_traces for ref in alone):
       for mesh in dict.fromkeys(mesh for x in cells if (mesh := _mesh_of(x)) is not None):
         moved = _enter(refs, mesh) or moved
   return moved

@@ -116,6 +116,10 @@ _in_traces: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary(
 """What traces have read by closure, by its `id`: JAX may keep these traces."""
 
 
+in_plain_traces: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Those that traces which are none of Refax's own have read: their cells stay where they are."""
+
+
 _differentiation = jax.make_user_context(default_value=0)
 """What is differentiated, by number. It is part of the key of all that JAX keeps of a trace: code
 that was traced before, and is not run again, may read a cell that must not be read now."""
@@ -142,12 +146,13 @@ def note(variable: Any, cell: Any) -> None:
   if found and (id(cell) in found if _jax.is_ref(cell) else id(variable) in found):
     raise AliasError.differentiated(variable._def.origin)
   is_by_closure = not _jax.is_tracer(cell) and _jax.is_staging()
+  owner = cell if _jax.is_ref(cell) else variable
   if is_by_closure:
-    owner = cell if _jax.is_ref(cell) else variable
     _in_traces[id(owner)] = owner
   if seen is not None:
     seen[id(cell)] = weakref.ref(variable) if _jax.is_tracer(cell) else lambda: variable
   elif is_by_closure:
+    in_plain_traces[id(owner)] = owner
     on_closure_read(variable)
 
 

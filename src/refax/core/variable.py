@@ -741,9 +741,8 @@ def borrowed(v: Variable) -> Any:
     return v.get_value()
   enter_mesh((cell,))
   note(v, cell)
-  buffer = _jax.peek_cell(cell)
-  # The step of another thread might take it before it is used: seldom, and only where there is one.
-  return v.get_value() if _jax.taken.is_seen or buffer.is_deleted() else buffer
+  # The step of another thread might take the buffer before it is used.
+  return v.get_value() if _jax.may_take() else _jax.peek_cell(cell)
 
 
 def map_variables(fn: Callable[[Variable], Any], tree: Any) -> Any:

@@ -205,8 +205,11 @@ def _of_shape(path: Path, grad: Any, param: jax.Array) -> TreeMismatchError:
 
 def _are_batched(params: Mapping[Path, Any], grads: Mapping[Path, Any]) -> bool:
   """Whether there is a gradient for each example, as differentially private training takes them."""
-  shape_of = lambda path: jnp.shape(grads[path]) if path in grads else ()
-  return all(shape_of(path)[1:] == x.shape != shape_of(path) for path, x in params.items())
+  shapes = [jnp.shape(grads[path]) if path in grads else () for path in params]
+  pairs = zip(shapes, params.values(), strict=True)
+  return len({shape[:1] for shape in shapes}) == 1 and all(
+    shape[1:] == x.shape != shape for shape, x in pairs
+  )
 
 
 def _assigned(opt_state: Any) -> TreeMismatchError:

@@ -258,6 +258,7 @@ class _Jitted:
     fun, compiled = self._fun, None  # what is made here keeps the function alive
     if is_eager() and not any(map(_is_abstract, inputs.leaves)):
       compiled = self._trace(inputs, spec, leaves)[0]
+      spec = self._spec(inputs, spec.static, spec.given)  # the trace may have moved cells
       lowered = compiled.lower(inputs.leaves)
       run = lambda executable, inputs, _: self._run(compiled, inputs, executable)
     else:

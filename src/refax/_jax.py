@@ -7,6 +7,7 @@ on the installed JAX; the public path is always complete. `REFAX_PUBLIC_JAX=1` f
 tests run both.
 """
 
+import _thread
 import contextlib
 import functools
 import itertools
@@ -573,9 +574,13 @@ _CALLING: set[Any] = set()
 """The code of what makes compiled calls."""
 
 
+_other_threads: Callable[[], int] = getattr(_thread, "_count", lambda: threading.active_count() - 1)
+"""How many there are: what `threading` has itself, in C, as layers ask with each read."""
+
+
 def may_take() -> bool:
   """Whether another thread may take the buffers of Refs from one line to the next."""
-  return taken.is_seen or (threading.active_count() > 1 and is_calling_elsewhere())
+  return taken.is_seen or (_other_threads() > 0 and is_calling_elsewhere())
 
 
 def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:

@@ -741,16 +741,15 @@ def exchange(
     return result(new)
 
   def read(args: Any) -> Any:
-    attempt = idle = 0
-    while True:  # no iterator: this is as hot as `run`
+    patience = None  # made for an error only: this is as hot as `run`
+    while True:
       try:
         return result(flat(map(call, ([],), (pick(args),), ([c._buf for c in reads],))))
       except (RuntimeError, ValueError) as error:
-        idle = 0 if is_calling_elsewhere() else idle + 1
-        if not may_be_taken(error) or attempt == TRIES or idle == IDLE:
+        patience = patience or Patience()
+        if not may_be_taken(error) or not patience.waits():
           raise
         taken.is_seen = True
-      wait(attempt := attempt + 1)
 
   _CALLING.add(run.__code__)
   return read if may_wait and reads and not (writes or give or store) else run
@@ -761,6 +760,26 @@ TRIES = 20_000
 
 IDLE = 64
 """How often it finds, one time after the other, that nobody writes and there is nothing to read."""
+
+
+class Patience:
+  """How long a thread goes on to read what others write.
+
+  Args:
+    tries: how often it tries at most.
+  """
+
+  def __init__(self, tries: int = TRIES):
+    self._tries, self._attempt, self._idle = tries, 0, 0
+
+  def waits(self) -> bool:
+    """Wait for a moment after an attempt that failed; whether to make another one."""
+    self._attempt += 1
+    self._idle = 0 if is_calling_elsewhere() else self._idle + 1
+    if self._attempt >= self._tries or self._idle >= IDLE:
+      return False
+    wait(self._attempt)
+    return True
 
 
 @functools.cache
@@ -1532,8 +1551,8 @@ def snapshot(refs: list[jax.Ref], tries: int = TRIES) -> list[jax.Array] | None:
   if not no_trace_active() or any(map(is_tracer, refs)):
     return [read_cell(ref) for ref in refs]
   cells: list[Any] = [ref._refs for ref in refs]  # pyright: ignore[reportAttributeAccessIssue]
-  look, idle = operator.attrgetter("_buf"), 0
-  for attempt in range(tries):
+  look, patience = operator.attrgetter("_buf"), Patience(tries)
+  while True:
     held = list(map(look, cells))
     arrays = list(map(bits, held))  # `jit` is slow with typed keys
     if not any(x.is_deleted() for x in arrays):
@@ -1545,11 +1564,8 @@ def snapshot(refs: list[jax.Ref], tries: int = TRIES) -> list[jax.Array] | None:
       else:
         if calls < 2 or all(map(operator.is_, held, map(look, cells))):
           return list(map(_as_key, held, copies))
-    idle = 0 if is_calling_elsewhere() else idle + 1
-    if idle == IDLE:
-      break
-    wait(attempt)
-  return None
+    if not patience.waits():
+      return None
 
 
 def wait(attempt: int) -> None:

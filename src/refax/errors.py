@@ -708,17 +708,12 @@ class RefArgumentError(RefaxError, TypeError):
 
   @classmethod
   def function(cls, function: str, kind: str):
-    if function == "jax.device_put":
-      return cls(
-        "jax.device_put moves arrays, and hijax Variables are jax.Refs",
-        got=f"{kind} with hijax Variables",
-        fix="write nnx.device_put(model, sharding), which moves the Variables in place",
-      )
     if function in _OF_ARRAYS:
+      does, fix = _OF_ARRAYS[function]
       return cls(
-        f"{function} computes with arrays, and hijax Variables are jax.Refs",
+        f"{function} {does} arrays, and hijax Variables are jax.Refs",
         got=f"{kind} with hijax Variables",
-        fix=_OF_ARRAYS[function],
+        fix=fix,
       )
     return cls(
       f"{function} cannot differentiate with respect to hijax Variables: they are jax.Refs",
@@ -728,12 +723,25 @@ class RefArgumentError(RefaxError, TypeError):
 
 
 _OF_ARRAYS = {
-  "jax.lax.with_sharding_constraint": "lay out the model by nnx.device_put or nnx.shard; or, "
-  "inside a function, each value: jax.lax.with_sharding_constraint(variable[...], sharding)",
-  "jax.flatten_util.ravel_pytree": "give it arrays: ravel_pytree(nnx.pure(nnx.state(model))); "
-  "nnx.update(model, unravel(flat)) writes them back",
-  "optax.apply_updates": "let nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads) do it; "
-  "or give it arrays, nnx.pure(state) and nnx.pure(updates), and write the result by nnx.update",
+  "jax.device_put": (
+    "moves",
+    "write nnx.device_put(model, sharding), which moves the Variables in place",
+  ),
+  "jax.lax.with_sharding_constraint": (
+    "computes with",
+    "lay out the model by nnx.device_put or nnx.shard; or, inside a function, each value: "
+    "jax.lax.with_sharding_constraint(variable[...], sharding)",
+  ),
+  "jax.flatten_util.ravel_pytree": (
+    "computes with",
+    "give it arrays: ravel_pytree(nnx.pure(nnx.state(model))); nnx.update(model, unravel(flat)) "
+    "writes them back",
+  ),
+  "optax.apply_updates": (
+    "computes with",
+    "let nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads) do it; or give it arrays, "
+    "nnx.pure(state) and nnx.pure(updates), and write the result by nnx.update",
+  ),
 }
 
 

@@ -1,7 +1,5 @@
 """A save sees one whole step, whatever other threads do meanwhile."""
 
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from refax import _jax, nnx
 from refax.errors import CheckpointWriteError, InvalidArgumentError
+from tests.training_thread import Training
 
 pytest.importorskip("orbax.checkpoint", reason="checkpoints are written by orbax-checkpoint")
 
@@ -31,31 +30,6 @@ def step(counters):
   counters.key[...] = counters.key[...][::-1]
 
 
-class Training:
-  """Steps in another thread, as long as the block runs."""
-
-  def __init__(self, counters):
-    self.counters, self.stop, self.error, self.steps = counters, False, None, 0
-    step(counters)
-    self.thread = threading.Thread(target=self.run)
-
-  def run(self):
-    try:
-      while not self.stop:
-        step(self.counters)
-        self.steps += 1
-    except Exception as error:
-      self.error = error
-
-  def __enter__(self):
-    self.thread.start()
-
-  def __exit__(self, *_):
-    self.stop = True
-    self.thread.join()
-    assert self.error is None and self.steps
-
-
 CONCURRENT = pytest.mark.skipif(
   not _jax.no_trace_active(), reason="public JAX has no way to look at Refs of another thread"
 )
@@ -66,7 +40,7 @@ CONCURRENT = pytest.mark.skipif(
 def test_a_save_while_another_thread_trains_holds_one_step(n, tmp_path):
   counters, live = Counters(n), Counters(n)
   with nnx.Checkpointer(tmp_path, keep=None) as checkpoints:
-    with Training(counters):
+    with Training(step, counters):
       for i in range(8):
         checkpoints.save(i, counters)
     for i in range(8):
@@ -78,7 +52,7 @@ def test_a_save_while_another_thread_trains_holds_one_step(n, tmp_path):
 def test_a_snapshot_of_many_moments():
   counters = Counters(20)
   refs = [part.get_raw_value() for part in counters.parts]
-  with Training(counters):
+  with Training(step, counters):
     for _ in range(300):
       assert len({float(x[0]) for x in _jax.snapshot(refs)}) == 1
   assert _jax.snapshot([]) == []
@@ -87,7 +61,7 @@ def test_a_snapshot_of_many_moments():
 @CONCURRENT
 def test_a_safetensors_file_holds_one_step_too(tmp_path):
   counters, live = Counters(30), Counters(30)
-  with Training(counters):
+  with Training(step, counters):
     for i in range(5):
       nnx.save_safetensors(counters, tmp_path / f"{i}.safetensors")
   for i in range(5):

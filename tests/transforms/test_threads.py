@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from refax import _jax, nnx
+from tests.training_thread import Training
 
 pytestmark = pytest.mark.skipif(
   not _jax.no_trace_active(), reason="public JAX has no way to look at Refs of another thread"
@@ -33,31 +34,6 @@ def step(net):
   for part in net.parts:
     part.kernel += 1
     part.bias += 1
-
-
-class Training:
-  """Steps in another thread, as long as the block runs."""
-
-  def __init__(self, net):
-    self.net, self.stop, self.errors, self.steps = net, False, [], 0
-    step(net)
-    self.thread = threading.Thread(target=self.run)
-
-  def run(self):
-    try:
-      while not self.stop:
-        step(self.net)
-        self.steps += 1
-    except Exception as error:
-      self.errors.append(error)
-
-  def __enter__(self):
-    self.thread.start()
-
-  def __exit__(self, *_):
-    self.stop = True
-    self.thread.join()
-    assert not self.errors and self.steps
 
 
 def values(arrays):
@@ -87,7 +63,7 @@ ONE_BY_ONE = {
 @pytest.mark.parametrize("way", AT_ONE_MOMENT.values(), ids=AT_ONE_MOMENT)
 def test_all_variables_are_those_of_one_moment(way, n):
   net = Net(n)
-  with Training(net):
+  with Training(step, net):
     for _ in range(30):
       assert len(values(way(net))) == 1
 
@@ -95,7 +71,7 @@ def test_all_variables_are_those_of_one_moment(way, n):
 @pytest.mark.parametrize("way", ONE_BY_ONE.values(), ids=ONE_BY_ONE)
 def test_each_variable_is_what_a_step_has_left(way):
   net = Net(3)
-  with Training(net):
+  with Training(step, net):
     for _ in range(100_000):
       if _jax.taken.is_seen:  # from then on, layers copy what they read, too
         break
@@ -106,7 +82,7 @@ def test_each_variable_is_what_a_step_has_left(way):
 
 def test_a_copy_of_the_state_goes_to_a_model_of_this_thread():
   net, mine = Net(4), Net(4)
-  with Training(net):
+  with Training(step, net):
     for _ in range(30):
       nnx.update(mine, nnx.pure(nnx.state(net)))
       assert len(values(nnx.pure(nnx.state(mine)))) == 1

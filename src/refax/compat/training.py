@@ -44,7 +44,7 @@ class Optimizer(optimizer.Optimizer):
   True
   """
 
-  def _gradients(self, params: State, grads: Any) -> State:
+  def _gradients(self, params: State, grads: Any) -> tuple[State, bool]:
     if isinstance(grads, State):
       selects = to_predicate(self.wrt)
       grads = filter_state(grads, lambda path, g: not is_variable(g) or selects(path, g))

@@ -146,13 +146,14 @@ def note(variable: Any, cell: Any) -> None:
   if found and (id(cell) in found if _jax.is_ref(cell) else id(variable) in found):
     raise AliasError.differentiated(variable._def.origin)
   is_by_closure = not _jax.is_tracer(cell) and _jax.is_staging()
-  owner = cell if _jax.is_ref(cell) else variable
   if is_by_closure:
+    owner = cell if _jax.is_ref(cell) else variable
     _in_traces[id(owner)] = owner
+    if seen is None:
+      in_plain_traces[id(owner)] = owner
   if seen is not None:
     seen[id(cell)] = weakref.ref(variable) if _jax.is_tracer(cell) else lambda: variable
   elif is_by_closure:
-    in_plain_traces[id(owner)] = owner
     on_closure_read(variable)
 
 

@@ -739,10 +739,11 @@ def borrowed(v: Variable) -> Any:
   cell = v._cell
   if type(cell) is not jax.Ref or not _jax.no_trace_active():
     return v.get_value()
+  if _jax.may_take():  # before it is used
+    return v.get_value()
   enter_mesh((cell,))
   note(v, cell)
-  # The step of another thread might take the buffer before it is used.
-  return v.get_value() if _jax.may_take() else _jax.peek_cell(cell)
+  return _jax.peek_cell(cell)
 
 
 def map_variables(fn: Callable[[Variable], Any], tree: Any) -> Any:

@@ -135,16 +135,15 @@ class Optimizer(Pytree):
     self._check_order(model, grads)
     targets = variables(model, self.wrt)
     arguments_meet((targets, self.opt_state, self.step))
-    params, grads = _arrays(targets), self._gradients(targets, grads)
+    params, (grads, are_batched) = _arrays(targets), self._gradients(targets, grads)
     slots, treedef = jax.tree.flatten(self.opt_state, is_leaf=is_variable)
     if not all(map(is_variable, slots)) and is_variable(self.step):
       raise _assigned(self.opt_state)
     old = treedef.unflatten(map(unwrap, slots))
     kwargs = jax.tree.map(unwrap, kwargs, is_leaf=is_variable)
     updates, new = optax.with_extra_args_support(self.tx).update(grads, old, params, **kwargs)
-    wrong = _difference(params, grads)
-    if wrong is not None and _difference(params, updates) is not None:
-      raise wrong
+    if are_batched:
+      _check_summed_up(params, grads, updates)
     values = jax.tree.leaves(optax.apply_updates(params, updates))
     written = [*(v for _, v in to_flat_state(targets)), *slots]
     writes = list(zip(written, [*values, *treedef.flatten_up_to(new)], strict=True))
@@ -170,8 +169,11 @@ class Optimizer(Pytree):
     if cells or (isinstance(grads, Node) and not isinstance(model, Node)):
       raise TreeMismatchError.swapped(f"{type(grads).__name__} with parameters as the second")
 
-  def _gradients(self, params: State, grads: Any) -> State:
-    """The gradients as arrays, checked to have the paths and shapes of the parameters."""
+  def _gradients(self, params: State, grads: Any) -> tuple[State, bool]:
+    """The gradients as arrays, and whether there is one for each example.
+
+    They are checked to have the paths of the parameters, and their shapes if there is one for all.
+    """
     params_by_path = dict(to_flat_state(params))
     # `jax.grad` of a functional model gives a model: with what is no parameter in it, too.
     plain = isinstance(grads, Mapping)
@@ -186,16 +188,15 @@ class Optimizer(Pytree):
     for path in by_path:
       if path not in params_by_path:
         raise TreeMismatchError.gradients(path_str(path), "a gradient without a parameter")
-    return from_flat_state(by_path)
+    return from_flat_state(by_path), are_batched
 
 
-def _difference(params: State, grads: Any) -> TreeMismatchError | None:
-  """The error for the first gradient that has not the shape of its parameter."""
-  by_path = dict(to_flat_state(grads))
+def _check_summed_up(params: State, grads: State, updates: Any) -> None:
+  """Of gradients of examples, one update is to come for each parameter."""
+  found, by_path = dict(to_flat_state(updates)), dict(to_flat_state(grads))
   for path, param in to_flat_state(params):
-    if jnp.shape(by_path[path]) != param.shape:
-      return _of_shape(path, by_path[path], param)
-  return None
+    if jnp.shape(found[path]) != param.shape:
+      raise _of_shape(path, by_path[path], param)
 
 
 def _of_shape(path: Path, grad: Any, param: jax.Array) -> TreeMismatchError:

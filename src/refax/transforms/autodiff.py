@@ -15,7 +15,6 @@ from refax import _jax, config
 from refax.core.array_protocol import unwrap
 from refax.core.definition import Differentiation
 from refax.core.filters import Filter, Predicate, to_predicate
-from refax.core.gather import as_kept
 from refax.core.graphdef import LEAF, NODE
 from refax.core.observe import differentiated, undo_on_error
 from refax.core.variable import Param, Variable
@@ -254,18 +253,19 @@ class Differentiated:
       self._forms.append(form)
     selected = values_at_once([self.inputs.leaves[i] for i in owners])
     self.values = dict(zip(owners, map(unwrap, selected), strict=True))
-    with as_kept():
-      self._local = self._locals(to_predicate(through))
+    self._local = self._locals(to_predicate(through))
 
   def _locals(self, through: Predicate) -> dict[int, Entered]:
     """State that gradients flow through: differentiable arrays inside, written back at the end."""
-    return {
-      i: Entered(leaf.get_value(), hijax=False, attached=leaf.detached)
+    found = {
+      i: leaf
       for i, (path, leaf) in enumerate(
         zip(self.inputs.graphdef.paths, self.inputs.leaves, strict=True)
       )
       if isinstance(leaf, Variable) and i not in self.values and through(path[2:], leaf)
     }
+    values = zip(found.items(), values_at_once(list(found.values())), strict=True)
+    return {i: Entered(x, hijax=False, attached=leaf.detached) for (i, leaf), x in values}
 
   def _form(self, argnum: int, predicate: Predicate) -> Any:
     """The gradient's structure for an argument, with indices of leaves in place of values."""

@@ -45,8 +45,9 @@ def compiled_once(function: Callable, *args: Any) -> Any:
   except (_Unknown, TypeError):  # something that has no hash
     return function(*args)
   # What has failed is not kept: after Ctrl-C while it compiles, JAX never compiles that jaxpr.
-  run = _compiled.pop(key, None) or jax.jit(_jax.jaxpr_as_fun(closed))
+  run = _compiled.get(key) or jax.jit(_jax.jaxpr_as_fun(closed))
   results = run(*consts, *flat)
+  _compiled.pop(key, None)
   while len(_compiled) >= _MOST:
     _compiled.popitem(last=False)
   _compiled[key] = run  # as the last one that was used

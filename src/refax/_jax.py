@@ -525,19 +525,15 @@ def copies_of_cells(refs: list[jax.Ref]) -> list[jax.Array]:
   try:
     return copied_for_cells(list(map(operator.attrgetter("_refs._buf"), refs)))
   except (RuntimeError, ValueError) as error:
-    return _copied_later(refs, error)
+    if not may_be_taken(error) or (copies := _copied_later(refs)) is None:
+      raise
+    return copies
 
 
-def _copied_later(refs: list[jax.Ref], error: Exception) -> list[jax.Array]:
-  """What Refs hold when the step of another thread, which has taken their buffers, has ended.
-
-  Args:
-    refs: concrete Refs.
-    error: what came of an attempt to read them; raised if no other thread is the reason.
-  """
-  if not may_be_taken(error) or (copies := snapshot(refs)) is None:
-    raise error
-  taken.is_seen = True
+def _copied_later(refs: list[jax.Ref]) -> list[jax.Array] | None:
+  """What Refs hold when the step of another thread, which has taken their buffers, has ended."""
+  copies = snapshot(refs)
+  taken.is_seen = taken.is_seen or copies is not None
   return copies
 
 
@@ -560,9 +556,10 @@ def may_be_taken(error: Exception) -> bool:
 
 def is_calling_elsewhere() -> bool:
   """Whether another thread is in a call of a compiled function."""
-  own = threading.get_ident()
-  for ident, frame in sys._current_frames().items():
-    while ident != own and frame is not None:
+  frames = sys._current_frames()
+  del frames[threading.get_ident()]  # a frame that names itself would keep all that called it alive
+  for frame in frames.values():
+    while frame is not None:
       code = frame.f_code
       if code in _CALLING or code.co_filename.endswith(os.path.join("jax", "_src", "pjit.py")):
         return True
@@ -603,7 +600,9 @@ def read_cell(ref: jax.Ref, *, has_no_tangent: bool = False) -> jax.Array:
   try:
     return _copy(ref._refs._buf)  # pyright: ignore[reportAttributeAccessIssue]
   except (RuntimeError, ValueError) as error:
-    return _copied_later([ref], error)[0]
+    if not may_be_taken(error) or (copies := _copied_later([ref])) is None:
+      raise
+    return copies[0]
 
 
 def is_write_now(ref: jax.Ref, value: Any) -> bool:

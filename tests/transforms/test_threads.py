@@ -1,7 +1,9 @@
 """Threads that read a model while another one trains it by `nnx.jit`."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -118,3 +120,16 @@ def test_a_buffer_that_nobody_gives_back_is_an_error_at_once(is_alone, request):
   with pytest.raises((RuntimeError, ValueError), match="deleted"):
     nnx.jit(lambda v: v[...] + 1)(v)
   assert len(slept) < 500
+
+
+def test_a_look_at_other_threads_keeps_nothing_alive(request):
+  done = threading.Event()
+  threading.Thread(target=done.wait).start()
+  request.addfinalizer(done.set)
+  request.addfinalizer(gc.enable)
+  gc.disable()
+  net = Net(1)
+  net(X)
+  gone = [weakref.ref(x) for x in (net, net.parts[0], net.parts[0].kernel, net.parts[0].bias)]
+  del net
+  assert [ref() for ref in gone] == [None] * 4
